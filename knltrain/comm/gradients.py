@@ -1,0 +1,67 @@
+"""Gradients over the ranks: buckets that travel while the backward pass still runs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from knltrain.config import CommConfig
+
+
+class GradientClock:
+    """How long gradients were on the wire, from a step's first bucket to its last."""
+
+    def __init__(self) -> None:
+        self._first = self._last = 0.0
+
+    def started(self) -> None:
+        """A bucket leaves."""
+        if not self._first:
+            self._first = time.perf_counter()
+
+    def finished(self) -> None:
+        """A bucket is back."""
+        self._last = time.perf_counter()
+
+    def take(self) -> float:
+        """Seconds of the step that has ended, 0 where nothing travelled."""
+        seconds = max(0.0, self._last - self._first)
+        self._first = self._last = 0.0
+        return seconds
+
+
+def data_parallel(model: nn.Module, config: CommConfig, world_size: int) -> tuple[nn.Module, GradientClock]:
+    """Wraps a model so that its gradients are the mean over the ranks; alone, returns the model itself.
+
+    Args:
+        model: with equal weights on every rank, or rank 0's are taken.
+        config: bucket size, and the type in which gradients travel.
+        world_size: ranks.
+    """
+    clock = GradientClock()
+    if world_size == 1:
+        return model, clock
+    # Running statistics stay each rank's own between evaluations, see Group.average_running_statistics.
+    parallel = DistributedDataParallel(
+        model, bucket_cap_mb=config.bucket_mb, broadcast_buffers=False, gradient_as_bucket_view=True
+    )
+    wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
+
+    def reduce_mean(state: GradientClock, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        sent = buffer.div_(world_size).to(wire)
+        state.started()
+
+        def arrived(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+            state.finished()
+            (received,) = future.value()
+            return buffer.copy_(received) if received is not buffer else buffer
+
+        return dist.all_reduce(sent, async_op=True).get_future().then(arrived)
+
+    parallel.register_comm_hook(clock, reduce_mean)
+    return parallel, clock

@@ -1,0 +1,239 @@
+"""What to run: frozen dataclasses whose leaves carry their bounds and their help text.
+
+A configuration is made by a recipe, then overridden by a TOML file, then by flags. All three speak of the same
+dotted field names (``optim.lr``); :func:`fields` lists them, :func:`override` sets them, both by walking the
+dataclasses, so that a field is declared once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from knltrain.errors import ConfigError
+
+Positive = Annotated[float, Meta(gt=0)]
+NotNegative = Annotated[float, Meta(ge=0)]
+Fraction = Annotated[float, Meta(ge=0, lt=1)]
+Count = Annotated[int, Meta(ge=1)]
+
+OptimizerName = Literal["lars", "sgd"]
+VariantName = Literal["paper", "mlperf", "larc", "heavy-ball", "nesterov"]
+ScheduleName = Literal["poly", "poly-after-warmup", "step", "constant"]
+AugmentName = Literal["none", "crop-flip", "rrc", "pad-crop-flip"]
+Precision = Literal["auto", "bf16", "fp32"]
+EngineName = Literal["auto", "eager", "compile", "ipex"]
+
+VARIANTS: dict[str, tuple[str, ...]] = {"lars": ("paper", "mlperf", "larc"), "sgd": ("heavy-ball", "nesterov")}
+
+
+def _field(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """The optimizer, in the terms of ``knltrain.optim``."""
+
+    name: OptimizerName = _field("lars", "optimizer")
+    variant: VariantName = _field("paper", "lars: paper, mlperf, larc; sgd: heavy-ball, nesterov")
+    lr: Positive = _field(1.0, "peak learning rate; with lr-scaling linear, per 256 images of global batch")
+    lr_scaling: Literal["none", "linear"] = _field("none", "linear: the peak is lr x global batch / 256")
+    momentum: Fraction = _field(0.9, "momentum")
+    weight_decay: NotNegative = _field(5e-4, "weight decay")
+    decay_on: Literal["all", "not-norm", "weights"] = _field(
+        "all", "which parameters decay: all, all but batch norm's, or neither batch norm's nor biases"
+    )
+    trust_coefficient: Positive = _field(0.001, "eta of LARS; without effect on sgd")
+    eps: NotNegative = _field(0.0, "added to the denominator of the trust ratio; without effect on sgd")
+
+    def __post_init__(self) -> None:
+        if self.variant not in VARIANTS[self.name]:
+            raise ConfigError(
+                f"optim.variant: {self.name} has no variant {self.variant!r}; it has {', '.join(VARIANTS[self.name])}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """The learning rate over time; the formulas are in ``knltrain.schedule``."""
+
+    name: ScheduleName = _field("poly", "poly counts from step 0, poly-after-warmup from the end of warm-up")
+    warmup_epochs: NotNegative = _field(0.0, "length of the linear warm-up, in epochs")
+    warmup_lr: NotNegative = _field(0.0, "learning rate at step 0, where the warm-up starts")
+    power: Positive = _field(2.0, "power of the polynomial decay")
+    end_lr: NotNegative = _field(0.0, "learning rate at the end of the polynomial decay")
+    milestones: tuple[Positive, ...] = _field((30.0, 60.0, 80.0), "step: epochs at which the rate is multiplied")
+    gamma: Positive = _field(0.1, "step: the factor at each milestone")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """What is cut out of each training image; see ``knltrain.data.augment``."""
+
+    name: AugmentName = _field("crop-flip", "none, crop-flip, rrc (random resized crop) or pad-crop-flip")
+    resize: Count | None = _field(
+        None, "short side before cropping, pixels; default image-size x 256/224, or image-size for pad-crop-flip"
+    )
+    min_area: Annotated[float, Meta(gt=0, le=1)] = _field(0.08, "rrc: smallest part of the image's area")
+    pad: Annotated[int, Meta(ge=0)] = _field(4, "pad-crop-flip: black border on each side, pixels")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """What travels between ranks."""
+
+    backend: Literal["auto", "gloo"] = _field("auto", "process group back end")
+    dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
+    bucket_mb: Positive = _field(25.0, "size of a gradient bucket, MiB")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every: Positive = _field(1.0, "epochs between checkpoints; the last step always writes one")
+    keep: Count = _field(2, "how many of the newest checkpoints stay")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One training run, complete but for the machine it runs on."""
+
+    recipe: str = _field("", "name of the recipe that this configuration started from")
+    data: str = _field("", "ImageFolder directory, or synthetic, or shapes")
+    out: str = _field("", "folder of the run; default runs/RECIPE")
+    model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet50 or torchvision:NAME")
+    dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")
+    zero_init_residual: bool = _field(False, "ResNet: start each residual block's last batch-norm gamma at zero")
+    image_size: Annotated[int, Meta(ge=8)] = _field(224, "height and width that the model sees, pixels")
+    epochs: Positive = _field(90.0, "passes over the training images")
+    max_steps: Count | None = _field(None, "stop after this many steps, on the schedule of the whole run")
+    global_batch: Count = _field(256, "images an optimizer update sees, over all ranks")
+    local_batch: Count | None = _field(
+        None, "most images a rank passes through the model at once; more are accumulated; default all"
+    )
+    precision: Precision = _field("auto", "bf16 or fp32; auto: bf16 where the processor computes in it")
+    force_bf16: bool = _field(False, "allow bf16 on a processor without AVX512_BF16 or AMX (slow)")
+    engine: EngineName = _field("auto", "how a step executes")
+    seed: Annotated[int, Meta(ge=0, lt=2**63)] = _field(0, "decides initial weights, order, augmentation, dropout")
+    resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
+    workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")
+    label_smoothing: Fraction = _field(0.0, "label smoothing")
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
+    augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
+    comm: CommConfig = dataclasses.field(default_factory=CommConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    @property
+    def peak_lr(self) -> float:
+        """The peak learning rate, after the linear scaling rule (Goyal et al. 2017, section 2.1) where asked for."""
+        if self.optim.lr_scaling == "linear":
+            return self.optim.lr * self.global_batch / 256
+        return self.optim.lr
+
+    @property
+    def resize(self) -> int:
+        """Short side, in pixels, to which evaluation and crop-flip scale an image before they crop it."""
+        if self.augment.resize is not None:
+            return self.augment.resize
+        if self.augment.name == "pad-crop-flip":
+            return self.image_size
+        return round(self.image_size * 256 / 224)
+
+
+class Field(typing.NamedTuple):
+    """A leaf of the configuration: its dotted name, its annotation and its help text."""
+
+    name: str
+    type: Any
+    help: str
+
+
+def fields(cls: type = RunConfig, prefix: str = "") -> Iterator[Field]:
+    """Yields every leaf field, outer fields first, nested ones with dotted names."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    nested = []
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            nested.append((field.name, kind))
+        else:
+            yield Field(prefix + field.name, kind, field.metadata["help"])
+    for name, kind in nested:
+        yield from fields(typing.cast(type, kind), f"{prefix}{name}.")
+
+
+def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """Returns ``config`` with the fields named in ``values`` replaced.
+
+    Args:
+        config: where to start from.
+        values: dotted field name -> value. Strings are converted to the field's type, as a command line needs.
+
+    Raises:
+        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or out of bounds, or
+            fields that contradict each other.
+    """
+    known = {field.name: field for field in fields()}
+    changes: dict[str, dict[str, object]] = {"": {}}
+    for name, value in values.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
+            raise ConfigError(f"unknown field {name!r}{hint}")
+        if isinstance(value, str) and typing.get_origin(known[name].type) is tuple:
+            value = [item for item in value.split(",") if item]
+        try:
+            converted = msgspec.convert(value, known[name].type, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"{name}: {value!r} will not do: {error}") from None
+        group, _, leaf = name.rpartition(".")
+        changes.setdefault(group, {})[leaf] = converted
+    top = changes.pop("")
+    for group, leaves in changes.items():
+        top[group] = dataclasses.replace(getattr(config, group), **leaves)
+    return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def read_toml(path: str | Path) -> dict[str, object]:
+    """Reads a TOML file of fields and returns them by dotted name.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or no TOML.
+    """
+    try:
+        import tomllib
+    except ImportError:  # Python 3.10
+        import tomli as tomllib  # type: ignore[no-redef]
+    try:
+        tree = tomllib.loads(Path(path).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+    return flatten(tree)
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
+    """Turns nested tables into dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat.update({f"{name}.{leaf}": inner for leaf, inner in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested dictionaries of JSON types."""
+    return typing.cast(dict[str, Any], msgspec.to_builtins(config))

@@ -1,0 +1,104 @@
+"""What a person sees while a run goes on: a progress bar on a terminal, plain lines anywhere else."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console as RichConsole
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+# Lines that are not on a terminal go to a log file: one every so many seconds is enough to see that a run lives.
+_LINE_EVERY_S = 10.0
+
+
+class Console:
+    """Text for people, on stdout, or on stderr where stdout is kept for JSON. Only rank 0 speaks.
+
+    Args:
+        json: stdout is for programs.
+        silent: say nothing (ranks other than the first).
+    """
+
+    def __init__(self, *, json: bool = False, silent: bool = False) -> None:
+        self.rich = RichConsole(file=sys.stderr if json else sys.stdout, quiet=silent, highlight=False, soft_wrap=True)
+
+    def line(self, text: str) -> None:
+        """Prints a line above the progress bar."""
+        self.rich.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        """Prints a line that must not be overlooked."""
+        self.rich.print(f"warning: {text}", markup=False, style="yellow")
+
+
+class StepProgress:
+    """Shows steps as they are done.
+
+    Args:
+        console: where.
+        first: steps done already.
+        total: steps in all.
+        epochs: epochs in all.
+    """
+
+    def __init__(self, console: Console, *, first: int, total: int, epochs: float) -> None:
+        self._console, self._total, self._epochs = console, total, epochs
+        self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.rich.is_terminal and not console.rich.quiet:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("epoch {task.fields[epoch]:.1f}/" + f"{epochs:g}"),
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed}/{task.total} steps"),
+                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} img/s  data {task.fields[data]:.0%}"),
+                TimeRemainingColumn(),
+                console=console.rich,
+                transient=True,
+                expand=True,
+            )
+            self._task: TaskID = self._bar.add_task(
+                "training", total=total, completed=first, epoch=0.0, loss=float("nan"), rate=0.0, data=0.0
+            )
+
+    def __enter__(self) -> StepProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def step(self, row: Mapping[str, Any]) -> None:
+        """Shows a step's row of metrics.jsonl."""
+        data = row["data_s"] / row["step_s"]
+        if self._bar:
+            self._bar.update(
+                self._task,
+                completed=row["step"],
+                epoch=row["epoch"],
+                loss=row["loss"],
+                rate=row["images_per_s"],
+                data=data,
+            )
+        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            self._console.line(
+                f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}/{self._epochs:g}  loss {row['loss']:.4f}  "
+                f"lr {row['lr']:.4g}  {row['images_per_s']:.0f} img/s  data {data:.0%}"
+            )
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        """Shows an evaluation's row of metrics.jsonl."""
+        self._last_line = time.monotonic()
+        self._console.line(
+            f"epoch {row['epoch']:.2f}  top-1 {row['top1']:.2f} %  top-5 {row['top5']:.2f} %  "
+            f"validation loss {row['val_loss']:.4f}"
+        )

@@ -1,0 +1,115 @@
+"""Which part of an image is seen: boxes in source pixels, drawn from uniform numbers, and the pixels inside them.
+
+An augmentation is a box and a flip; decoding, cropping and resizing then happen at once, on what the box covers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from knltrain.config import RunConfig
+
+NUM_DRAWS = 24
+_RRC_TRIES = 10
+
+Pixels = NDArray[np.uint8]
+
+
+class Box(NamedTuple):
+    """A part of an image in source pixels (it may reach over the border), and whether it is mirrored."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool = False
+
+    def scaled(self, x: float, y: float) -> Box:
+        """The same part of the image decoded at another size."""
+        # Rounded, lest a box that ends on the image's border reach over it by an error of multiplication.
+        left, top, right, bottom = (round(v, 6) for v in (self.left * x, self.top * y, self.right * x, self.bottom * y))
+        return Box(left, top, right, bottom, self.flip)
+
+
+def centre_box(height: int, width: int, *, resize: int, size: int) -> Box:
+    """What evaluation sees: short side scaled to ``resize``, centre crop of ``size``, as torchvision rounds them."""
+    scaled_height, scaled_width = _short_side(height, width, resize)
+    left, top = round((scaled_width - size) / 2), round((scaled_height - size) / 2)
+    return Box(left, top, left + size, top + size).scaled(width / scaled_width, height / scaled_height)
+
+
+def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.float64]) -> Box:
+    """What training sees of one image.
+
+    Args:
+        config: names the augmentation and its numbers.
+        height: of the source image, pixels.
+        width: of the source image, pixels.
+        draws: ``NUM_DRAWS`` uniform numbers in [0, 1).
+    """
+    size, augment = config.image_size, config.augment
+    flip = bool(draws[0] < 0.5)
+    if augment.name == "none":
+        return centre_box(height, width, resize=config.resize, size=size)
+    if augment.name == "rrc":
+        return _random_resized_box(height, width, augment.min_area, draws)._replace(flip=flip)
+    pad = augment.pad if augment.name == "pad-crop-flip" else 0
+    scaled_height, scaled_width = _short_side(height, width, config.resize)
+    left = math.floor(draws[1] * (scaled_width + 2 * pad - size + 1)) - pad
+    top = math.floor(draws[2] * (scaled_height + 2 * pad - size + 1)) - pad
+    box = Box(left, top, left + size, top + size, flip)
+    return box.scaled(width / scaled_width, height / scaled_height)
+
+
+def cut(image: Pixels, box: Box, size: int) -> Pixels:
+    """Resamples the box to size x size pixels (bilinear, antialiased); what lies over the border is black.
+
+    Args:
+        image: H x W x 3.
+        box: in this image's pixels.
+        size: height and width of the result.
+
+    Returns:
+        size x size x 3; a view of ``image`` where nothing had to be resampled.
+    """
+    height, width = image.shape[:2]
+    left, top, right, bottom = math.floor(box.left), math.floor(box.top), math.ceil(box.right), math.ceil(box.bottom)
+    if left < 0 or top < 0 or right > width or bottom > height:
+        before_x, before_y = max(0, -left), max(0, -top)
+        padded = np.zeros((before_y + max(bottom, height), before_x + max(right, width), 3), np.uint8)
+        padded[before_y : before_y + height, before_x : before_x + width] = image
+        image = padded
+        left, right, top, bottom = left + before_x, right + before_x, top + before_y, bottom + before_y
+        box = Box(box.left + before_x, box.top + before_y, box.right + before_x, box.bottom + before_y, box.flip)
+    part = image[top:bottom, left:right]
+    if part.shape[:2] != (size, size) or box[:4] != (left, top, right, bottom):
+        inside = (box.left - left, box.top - top, box.right - left, box.bottom - top)
+        resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=inside)
+        part = np.asarray(resized)
+    return part[:, ::-1] if box.flip else part
+
+
+def _short_side(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Height and width after scaling the short side, the long one cut to a whole pixel, as torchvision does."""
+    if height <= width:
+        return resize, int(resize * width / height)
+    return int(resize * height / width), resize
+
+
+def _random_resized_box(height: int, width: int, min_area: float, draws: NDArray[np.float64]) -> Box:
+    """Area in [min_area, 1] of the image's and aspect ratio in [3/4, 4/3], ten tries, then the centre (Szegedy 2014)."""
+    for attempt in range(_RRC_TRIES):
+        area = height * width * (min_area + (1 - min_area) * draws[3 + 2 * attempt])
+        ratio = math.exp(math.log(3 / 4) + draws[4 + 2 * attempt] * math.log(16 / 9))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = math.floor(draws[1] * (width - w + 1)), math.floor(draws[2] * (height - h + 1))
+            return Box(left, top, left + w, top + h)
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
+    left, top = (width - w) // 2, (height - h) // 2
+    return Box(left, top, left + w, top + h)

@@ -1,0 +1,101 @@
+"""A folder of images in ImageFolder layout: PART/CLASS/FILE, the classes in the order of their sorted names."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.errors import KnltrainError
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
+
+
+class DataError(KnltrainError):
+    """A data set that cannot be used; the message names the file or folder."""
+
+
+class Folder:
+    """One part (``train`` or ``val``) of an ImageFolder directory.
+
+    Attributes:
+        classes: sorted names of the class folders.
+        labels: class number of every image.
+
+    Args:
+        part: the directory that holds a folder for each class. Images lie in it or below it.
+
+    Raises:
+        DataError: the directory is missing, cannot be read, has no class folders, or a class has no image.
+    """
+
+    def __init__(self, part: Path) -> None:
+        self.part = part
+        if not part.is_dir():
+            raise DataError(f"{part}: no such folder; --data takes a folder that holds train/CLASS and val/CLASS")
+        try:
+            self.classes = tuple(sorted(entry.name for entry in os.scandir(part) if entry.is_dir()))
+        except OSError as error:
+            raise DataError(f"{part}: {error.strerror}") from None
+        if not self.classes:
+            raise DataError(f"{part}: no class folders in it")
+        self._files: list[str] = []
+        counts = []
+        for name in self.classes:
+            before = len(self._files)
+            self._files.extend(_images_below(part / name))
+            counts.append(len(self._files) - before)
+        empty = [name for name, count in zip(self.classes, counts, strict=True) if not count]
+        if empty:
+            others = f" and {len(empty) - 1} other classes" if len(empty) > 1 else ""
+            raise DataError(f"{part / empty[0]}: no image in it{others} ({', '.join(SUFFIXES)} are read)")
+        self.labels: NDArray[np.int64] = np.repeat(np.arange(len(counts)), counts)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        """The image's path, for error messages."""
+        return self._files[index]
+
+    def image(self, index: int) -> EncodedImage:
+        """Reads an image's file.
+
+        Raises:
+            DecodeError: it is no image.
+            OSError: it cannot be read.
+        """
+        with open(self._files[index], "rb", buffering=0) as file:
+            return EncodedImage(file.read())
+
+    def check(self, count: int) -> None:
+        """Decodes ``count`` images, evenly spread, so that a bad data set fails before the first step.
+
+        Raises:
+            DataError: one is no image, or cut short; the message has its path.
+        """
+        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)).tolist():
+            try:
+                self.image(index).pixels()
+            except (DecodeError, OSError) as error:
+                raise unreadable(self.name(index), error) from None
+
+
+def unreadable(path: str, error: Exception) -> DataError:
+    """The error of an image that cannot be used."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return DataError(f"{path}: {reason}; replace or remove this image")
+
+
+def _images_below(folder: Path) -> list[str]:
+    def fail(error: OSError) -> None:
+        raise DataError(f"{error.filename}: {error.strerror}") from None
+
+    files = []
+    for directory, subfolders, names in os.walk(folder, onerror=fail):
+        subfolders.sort()
+        files.extend(os.path.join(directory, name) for name in sorted(names) if name.lower().endswith(SUFFIXES))
+    return files

@@ -1,0 +1,208 @@
+"""Batches of a data set, decoded ahead of time in threads that release the interpreter's lock."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from knltrain.config import RunConfig
+from knltrain.data import augment, order
+from knltrain.data.augment import Box, Pixels
+from knltrain.data.decode import DecodeError
+from knltrain.data.folder import unreadable
+from knltrain.ops.crops import normalize
+
+# Micro-batches decoded ahead of the trainer: one that waits for it, one that the threads go on with.
+_AHEAD = 2
+
+
+class SourceImage(Protocol):
+    """An image whose size is known before its pixels are decoded."""
+
+    height: int
+    width: int
+
+    def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
+        """H x W x 3, or a smaller decoding of it that is no smaller than the minima."""
+
+
+class Dataset(Protocol):
+    """Images with labels, addressed by number."""
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def name(self, index: int) -> str:
+        """What to call the image in an error message."""
+
+    def image(self, index: int) -> SourceImage:
+        """Opens one image."""
+
+    def check(self, count: int) -> None:
+        """Decodes some images and raises DataError for a bad one."""
+
+
+class Batch(NamedTuple):
+    """Images N x 3 x S x S, channels-last and normalised, and their labels, int64."""
+
+    images: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of every global batch is this rank's, and in which micro-batches it comes.
+
+    Attributes:
+        global_batch: images of a step over all ranks.
+        local_batch: images of a micro-batch.
+        rank: this rank.
+        world_size: ranks.
+    """
+
+    global_batch: int
+    local_batch: int
+    rank: int
+    world_size: int
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches of this rank in a step."""
+        return self.global_batch // self.world_size // self.local_batch
+
+    def ranges(self, step: int) -> list[tuple[int, int]]:
+        """The stream positions [first, stop) of this rank's micro-batches in a step."""
+        first = step * self.global_batch + self.rank * (self.global_batch // self.world_size)
+        return [(first + i * self.local_batch, first + (i + 1) * self.local_batch) for i in range(self.accumulate)]
+
+
+class _Item(NamedTuple):
+    index: int
+    draws: NDArray[np.float64] | None
+
+
+class Loader:
+    """Decodes, augments and normalises the images of a data set.
+
+    Args:
+        dataset: where images come from.
+        config: names the augmentation and the size.
+        dtype: of the images, float32 or bf16.
+        workers: decode threads.
+    """
+
+    def __init__(self, dataset: Dataset, config: RunConfig, *, dtype: torch.dtype, workers: int) -> None:
+        self._dataset = dataset
+        self._config = config
+        self._dtype = dtype
+        self._workers = workers
+        # A worker's few torch calls must not start OpenMP threads of their own. The setting is per thread for threads
+        # that have computed already, as the trainer's has by now.
+        torch.get_num_threads()
+        self._pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
+
+    def close(self) -> None:
+        """Stops the threads; what they have not begun is dropped."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def training(self, share: Share, first_step: int, last_step: int) -> Iterator[Batch]:
+        """Yields this rank's micro-batches of the steps [first_step, last_step).
+
+        Raises:
+            DataError: an image that cannot be decoded; the message has its path.
+        """
+        seed, count = self._config.seed, len(self._dataset)
+
+        def batches() -> Iterator[list[_Item]]:
+            for step in range(first_step, last_step):
+                for first, stop in share.ranges(step):
+                    chosen = order.samples(seed, count, first, stop)
+                    drawn = order.draws(seed, first, stop, augment.NUM_DRAWS)
+                    yield [_Item(index, row) for index, row in zip(chosen.tolist(), drawn, strict=True)]
+
+        return self._prefetched(batches())
+
+    def evaluation(self, *, batch: int, rank: int, world_size: int) -> Iterator[Batch]:
+        """Yields centre crops of every image once over all ranks, none twice; the last batches are shorter.
+
+        Raises:
+            DataError: an image that cannot be decoded; the message has its path.
+        """
+        mine = range(rank, len(self._dataset), world_size)
+
+        def batches() -> Iterator[list[_Item]]:
+            for start in range(0, len(mine), batch):
+                yield [_Item(index, None) for index in mine[start : start + batch]]
+
+        return self._prefetched(batches())
+
+    def _prefetched(self, batches: Iterator[list[_Item]]) -> Iterator[Batch]:
+        pending: deque[tuple[Batch, list[Future[None]]]] = deque()
+        try:
+            for items in batches:
+                pending.append(self._submit(items))
+                if len(pending) > _AHEAD:
+                    yield _finished(*pending.popleft())
+            while pending:
+                yield _finished(*pending.popleft())
+        finally:
+            for _, futures in pending:
+                for future in futures:
+                    future.cancel()
+
+    def _submit(self, items: list[_Item]) -> tuple[Batch, list[Future[None]]]:
+        size = self._config.image_size
+        images = torch.empty((len(items), 3, size, size), dtype=self._dtype, memory_format=torch.channels_last)
+        labels = torch.from_numpy(self._dataset.labels[[item.index for item in items]])
+        # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
+        chunk = max(1, min(32, -(-len(items) // (2 * self._workers))))
+        futures = [
+            self._pool.submit(self._fill, items[start : start + chunk], images[start : start + chunk])
+            for start in range(0, len(items), chunk)
+        ]
+        return Batch(images, labels), futures
+
+    def _fill(self, items: list[_Item], out: Tensor) -> None:
+        size = self._config.image_size
+        pixels = np.empty((len(items), size, size, 3), np.uint8)
+        for place, item in enumerate(items):
+            pixels[place] = self._pixels(item)
+        normalize(torch.from_numpy(pixels), out)
+
+    def _pixels(self, item: _Item) -> Pixels:
+        size = self._config.image_size
+        try:
+            image = self._dataset.image(item.index)
+            height, width = image.height, image.width
+            if item.draws is None:
+                box, decoded = augment.centre_box(height, width, resize=self._config.resize, size=size), image.pixels()
+                return augment.cut(decoded, box, size)
+            box = augment.training_box(self._config, height, width, item.draws)
+            decoded = image.pixels(*_smallest(box, height, width, size))
+            return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
+        except (DecodeError, OSError) as error:
+            raise unreadable(self._dataset.name(item.index), error) from None
+
+
+def _smallest(box: Box, height: int, width: int, size: int) -> tuple[int, int]:
+    """The smallest decoding (height, width) in which the box still has ``size`` pixels each way."""
+    return (
+        int(np.ceil(height * size / (box.bottom - box.top))),
+        int(np.ceil(width * size / (box.right - box.left))),
+    )
+
+
+def _finished(batch: Batch, futures: list[Future[None]]) -> Batch:
+    for future in futures:
+        future.result()
+    return batch

@@ -1,0 +1,115 @@
+"""Top-1 and top-5 over every validation image, each counted exactly once at any world size."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from knltrain import checkpoint
+from knltrain.comm.group import Group
+from knltrain.config import RunConfig, override
+from knltrain.console import Console
+from knltrain.data import open_part
+from knltrain.data.folder import DataError
+from knltrain.data.loader import Loader
+from knltrain.engine import DTYPES, autocast, choose_precision
+from knltrain.models import model_of
+from knltrain.node.affinity import threads_per_rank
+from knltrain.node.memory import keep_freed_memory
+from knltrain.node.ranks import discover
+from knltrain.node.topology import read_node
+
+
+class Accuracy(NamedTuple):
+    """Percentages and the mean cross-entropy, and how many images they are of."""
+
+    top1: float
+    top5: float
+    loss: float
+    images: int
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, batch: int) -> Accuracy:
+    """Evaluates a model on a data set; every rank takes its share and returns the whole result.
+
+    Running statistics must already be equal on all ranks (Group.average_running_statistics). With fewer than five
+    classes, top-5 counts them all.
+
+    Args:
+        model: what to evaluate; it is left in training mode.
+        precision: bf16 or fp32.
+        loader: of the validation images.
+        group: the ranks that take part.
+        batch: images at once.
+    """
+    model.eval()
+    correct = in_five = images = 0
+    loss = 0.0
+    try:
+        for pictures, labels in loader.evaluation(batch=batch, rank=group.rank, world_size=group.world_size):
+            with autocast(precision):
+                logits = model(pictures)
+            logits = logits.float()
+            loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+            best = logits.topk(min(5, logits.shape[1])).indices
+            hits = best == labels[:, None]
+            correct += int(hits[:, 0].sum())
+            in_five += int(hits.sum())
+            images += len(labels)
+    finally:
+        model.train()
+    all_correct, all_in_five, all_loss, all_images = group.sum(correct, in_five, loss, images)
+    return Accuracy(100 * all_correct / all_images, 100 * all_in_five / all_images, all_loss / all_images, int(all_images))
+
+
+def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
+    """Evaluates a checkpoint on the ``val`` part of a data set.
+
+    Args:
+        folder: a checkpoint, or a run's folder, of which the newest is taken.
+        config: names the data, the precision and the number of decode threads; the checkpoint says the rest.
+        console: where to speak.
+
+    Returns:
+        Accuracy and what it was measured on.
+
+    Raises:
+        KnltrainError: no checkpoint there, or it is damaged.
+        DataError: the data cannot be used, or has other classes than the checkpoint was trained on.
+    """
+    keep_freed_memory()
+    ranks, node = discover(), read_node()
+    threads = threads_per_rank(node, ranks.local_size)
+    torch.set_num_threads(threads)
+    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    folder = checkpoint.newest(folder)
+    state = checkpoint.read_state(folder)
+    fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
+    config = override(config, {**fields, "dropout": state["dropout"]})
+    with contextlib.closing(Group(ranks)) as group:
+        dataset = open_part(config, "val")
+        if list(dataset.classes) != state["classes"]:
+            raise DataError(f"{config.data}/val has other classes than {folder} was trained on")
+        model = model_of(config, len(dataset.classes)).to(memory_format=torch.channels_last)
+        checkpoint.load_weights(folder, model)
+        loader = Loader(dataset, config, dtype=DTYPES[precision], workers=config.workers or threads)
+        console.line(f"{config.model} of {folder} on {len(dataset):,} images, {precision}, {threads} threads a rank")
+        with contextlib.closing(loader):
+            start = time.perf_counter()
+            accuracy = evaluate(model, precision, loader, group, batch=128)
+            seconds = time.perf_counter() - start
+    return {
+        "checkpoint": str(folder),
+        "data": config.data,
+        **accuracy._asdict(),
+        "images_per_s": accuracy.images / seconds,
+        "precision": precision,
+        "world_size": ranks.size,
+    }

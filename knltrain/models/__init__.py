@@ -1,0 +1,83 @@
+"""The networks, by name."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+
+from knltrain.config import RunConfig
+from knltrain.errors import ConfigError
+from knltrain.models import alexnet, resnet
+
+MODELS = {
+    "alexnet": alexnet.alexnet,
+    "alexnet_bn": alexnet.alexnet_bn,
+    "alexnet_bn_small": alexnet.alexnet_bn_small,
+    "resnet50": resnet.resnet50,
+}
+
+
+def build_model(
+    name: str,
+    *,
+    num_classes: int,
+    image_size: int,
+    dropout: float | None = None,
+    zero_init_residual: bool = False,
+) -> nn.Module:
+    """Builds a network with fresh weights from torch's global generator.
+
+    Args:
+        name: a key of ``MODELS``, or ``torchvision:NAME`` for any classifier of torchvision.
+        num_classes: length of the output.
+        image_size: height and width of the images, in pixels; the small AlexNet sizes its first dense layer by it.
+        dropout: probability before the last layers; None leaves the model's own.
+        zero_init_residual: start every residual block's last batch-norm gamma at zero.
+
+    Raises:
+        ConfigError: an unknown name, images too small for the network, or an option that this network has no use for.
+    """
+    options: dict[str, Any] = {}
+    if dropout is not None:
+        options["dropout"] = dropout
+    if zero_init_residual:
+        options["zero_init_residual"] = True
+    if name.startswith("torchvision:"):
+        return _torchvision(name.partition(":")[2], num_classes, options)
+    if name not in MODELS:
+        raise ConfigError(f"model: no {name!r}; there are {', '.join(MODELS)} and torchvision:NAME")
+    accepted = inspect.signature(MODELS[name]).parameters
+    for option in options:
+        if option not in accepted:
+            raise ConfigError(f"{option} has no effect on {name}: leave it at its default")
+    return MODELS[name](num_classes=num_classes, image_size=image_size, **options)
+
+
+def model_of(config: RunConfig, num_classes: int) -> nn.Module:
+    """Builds the network a configuration names."""
+    return build_model(
+        config.model,
+        num_classes=num_classes,
+        image_size=config.image_size,
+        dropout=config.dropout,
+        zero_init_residual=config.zero_init_residual,
+    )
+
+
+def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    try:
+        from torchvision import models
+    except (ImportError, RuntimeError) as error:
+        # RuntimeError: a torchvision built for another torch fails while it registers its operators.
+        raise ConfigError(f"model torchvision:{name}: torchvision does not import here ({error})") from None
+    if name not in models.list_models(module=models):
+        raise ConfigError(f"model: torchvision has no classifier {name!r}")
+    if name in ("googlenet", "inception_v3"):
+        options = {**options, "aux_logits": False, "init_weights": True}
+    try:
+        network: nn.Module = models.get_model(name, weights=None, num_classes=num_classes, **options)
+    except TypeError as error:
+        raise ConfigError(f"model torchvision:{name} refuses an option: {error}") from None
+    return network

@@ -1,0 +1,165 @@
+"""AlexNet: the grouped network of 2012, the batch-norm form that was trained at 32K, and a small one.
+
+Sources: Krizhevsky et al. 2012 for the architecture; Caffe's bvlc_alexnet for the initial weights of ``alexnet``
+(Gaussian, 0.01 for convolutions and the last layer, 0.005 for fc6 and fc7; biases 0, or 0.1 for conv2, conv4, conv5,
+fc6 and fc7); train_val2.prototxt in borisgin/nvcaffe-0.16 at 8896d33 for ``alexnet_bn`` (biases 0.01, or 0.1 for fc6
+and fc7; batch-norm eps 1e-4, moving average 0.9), with the learned gamma and beta of Intel's copy.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from knltrain.errors import ConfigError
+
+
+class LocalResponseNorm(nn.Module):
+    """Local response normalisation across channels, Krizhevsky et al. 2012, section 3.3, with Caffe's k = 1.
+
+    y = x / (1 + alpha/n * sum of x² over the n channels around)^beta. Input and output are N x C x H x W; float32
+    inside, whatever comes in, because the power of a bf16 sum loses its small part.
+    """
+
+    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> None:
+        super().__init__()
+        self.size, self.alpha, self.beta = size, alpha, beta
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            wide = x.float()
+            half = self.size // 2
+            squares = F.pad(wide * wide, (0, 0, 0, 0, half, half))
+            channels = wide.shape[1]
+            total = squares[:, :channels]
+            for shift in range(1, self.size):
+                total = total + squares[:, shift : shift + channels]
+            return (wide * (1 + self.alpha / self.size * total) ** -self.beta).to(x.dtype)
+
+
+def _gaussian(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:
+    nn.init.normal_(layer.weight, std=std)
+    if layer.bias is not None:
+        nn.init.constant_(layer.bias, bias)
+
+
+class AlexNet(nn.Module):
+    """The five convolutions and three dense layers of 2012, groups of two on conv2, conv4 and conv5.
+
+    Input N x 3 x S x S with S = 227 in the sources (224 gives the same layer sizes but for conv1's border); output
+    N x num_classes logits.
+
+    Args:
+        num_classes: length of the output.
+        batch_norm: normalise the inputs of conv2 to conv5 instead of local response normalisation.
+        dropout: probability on fc6 and fc7.
+    """
+
+    def __init__(self, num_classes: int, *, batch_norm: bool, dropout: float, image_size: int) -> None:
+        super().__init__()
+        if image_size < 67:
+            raise ConfigError(f"image-size {image_size}: AlexNet needs at least 67 pixels; use alexnet_bn_small")
+
+        def norm(channels: int) -> nn.Module:
+            return nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1)
+
+        def pool() -> nn.Module:
+            return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        layers["conv1"], layers["relu1"] = nn.Conv2d(3, 96, 11, stride=4), nn.ReLU(inplace=True)
+        if not batch_norm:
+            layers["norm1"] = LocalResponseNorm()
+        layers["pool1"] = pool()
+        if batch_norm:
+            layers["norm1"] = norm(96)
+        layers["conv2"], layers["relu2"] = nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(inplace=True)
+        if not batch_norm:
+            layers["norm2"] = LocalResponseNorm()
+        layers["pool2"] = pool()
+        if batch_norm:
+            layers["norm2"] = norm(256)
+        layers["conv3"], layers["relu3"] = nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(inplace=True)
+        if batch_norm:
+            layers["norm3"] = norm(384)
+        layers["conv4"], layers["relu4"] = nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(inplace=True)
+        if batch_norm:
+            layers["norm4"] = norm(384)
+        layers["conv5"], layers["relu5"] = nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(inplace=True)
+        layers["pool5"] = pool()
+        self.features = nn.Sequential(layers)
+        size = (image_size - 11) // 4 + 1
+        for _ in range(3):
+            size = -(-(size - 3) // 2) + 1
+        self.classifier = nn.Sequential(
+            OrderedDict(
+                fc6=nn.Linear(256 * size * size, 4096),
+                relu6=nn.ReLU(inplace=True),
+                drop6=nn.Dropout(dropout),
+                fc7=nn.Linear(4096, 4096),
+                relu7=nn.ReLU(inplace=True),
+                drop7=nn.Dropout(dropout),
+                fc8=nn.Linear(4096, num_classes),
+            )
+        )
+        biases = {"conv2": 0.1, "conv4": 0.1, "conv5": 0.1, "fc6": 0.1, "fc7": 0.1}
+        for name, layer in [*self.features.named_children(), *self.classifier.named_children()]:
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                bias = biases.get(name, 0.0)
+                if batch_norm:
+                    bias = 0.1 if name in ("fc6", "fc7") else 0.01
+                _gaussian(layer, 0.005 if name in ("fc6", "fc7") else 0.01, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return logits
+
+
+def alexnet(*, num_classes: int = 1000, image_size: int = 227, dropout: float = 0.5) -> nn.Module:
+    """AlexNet with groups and local response normalisation; 60,965,224 parameters for 1000 classes."""
+    return AlexNet(num_classes, batch_norm=False, dropout=dropout, image_size=image_size)
+
+
+def alexnet_bn(*, num_classes: int = 1000, image_size: int = 227, dropout: float = 0.5) -> nn.Module:
+    """AlexNet with batch norm on the inputs of conv2 to conv5, as the 32K solvers train it."""
+    return AlexNet(num_classes, batch_norm=True, dropout=dropout, image_size=image_size)
+
+
+class SmallAlexNet(nn.Module):
+    """AlexNet-BN's five convolutions for images of 32 to 64 pixels: 3x3 kernels, batch norm after each of them.
+
+    Input N x 3 x S x S, output N x num_classes logits. The last pool averages the whole map, so any S of at least 8
+    will do.
+    """
+
+    def __init__(self, num_classes: int, *, dropout: float) -> None:
+        super().__init__()
+        widths = (3, 48, 96, 192, 192, 128)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for index in range(1, 6):
+            conv = nn.Conv2d(widths[index - 1], widths[index], 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            layers[f"conv{index}"] = conv
+            layers[f"norm{index}"] = nn.BatchNorm2d(widths[index])
+            layers[f"relu{index}"] = nn.ReLU(inplace=True)
+            if index <= 2:
+                layers[f"pool{index}"] = nn.MaxPool2d(2)
+        layers["pool5"] = nn.AdaptiveAvgPool2d(2)
+        self.features = nn.Sequential(layers)
+        self.classifier = nn.Sequential(
+            OrderedDict(drop6=nn.Dropout(dropout), fc6=nn.Linear(widths[-1] * 4, num_classes))
+        )
+        _gaussian(self.classifier.fc6, 0.01, 0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))
+        return logits
+
+
+def alexnet_bn_small(*, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> nn.Module:
+    """A small AlexNet-BN for CIFAR-sized pictures."""
+    del image_size  # the last pool makes the network independent of it
+    return SmallAlexNet(num_classes, dropout=dropout)

@@ -1,0 +1,50 @@
+"""The allocator: tell malloc to keep the memory that every step needs again, and how much memory is in use."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+from collections.abc import Mapping
+
+# <malloc.h>: parameters of mallopt(3).
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
+_SETTINGS = {
+    "mmap_threshold": (_M_MMAP_THRESHOLD, 1 << 30),
+    "trim_threshold": (_M_TRIM_THRESHOLD, (1 << 31) - 1),
+    "top_pad": (_M_TOP_PAD, 64 << 20),
+}
+
+
+def keep_freed_memory(environ: Mapping[str, str] | None = None) -> dict[str, object]:
+    """Raises glibc's thresholds so that large activations are not unmapped and faulted in again at every step.
+
+    Must run before the first tensor. Where another allocator is preloaded or the user has tuned glibc, nothing is
+    touched.
+
+    Returns:
+        What was set, or why nothing was, for the run's config.json.
+    """
+    environ = os.environ if environ is None else environ
+    preloaded = environ.get("LD_PRELOAD", "")
+    for name in ("tcmalloc", "jemalloc", "mimalloc"):
+        if name in preloaded:
+            return {"allocator": name, "set_by": "LD_PRELOAD"}
+    if "glibc.malloc" in environ.get("GLIBC_TUNABLES", ""):
+        return {"allocator": "glibc", "set_by": "GLIBC_TUNABLES"}
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt") or not hasattr(libc, "gnu_get_libc_version"):
+        return {"allocator": "not glibc", "set_by": "nobody"}
+    accepted = {name: value for name, (key, value) in _SETTINGS.items() if libc.mallopt(key, value) == 1}
+    return {"allocator": "glibc", "set_by": "knltrain", **accepted}
+
+
+def resident_mb() -> float:
+    """Memory of this process now, in MiB."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def peak_resident_mb() -> float:
+    """The most memory this process has had, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,363 @@
+"""The run: from a configuration to a folder that says everything about itself."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from knltrain import checkpoint, config as configuration
+from knltrain.comm.gradients import data_parallel
+from knltrain.comm.group import Group
+from knltrain.config import RunConfig
+from knltrain.console import Console, StepProgress
+from knltrain.data import open_data
+from knltrain.data.loader import Dataset, Loader, Share
+from knltrain.data.order import random_bits
+from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.evaluate import evaluate
+from knltrain.metrics import MetricsLog, draw_curves, read_metrics, write_json
+from knltrain.models import model_of
+from knltrain.node.affinity import threads_per_rank
+from knltrain.node.memory import keep_freed_memory, peak_resident_mb, resident_mb
+from knltrain.node.ranks import discover
+from knltrain.node.topology import read_node
+from knltrain.optim import build_optimizer
+from knltrain.provenance import provenance
+from knltrain.schedule import learning_rate, total_steps
+from knltrain.signals import StopRequest
+
+# Separates the random numbers of dropout from those of the data, which use 0 and 1.
+_DROPOUT = 2
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything a training loop works on."""
+
+    config: RunConfig
+    out: Path
+    group: Group
+    share: Share
+    engine: Engine
+    train_loader: Loader
+    val_loader: Loader
+    num_images: int
+    total_steps: int
+    progress: checkpoint.Progress
+    meta: dict[str, Any]
+
+    def epoch(self, steps: int) -> float:
+        """Passes over the training images after so many steps."""
+        return steps * self.config.global_batch / self.num_images
+
+    def crossed(self, steps: int, every: float = 1.0) -> bool:
+        """Whether the last of ``steps`` steps completed another ``every`` epochs."""
+        return math.floor(self.epoch(steps) / every + 1e-9) > math.floor(self.epoch(steps - 1) / every + 1e-9)
+
+    def lr(self, step: int) -> float:
+        """The learning rate of a step."""
+        return learning_rate(
+            self.config.schedule,
+            peak=self.config.peak_lr,
+            step=step,
+            total_steps=self.total_steps,
+            steps_per_epoch=self.num_images / self.config.global_batch,
+        )
+
+
+def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:
+    """Trains; returns whether the run is finished (and not stopped by a signal).
+
+    ::
+
+        for each step:
+            set the learning rate
+            for each micro-batch of this rank:
+                wait for its images                        data_s
+                loss = cross-entropy(model(images), labels)
+                backward                                   gradients travel during the last one: comm_s
+            all ranks: mean loss; has anyone been asked to stop? is the loss a number?
+            optimizer step
+            after an epoch: average batch-norm statistics, evaluate, write a checkpoint
+    """
+    config, engine, group = run.config, run.engine, run.group
+    model, clock = data_parallel(engine.model, config.comm, group.world_size)
+    last_step = min(run.total_steps, config.max_steps or run.total_steps)
+    started = time.perf_counter()
+    batches = run.train_loader.training(run.share, run.progress.step, last_step)
+
+    with contextlib.closing(batches):
+        for step in range(run.progress.step, last_step):
+            step_start, data_s, loss_sum, lr = time.perf_counter(), 0.0, 0.0, run.lr(step)
+            for param_group in engine.optimizer.param_groups:
+                param_group["lr"] = lr
+            engine.optimizer.zero_grad(set_to_none=True)
+            for micro in range(run.share.accumulate):
+                wait_start = time.perf_counter()
+                images, labels = next(batches)
+                data_s += time.perf_counter() - wait_start
+                seed_dropout(config.seed, step, group.rank * run.share.accumulate + micro)
+                with travelling(model, last=micro == run.share.accumulate - 1):
+                    with engine.autocast():
+                        logits = model(images)
+                    loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
+                    (loss / run.share.accumulate).backward()
+                loss_sum += float(loss)
+            loss_sum, stops = group.sum(loss_sum, stop.requested)
+            mean_loss = loss_sum / run.share.accumulate / group.world_size
+            if not math.isfinite(mean_loss):
+                raise KnltrainError(
+                    f"the loss is {mean_loss} at step {step + 1} (epoch {run.epoch(step + 1):.2f}, learning rate "
+                    f"{lr:.4g}): lower optim.lr or lengthen schedule.warmup-epochs; checkpoints in {run.out} are good"
+                )
+            engine.optimizer.step()
+            step_s = time.perf_counter() - step_start
+
+            done = step + 1
+            row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr,
+                   "images_per_s": config.global_batch / step_s, "data_s": data_s, "step_s": step_s,
+                   "comm_s": clock.take(), "rss_mb": resident_mb()}  # fmt: skip
+            if log:
+                log.write(row)
+            bar.step(row)
+            run.progress = dataclasses.replace(run.progress, step=done)
+            ending = done == last_step or stops > 0
+            if (run.crossed(done) and not stops) or done == last_step:
+                evaluate_epoch(run, log, bar)
+            if run.crossed(done, config.checkpoint.every) or ending:
+                save_checkpoint(run, time.perf_counter() - started)
+            if stops:
+                return False
+    return True
+
+
+@contextlib.contextmanager
+def travelling(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Lets gradients travel in the backward pass of a step's last micro-batch only."""
+    with model.no_sync() if hasattr(model, "no_sync") and not last else contextlib.nullcontext():
+        yield
+
+
+def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
+    """Makes what is dropped a function of the seed and of the micro-batch's place in the run."""
+    # Not torch.manual_seed: in a CUDA build it queues a call for a device that will never be there, at every step.
+    torch.default_generator.manual_seed(int(random_bits(seed, _DROPOUT, step, micro_batch)[0]))
+
+
+def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
+    """Evaluates, and notes the best top-1."""
+    start = time.perf_counter()
+    run.group.average_running_statistics(run.engine.model)
+    accuracy = evaluate(run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256))
+    best = max(accuracy.top1, run.progress.best_top1 or 0.0)
+    run.progress = dataclasses.replace(run.progress, best_top1=best)
+    step = run.progress.step
+    row = {"step": step, "epoch": run.epoch(step), "top1": accuracy.top1, "top5": accuracy.top5,
+           "val_loss": accuracy.loss, "eval_s": time.perf_counter() - start}  # fmt: skip
+    if log:
+        log.write(row)
+    bar.evaluation(row)
+
+
+def save_checkpoint(run: Run, elapsed_s: float) -> None:
+    """Writes a checkpoint from rank 0; the others go on once it is there."""
+    run.group.average_running_statistics(run.engine.model)
+    if run.group.is_first:
+        progress = dataclasses.replace(run.progress, wall_s=run.progress.wall_s + elapsed_s)
+        checkpoint.save(
+            run.out,
+            progress,
+            run.engine.state_dict(),
+            run.engine.optimizer,
+            meta=run.meta,
+            keep=run.config.checkpoint.keep,
+        )
+    run.group.barrier()
+
+
+def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
+    """Trains as configured, alone or as one of several ranks.
+
+    Returns:
+        The summary (also OUT/summary.json), and whether the run is finished; if not, a signal stopped it after a
+        checkpoint and the same call goes on from there.
+
+    Raises:
+        ConfigError: the configuration is not possible on this machine, or OUT holds another run.
+        KnltrainError: data, a checkpoint or the other ranks failed.
+    """
+    malloc = keep_freed_memory()
+    ranks, node = discover(), read_node()
+    threads = threads_per_rank(node, ranks.local_size)
+    torch.set_num_threads(threads)
+    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    engine_name = choose_engine(config.engine)
+    share = share_of(config, ranks.rank, ranks.size)
+    out = Path(config.out or f"runs/{config.recipe or config.model}")
+    with contextlib.closing(Group(ranks)) as group, StopRequest() as stop, contextlib.ExitStack() as cleanup:
+        if not group.is_first:
+            group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
+        train_set, val_set = open_data(config)
+        if group.is_first:
+            group.barrier()
+        steps = total_steps(epochs=config.epochs, num_images=len(train_set), global_batch=config.global_batch)
+        resume_from = checkpoint.find(out, config.resume)
+        if group.is_first:
+            guard_out(config, out)
+
+        torch.manual_seed(config.seed)
+        model = model_of(config, len(train_set.classes)).to(memory_format=torch.channels_last)
+        optimizer = build_optimizer(model, config.optim)
+        progress = checkpoint.Progress(step=0)
+        if resume_from:
+            state = checkpoint.read_state(resume_from)
+            progress = checkpoint.Progress(state["step"], state["best_top1"], state["wall_s"])
+            checkpoint.load_weights(resume_from, model)
+            checkpoint.load_optimizer(resume_from, optimizer)
+        (all_steps,) = group.sum(progress.step)
+        if all_steps != progress.step * group.world_size:
+            raise KnltrainError(f"{out}: ranks found different checkpoints; OUT must be a folder that all nodes share")
+        engine = build_engine(engine_name, precision, model, optimizer)
+        workers = config.workers or threads
+        loaders = [Loader(part, config, dtype=engine.dtype, workers=workers) for part in (train_set, val_set)]
+        for loader in loaders:
+            cleanup.callback(loader.close)
+        meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
+                "classes": list(train_set.classes), "dropout": config.dropout, "seed": config.seed}  # fmt: skip
+        run = Run(config, out, group, share, engine, *loaders, len(train_set), steps, progress, meta)
+
+        plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
+                "threads": threads, "workers": workers, "backend": group.backend, "local_batch": share.local_batch,
+                "accumulate": share.accumulate, "steps": steps, "precision": precision, "engine": engine.name,
+                "malloc": malloc}  # fmt: skip
+        announce(console, run, plan, (train_set, val_set), resume_from)
+        log = None
+        if group.is_first:
+            out.mkdir(parents=True, exist_ok=True)
+            record = {"config": configuration.as_dict(config), "plan": plan, **provenance(node),
+                      "data": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}}  # fmt: skip
+            write_json(out / "config.json", record)
+            log = cleanup.enter_context(MetricsLog(out, after_step=progress.step))
+        started = time.perf_counter()
+        with StepProgress(console, first=progress.step, total=steps, epochs=config.epochs) as bar:
+            finished = loop(run, log, bar, stop)
+        wall_s = progress.wall_s + time.perf_counter() - started
+    summary = summarize(run, plan, wall_s) if ranks.rank == 0 else {}
+    return summary, finished
+
+
+def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
+    """Divides the global batch over ranks and micro-batches.
+
+    Raises:
+        ConfigError: it does not divide; the message names sizes that do.
+    """
+    if config.global_batch % world_size:
+        down = config.global_batch // world_size * world_size
+        raise ConfigError(
+            f"global-batch {config.global_batch} is not a multiple of {world_size} ranks; "
+            f"take {down or world_size} or {down + world_size}"
+        )
+    of_rank = config.global_batch // world_size
+    local = min(config.local_batch or of_rank, of_rank)
+    if of_rank % local:
+        divisor = next(size for size in range(local, 0, -1) if of_rank % size == 0)
+        raise ConfigError(
+            f"local-batch {local} does not divide the {of_rank} images a rank has in a step; take {divisor}"
+        )
+    return Share(config.global_batch, local, rank, world_size)
+
+
+# What may differ between the parts of one run: where it runs and how long, not what it computes.
+_MAY_CHANGE = {"data", "out", "resume", "workers", "max_steps", "local_batch", "checkpoint.every", "checkpoint.keep"}
+
+
+def guard_out(config: RunConfig, out: Path) -> None:
+    """Refuses to write into a folder that holds another run.
+
+    Raises:
+        ConfigError: OUT has a run of another configuration, or one that would be started over.
+    """
+    record = out / "config.json"
+    if not record.exists():
+        return
+    if config.resume == "never":
+        raise ConfigError(f"{out} holds a run already; give another --out, or delete the folder to start over")
+    try:
+        before = configuration.flatten(json.loads(record.read_text("utf-8"))["config"])
+    except (OSError, ValueError, KeyError, AttributeError):
+        raise ConfigError(f"{record} is damaged; give another --out, or delete the folder to start over") from None
+    now = configuration.flatten(configuration.as_dict(config))
+    changed = [
+        f"{name}: {before.get(name)} -> {now.get(name)}"
+        for name in sorted(before.keys() | now.keys())
+        if name not in _MAY_CHANGE and before.get(name) != now.get(name)
+    ]
+    if changed:
+        raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(changed)}); give another --out")
+
+
+def announce(
+    console: Console, run: Run, plan: dict[str, Any], data: tuple[Dataset, Dataset], resume_from: Path | None
+) -> None:
+    """Says what is about to run, in a few lines."""
+    config, (train_set, val_set) = run.config, data
+    console.line(
+        f"{config.model} on {config.data}: {len(train_set):,} + {len(val_set):,} images, {len(train_set.classes)} classes"
+    )
+    console.line(
+        f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} ranks x "
+        f"{plan['accumulate']} x {plan['local_batch']}, peak lr {config.peak_lr:g}, {config.epochs:g} epochs = "
+        f"{run.total_steps:,} steps"
+    )
+    console.line(
+        f"{plan['precision']}, engine {plan['engine']}, {plan['threads']} threads and {plan['workers']} decoders a rank"
+    )
+    if plan["world_size"] == 1 and config.comm != configuration.CommConfig():
+        console.warn("comm.* has no effect on a single rank")
+    if resume_from:
+        console.line(f"resumed from {resume_from} (epoch {run.epoch(run.progress.step):.2f})")
+
+
+def summarize(run: Run, plan: dict[str, Any], wall_s: float) -> dict[str, Any]:
+    """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former."""
+    rows = read_metrics(run.out / "metrics.jsonl")
+    steps = [row for row in rows if "step_s" in row]
+    evaluations = [row for row in rows if "top1" in row]
+    train_s = sum(row["step_s"] for row in steps)
+    last: dict[str, Any] = evaluations[-1] if evaluations else {}
+    summary = {
+        "recipe": run.config.recipe,
+        "model": run.config.model,
+        "top1": last.get("top1"),
+        "top5": last.get("top5"),
+        "best_top1": run.progress.best_top1,
+        "epochs": run.epoch(run.progress.step),
+        "steps": run.progress.step,
+        "images_per_s": len(steps) * run.config.global_batch / train_s if steps else None,
+        "data_fraction": sum(row["data_s"] for row in steps) / train_s if steps else None,
+        "comm_fraction": sum(row["comm_s"] for row in steps) / train_s if steps else None,
+        "peak_rss_mb": peak_resident_mb(),
+        "train_s": train_s,
+        "wall_s": wall_s,
+        "engine": plan["engine"],
+        "precision": plan["precision"],
+        "world_size": plan["world_size"],
+        "global_batch": run.config.global_batch,
+        "out": str(run.out),
+    }
+    write_json(run.out / "summary.json", summary)
+    title = f"{run.config.recipe or run.config.model}, batch {run.config.global_batch:,}"
+    draw_curves(rows, run.out / "curves.png", title)
+    return summary
