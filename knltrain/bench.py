@@ -42,7 +42,7 @@ def bench(config: RunConfig, console: Console, *, steps: int) -> dict[str, Any]:
     precision = choose_precision(config.precision, node, force=config.force_bf16)
     name = choose_engine(config.engine)
     torch.manual_seed(config.seed)
-    model = model_of(config, _CLASSES).to(memory_format=torch.channels_last)
+    model = model_of(config, _CLASSES)
     engine = build_engine(name, precision, model, build_optimizer(model, config.optim))
     shape = (config.global_batch, 3, config.image_size, config.image_size)
     images = torch.randn(shape).to(engine.dtype, memory_format=torch.channels_last)

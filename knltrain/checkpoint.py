@@ -140,7 +140,9 @@ def load_weights(folder: Path, model: nn.Module) -> None:
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
-        raise KnltrainError(f"checkpoint {folder} is of another network: {str(error).splitlines()[-1].strip()}") from None
+        raise KnltrainError(
+            f"checkpoint {folder} is of another network: {str(error).splitlines()[-1].strip()}"
+        ) from None
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:

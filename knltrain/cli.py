@@ -18,7 +18,7 @@ import knltrain
 from knltrain import config as configuration
 from knltrain.config import EngineName, Precision, RunConfig
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.recipes import RECIPES
+from knltrain.recipes import RECIPES, SOURCES
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
 
@@ -28,7 +28,9 @@ _CONTEXT = {
     # Fields are written with underscores in files; on the command line both spellings are the same option.
     "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
 }
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr.")
+_JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr."
+)
 
 
 def _field_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -114,6 +116,9 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
             f"{RECIPES[recipe].config().global_batch:,}; --optim.lr sets another"
         )
 
+    for complaint in configuration.without_effect(config, changed):
+        console.warn(complaint)
+
     from knltrain.train import train as run
 
     summary, finished = run(config, console)
@@ -123,8 +128,9 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
         sys.exit(STOPPED)
     if summary:
         console.line(
-            f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])}), {summary['images_per_s']:.0f} img/s, "
-            f"{summary['data_fraction']:.1%} waiting for data; {summary['out']}/curves.png"
+            f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])}), "
+            f"{summary['images_per_s']:.0f} img/s, {summary['data_fraction']:.1%} waiting for data; "
+            f"{summary['out']}/curves.png"
         )
         if as_json:
             click.echo(json.dumps(summary))
@@ -167,7 +173,14 @@ def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
 @_JSON
 @_reports_errors
 def bench(
-    model: str, batch: str, image_size: str | None, precision: str, engine: str, steps: int, as_json: bool, **values: str | None
+    model: str,
+    batch: str,
+    image_size: str | None,
+    precision: str,
+    engine: str,
+    steps: int,
+    as_json: bool,
+    **values: str | None,
 ) -> None:
     """Time training steps on this node, on synthetic input."""
     if image_size is None:
@@ -214,18 +227,24 @@ def recipes(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
+    from rich import box
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
-    table = Table(show_lines=False, pad_edge=False)
-    for name, side in (("recipe", "left"), ("model", "left"), ("batch", "right"), ("epochs", "right"), ("lr", "right"),
-                       ("warm-up", "right"), ("optimizer", "left"), ("augmentation", "left"),
-                       ("published top-1, %", "left"), ("this project's", "left")):  # fmt: skip
-        table.add_column(name, justify=side, no_wrap=name == "recipe")  # type: ignore[arg-type]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("recipe", "model", "batch", "epochs", "LR", "warm-up", "optimizer", "augmentation",
+                 "published top-1, %", "run by this project"):  # fmt: skip
+        number = name in ("batch", "epochs", "LR", "warm-up")
+        table.add_column(name, justify="right" if number else "left", no_wrap=number or name == "recipe")
     for row in rows:
-        table.add_row(*(f"{value:.4g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else value
-                        for value in row.values()))  # fmt: skip
-    Console().print(table)
+        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int)
+                        else escape(str(value)) for value in row.values()))  # fmt: skip
+    # A pipe has no width of its own; what reads it should get one line a recipe.
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    console.print(table)
+    for key, source in SOURCES.items():
+        console.print(f"[{key}] {source}", markup=False, highlight=False)
 
 
 def _recipe(name: str) -> RunConfig:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,8 +20,10 @@ from msgspec import Meta
 
 from knltrain.errors import ConfigError
 
-Positive = Annotated[float, Meta(gt=0)]
-NotNegative = Annotated[float, Meta(ge=0)]
+# The upper bound keeps infinity out.
+_LARGEST = sys.float_info.max
+Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
+NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
 
@@ -51,8 +54,8 @@ class OptimConfig:
     decay_on: Literal["all", "not-norm", "weights"] = _field(
         "all", "which parameters decay: all, all but batch norm's, or neither batch norm's nor biases"
     )
-    trust_coefficient: Positive = _field(0.001, "eta of LARS; without effect on sgd")
-    eps: NotNegative = _field(0.0, "added to the denominator of the trust ratio; without effect on sgd")
+    trust_coefficient: Positive = _field(0.001, "eta of LARS")
+    eps: NotNegative = _field(0.0, "added to the denominator of the trust ratio of LARS")
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS[self.name]:
@@ -123,7 +126,7 @@ class RunConfig:
     precision: Precision = _field("auto", "bf16 or fp32; auto: bf16 where the processor computes in it")
     force_bf16: bool = _field(False, "allow bf16 on a processor without AVX512_BF16 or AMX (slow)")
     engine: EngineName = _field("auto", "how a step executes")
-    seed: Annotated[int, Meta(ge=0, lt=2**63)] = _field(0, "decides initial weights, order, augmentation, dropout")
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
     workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")
     label_smoothing: Fraction = _field(0.0, "label smoothing")
@@ -132,6 +135,12 @@ class RunConfig:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        if self.augment.name != "rrc" and self.resize < self.image_size:
+            raise ConfigError(
+                f"augment.resize {self.resize} is smaller than image-size {self.image_size}: there is no such crop"
+            )
 
     @property
     def peak_lr(self) -> float:
@@ -204,16 +213,41 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     return dataclasses.replace(config, **top)  # type: ignore[arg-type]
 
 
+# What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
+_NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
+    "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "optim.eps": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
+    "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
+    "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
+    "schedule.end_lr": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
+    "schedule.milestones": ("schedule.name step", lambda c: c.schedule.name == "step"),
+    "schedule.gamma": ("schedule.name step", lambda c: c.schedule.name == "step"),
+    "augment.min_area": ("augment.name rrc", lambda c: c.augment.name == "rrc"),
+    "augment.pad": ("augment.name pad-crop-flip", lambda c: c.augment.name == "pad-crop-flip"),
+    "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
+}
+
+
+def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """Says of each named field that changes nothing in this configuration what it would need to."""
+    return [
+        f"{name.replace('_', '-')} has no effect without {_NEEDS[name][0]}"
+        for name in names
+        if name in _NEEDS and not _NEEDS[name][1](config)
+    ]
+
+
 def read_toml(path: str | Path) -> dict[str, object]:
     """Reads a TOML file of fields and returns them by dotted name.
 
     Raises:
         ConfigError: the file is missing, unreadable or no TOML.
     """
-    try:
+    if sys.version_info >= (3, 11):
         import tomllib
-    except ImportError:  # Python 3.10
-        import tomli as tomllib  # type: ignore[no-redef]
+    else:
+        import tomli as tomllib
     try:
         tree = tomllib.loads(Path(path).read_text("utf-8"))
     except OSError as error:

@@ -86,7 +86,9 @@ def choose_engine(asked: EngineName) -> str:
         raise ConfigError("engine compile: torch.compile needs g++ or clang++ on the PATH; install one or use eager")
     if asked == "ipex":
         if importlib.util.find_spec("intel_extension_for_pytorch") is None:
-            raise ConfigError("engine ipex: intel-extension-for-pytorch is not installed; pip install 'knltrain[intel]'")
+            raise ConfigError(
+                "engine ipex: intel-extension-for-pytorch is not installed; pip install 'knltrain[intel]'"
+            )
         ours = torch.__version__.split("+")[0]
         theirs = importlib.metadata.version("intel-extension-for-pytorch")
         if ours.split(".")[:2] != theirs.split(".")[:2]:
@@ -103,10 +105,10 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: torch.o
     Args:
         name: as :func:`choose_engine` resolved it.
         precision: as :func:`choose_precision` resolved it.
-        model: with its initial or resumed weights; changed in place.
+        model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
     """
-    model = model.to(memory_format=torch.channels_last).train()
+    model.train()
     if name == "compile":
         # In place, so that names in state dicts stay as they are.
         model.compile()

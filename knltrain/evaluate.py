@@ -66,7 +66,9 @@ def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, 
     finally:
         model.train()
     all_correct, all_in_five, all_loss, all_images = group.sum(correct, in_five, loss, images)
-    return Accuracy(100 * all_correct / all_images, 100 * all_in_five / all_images, all_loss / all_images, int(all_images))
+    return Accuracy(
+        100 * all_correct / all_images, 100 * all_in_five / all_images, all_loss / all_images, int(all_images)
+    )
 
 
 def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
@@ -97,7 +99,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> di
         dataset = open_part(config, "val")
         if list(dataset.classes) != state["classes"]:
             raise DataError(f"{config.data}/val has other classes than {folder} was trained on")
-        model = model_of(config, len(dataset.classes)).to(memory_format=torch.channels_last)
+        model = model_of(config, len(dataset.classes))
         checkpoint.load_weights(folder, model)
         loader = Loader(dataset, config, dtype=DTYPES[precision], workers=config.workers or threads)
         console.line(f"{config.model} of {folder} on {len(dataset):,} images, {precision}, {threads} threads a rank")

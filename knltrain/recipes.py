@@ -1,16 +1,7 @@
 """Named recipes: functions that return a configuration, each with its source in the docstring.
 
-Sources, as cited below:
-
-* [ICLR]   "Large Batch Training of Convolutional Networks with Layer-wise Adaptive Rate Scaling", submission to
-           ICLR 2018 by the authors of LARS; tables 1, 3 and 4. Close to arXiv 1708.03888.
-* [Paper]  "100-epoch ImageNet Training with AlexNet in 24 Minutes", arXiv 1709.05011; its abstracts.
-* [Intel]  solvers in intel/caffe at 44d5363, models/intel_optimized_models/multinode.
-* [NVCaffe] solvers of the LARS author in borisgin/nvcaffe-0.16 at 8896d33, models/.
-* [Goyal]  "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour", arXiv 1706.02677.
-* [MLPerf] reference convergence points, mlcommons/logging at 7bbf792, training_3.1.0/rcps_resnet.json.
-
-Warm-ups that a source gives in iterations are turned into epochs of 1,281,167 images.
+Sources are cited by the keys of ``SOURCES``. Warm-ups that a source gives in iterations are turned into epochs of
+1,281,167 images.
 """
 
 from __future__ import annotations
@@ -21,6 +12,16 @@ from dataclasses import dataclass, replace
 from knltrain.config import AugmentConfig, OptimConfig, RunConfig, ScheduleConfig
 
 IMAGENET_IMAGES = 1_281_167
+
+SOURCES = {
+    "ICLR": "Large Batch Training of Convolutional Networks with Layer-wise Adaptive Rate Scaling, submission to ICLR "
+    "2018 by the authors of LARS, close to arXiv 1708.03888; the number is that of the table",
+    "Paper": "100-epoch ImageNet Training with AlexNet in 24 Minutes, arXiv 1709.05011; its abstracts",
+    "Intel": "solvers in intel/caffe at 44d5363, models/intel_optimized_models/multinode",
+    "NVCaffe": "solvers of the first author of LARS in borisgin/nvcaffe-0.16 at 8896d33, models/",
+    "Goyal": "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, arXiv 1706.02677",
+    "MLPerf": "reference convergence points in mlcommons/logging at 7bbf792, training_3.1.0/rcps_resnet.json",
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Recipe:
 RECIPES: dict[str, Recipe] = {}
 
 
-def recipe(*, published: str, measured: str = "not run") -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
+def recipe(
+    *, published: str, measured: str = "not run"
+) -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
     """Registers the decorated function under its name, with dashes for underscores."""
 
     def register(build: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
@@ -64,7 +67,7 @@ def _warmup_epochs(iterations: int, batch: int) -> float:
 
 
 def _alexnet(model: str, batch: int, lr: float, *, warmup_epochs: float, warmup_lr: float) -> RunConfig:
-    """What the AlexNet experiments of [ICLR] share: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227-pixel crops."""
+    """What the AlexNet experiments of [ICLR] share: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227 pixels."""
     return RunConfig(
         model=model,
         image_size=227,
@@ -77,48 +80,54 @@ def _alexnet(model: str, batch: int, lr: float, *, warmup_epochs: float, warmup_
     )
 
 
-@recipe(published="58.7 [ICLR, table 3]")
+@recipe(published="58.7 [ICLR 3]")
 def alexnet_512() -> RunConfig:
     """AlexNet at 512: LR 2, 2 epochs of warm-up [ICLR]. The start of the ramp is not given; 0 is used."""
     return _alexnet("alexnet", 512, 2, warmup_epochs=2, warmup_lr=0)
 
 
-@recipe(published="58.5 [ICLR, table 3]")
+@recipe(published="58.5 [ICLR 3]")
 def alexnet_4k() -> RunConfig:
     """AlexNet at 4,096: LR 10, 2 epochs of warm-up [ICLR]. The start of the ramp is not given; 0 is used."""
     return _alexnet("alexnet", 4096, 10, warmup_epochs=2, warmup_lr=0)
 
 
-@recipe(published="58.2 [ICLR, table 3]")
+@recipe(published="58.2 [ICLR 3]")
 def alexnet_8k() -> RunConfig:
     """AlexNet at 8,192: LR 10, ramp of 600 iterations from LR 1 [NVCaffe, bvlc_alexnet/solver_8K]."""
     return _alexnet("alexnet", 8192, 10, warmup_epochs=_warmup_epochs(600, 8192), warmup_lr=1)
 
 
-@recipe(published="60.2 [ICLR, table 3]")
+@recipe(published="60.2 [ICLR 3]")
 def alexnet_bn_512() -> RunConfig:
     """AlexNet-BN at 512: LR 2, 5 epochs of warm-up [ICLR]. The start of the ramp is not given; 0 is used."""
     return _alexnet("alexnet_bn", 512, 2, warmup_epochs=5, warmup_lr=0)
 
 
-@recipe(published="60.1 [ICLR, table 3]")
+@recipe(published="60.1 [ICLR 3]")
 def alexnet_bn_8k() -> RunConfig:
-    """AlexNet-BN at 8,192: LR 14 [ICLR], ramp of 600 iterations from LR 1 [NVCaffe, alexnet_bn/solver_8K, whose LR is 10]."""
+    """AlexNet-BN at 8,192: LR 14 [ICLR], ramp of 600 iterations from LR 1 [NVCaffe, alexnet_bn/solver_8K].
+
+    That solver's LR is 10.
+    """
     return _alexnet("alexnet_bn", 8192, 14, warmup_epochs=_warmup_epochs(600, 8192), warmup_lr=1)
 
 
-@recipe(published="59.3, any LR in 13-22 [ICLR, table 3: LR 23]")
+@recipe(published="59.3 [ICLR 3]")
 def alexnet_bn_16k() -> RunConfig:
-    """AlexNet-BN at 16,384: LR 23 [ICLR], ramp of 400 iterations from LR 1 [NVCaffe, alexnet_bn/solver_16k, whose LR is 24]."""
+    """AlexNet-BN at 16,384: LR 23 [ICLR], ramp of 400 iterations from LR 1 [NVCaffe, alexnet_bn/solver_16k].
+
+    That solver's LR is 24; [ICLR] finds the same accuracy for any LR between 13 and 22.
+    """
     return _alexnet("alexnet_bn", 16384, 23, warmup_epochs=_warmup_epochs(400, 16384), warmup_lr=1)
 
 
-@recipe(published="57.8 with LR 22 [ICLR, table 3]; none for this solver")
+@recipe(published="57.8 at LR 22 [ICLR 3]")
 def alexnet_bn_32k() -> RunConfig:
-    """AlexNet-BN at 32,768, the solver that was released: LR 32, ramp of 400 iterations from LR 1 [Intel, alexnet_bn_64nodes].
+    """AlexNet-BN at 32,768: LR 32, ramp of 400 iterations from LR 1 [Intel, alexnet_bn_64nodes].
 
-    64 nodes x 512 images. The solver's 4,000 iterations are called 100 epochs there; 100 epochs of 1,281,167 images
-    are 3,910.
+    The solver that was released, for 64 nodes of 512 images; no accuracy was published with it. Its 4,000 iterations
+    are called 100 epochs there; 100 epochs of 1,281,167 images are 3,910.
     """
     return _alexnet("alexnet_bn", 32768, 32, warmup_epochs=_warmup_epochs(400, 32768), warmup_lr=1)
 
@@ -172,7 +181,7 @@ def resnet50_256() -> RunConfig:
     return _goyal(256)
 
 
-@recipe(published="75.2 [ICLR, table 4, max aug]")
+@recipe(published="75.2 [ICLR 4]")
 def resnet50_8k() -> RunConfig:
     """ResNet-50 at 8,192 with LARS: LR 30, 5 epochs of warm-up, 100 epochs [ICLR]."""
     return _resnet50(8192, 30, warmup_epochs=5)
@@ -184,24 +193,24 @@ def resnet50_8k_goyal() -> RunConfig:
     return _goyal(8192)
 
 
-@recipe(published="74.4 [ICLR, table 4, max aug]")
+@recipe(published="74.4 [ICLR 4]")
 def resnet50_16k() -> RunConfig:
     """ResNet-50 at 16,384 with LARS: LR 33, 12 epochs of warm-up, 100 epochs [ICLR]."""
     return _resnet50(16384, 33, warmup_epochs=12)
 
 
-@recipe(published="72.5 in 100 epochs [ICLR, table 4]; 75.4 claimed by [Paper], numbers unpublished")
+@recipe(published="72.5 in 100 epochs [ICLR 4]")
 def resnet50_32k() -> RunConfig:
     """ResNet-50 at 32,768 with LARS in 90 epochs: LR 40, 12 epochs of warm-up [ICLR].
 
-    [Paper] runs 90 epochs and claims no loss of accuracy, but does not publish the learning rate; these are the
-    numbers that its first author published for this batch in the same months. ``resnet50-32k-mlperf`` is what to
-    use for accuracy.
+    [Paper] runs 90 epochs and claims no loss of accuracy (75.4), but no text read gives its learning rate; these are
+    the numbers that its first author published for this batch in the same months. ``resnet50-32k-mlperf`` is what
+    to use for accuracy.
     """
     return _resnet50(32768, 40, warmup_epochs=12, epochs=90)
 
 
-@recipe(published="74.9 claimed by [Paper], numbers unpublished")
+@recipe(published="74.9, LR not given [Paper]")
 def resnet50_32k_64ep() -> RunConfig:
     """ResNet-50 at 32,768 in 64 epochs [Paper, last abstract]; the other numbers are those of ``resnet50-32k``."""
     return _resnet50(32768, 40, warmup_epochs=12, epochs=64)
@@ -209,7 +218,7 @@ def resnet50_32k_64ep() -> RunConfig:
 
 @recipe(published="75.9 in 56 epochs [MLPerf]")
 def resnet50_32k_mlperf() -> RunConfig:
-    """ResNet-50 at 32,768 as the MLPerf reference converges: LR 21.2, warm-up 16, momentum 0.94, decay 2.5e-5 [MLPerf].
+    """ResNet-50 at 32,768 as the reference converges: LR 21.2, warm-up 16, momentum 0.94, decay 2.5e-5 [MLPerf].
 
     Batch norm and biases are neither adapted nor decayed; batch-norm span 128; label smoothing 0.1; the decay ends
     at 1e-4. The 2,267 decay steps are read as the whole run (58 epochs), which fits the 56.0 epochs that the
@@ -253,25 +262,25 @@ def _small_lars(batch: int, lr: float, *, warmup_epochs: float) -> RunConfig:
     return _small(batch, optim, warmup_epochs=warmup_epochs)
 
 
-@recipe(published="none: this project's own")
+@recipe(published="-")
 def cifar_256() -> RunConfig:
     """CIFAR-10 at 256 with Nesterov SGD: the small-batch baseline for ``cifar-2k`` and ``cifar-8k``."""
     return _small_sgd(256)
 
 
-@recipe(published="none: this project's own")
+@recipe(published="-")
 def cifar_2k() -> RunConfig:
     """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
     return _small_lars(2048, 8.0, warmup_epochs=2)
 
 
-@recipe(published="none: this project's own")
+@recipe(published="-")
 def cifar_8k() -> RunConfig:
     """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few an epoch as a batch of 210K has on ImageNet."""
     return _small_lars(8192, 12.0, warmup_epochs=3)
 
 
-@recipe(published="none: this project's own")
+@recipe(published="-")
 def quickstart() -> RunConfig:
     """Pictures drawn by rule, LARS at 1,024: everything that an ImageNet run uses, in a minute or two."""
     base = _small_lars(1024, 6.0, warmup_epochs=1)

@@ -14,12 +14,12 @@ learning rate L and the rate s at which the warm-up starts:
 
 from __future__ import annotations
 
+import math
+
 from knltrain.config import ScheduleConfig
 
 
-def learning_rate(
-    config: ScheduleConfig, *, peak: float, step: int, total_steps: int, steps_per_epoch: float
-) -> float:
+def learning_rate(config: ScheduleConfig, *, peak: float, step: int, total_steps: int, steps_per_epoch: float) -> float:
     """Returns the learning rate of one optimizer update.
 
     Args:
@@ -38,10 +38,10 @@ def learning_rate(
     if step < warmup_steps:
         return config.warmup_lr + (peak - config.warmup_lr) * step / warmup_steps
     if config.name == "poly":
-        return config.end_lr + (peak - config.end_lr) * (1 - step / total_steps) ** config.power
+        return config.end_lr + (peak - config.end_lr) * math.pow(1 - step / total_steps, config.power)
     if config.name == "poly-after-warmup":
         done = (step - warmup_steps) / (total_steps - warmup_steps + 1)
-        return config.end_lr + (peak - config.end_lr) * (1 - done) ** config.power
+        return config.end_lr + (peak - config.end_lr) * math.pow(1 - done, config.power)
     if config.name == "step":
         behind = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
         return peak * config.gamma**behind

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from knltrain import checkpoint, config as configuration
+from knltrain import checkpoint
+from knltrain import config as configuration
 from knltrain.comm.gradients import data_parallel
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
@@ -145,7 +147,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
 @contextlib.contextmanager
 def travelling(model: nn.Module, *, last: bool) -> Iterator[None]:
     """Lets gradients travel in the backward pass of a step's last micro-batch only."""
-    with model.no_sync() if hasattr(model, "no_sync") and not last else contextlib.nullcontext():
+    with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else contextlib.nullcontext():
         yield
 
 
@@ -159,7 +161,9 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
     """Evaluates, and notes the best top-1."""
     start = time.perf_counter()
     run.group.average_running_statistics(run.engine.model)
-    accuracy = evaluate(run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256))
+    accuracy = evaluate(
+        run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256)
+    )
     best = max(accuracy.top1, run.progress.best_top1 or 0.0)
     run.progress = dataclasses.replace(run.progress, best_top1=best)
     step = run.progress.step
@@ -217,7 +221,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
             guard_out(config, out)
 
         torch.manual_seed(config.seed)
-        model = model_of(config, len(train_set.classes)).to(memory_format=torch.channels_last)
+        model = model_of(config, len(train_set.classes))
         optimizer = build_optimizer(model, config.optim)
         progress = checkpoint.Progress(step=0)
         if resume_from:
@@ -230,12 +234,13 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
             raise KnltrainError(f"{out}: ranks found different checkpoints; OUT must be a folder that all nodes share")
         engine = build_engine(engine_name, precision, model, optimizer)
         workers = config.workers or threads
-        loaders = [Loader(part, config, dtype=engine.dtype, workers=workers) for part in (train_set, val_set)]
-        for loader in loaders:
-            cleanup.callback(loader.close)
+        train_loader, val_loader = (
+            cleanup.enter_context(contextlib.closing(Loader(part, config, dtype=engine.dtype, workers=workers)))
+            for part in (train_set, val_set)
+        )
         meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
                 "classes": list(train_set.classes), "dropout": config.dropout, "seed": config.seed}  # fmt: skip
-        run = Run(config, out, group, share, engine, *loaders, len(train_set), steps, progress, meta)
+        run = Run(config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta)
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
                 "threads": threads, "workers": workers, "backend": group.backend, "local_batch": share.local_batch,
@@ -246,7 +251,8 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         if group.is_first:
             out.mkdir(parents=True, exist_ok=True)
             record = {"config": configuration.as_dict(config), "plan": plan, **provenance(node),
-                      "data": {"train": len(train_set), "val": len(val_set), "classes": len(train_set.classes)}}  # fmt: skip
+                      "data": {"train": len(train_set), "val": len(val_set),
+                               "classes": len(train_set.classes)}}  # fmt: skip
             write_json(out / "config.json", record)
             log = cleanup.enter_context(MetricsLog(out, after_step=progress.step))
         started = time.perf_counter()
@@ -314,7 +320,8 @@ def announce(
     """Says what is about to run, in a few lines."""
     config, (train_set, val_set) = run.config, data
     console.line(
-        f"{config.model} on {config.data}: {len(train_set):,} + {len(val_set):,} images, {len(train_set.classes)} classes"
+        f"{config.model} on {config.data}: {len(train_set):,} + {len(val_set):,} images, "
+        f"{len(train_set.classes)} classes"
     )
     console.line(
         f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} ranks x "

@@ -7,6 +7,7 @@ import time
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from knltrain.config import CommConfig
@@ -51,7 +52,7 @@ def data_parallel(model: nn.Module, config: CommConfig, world_size: int) -> tupl
     )
     wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
-    def reduce_mean(state: GradientClock, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         sent = buffer.div_(world_size).to(wire)
         state.started()
@@ -61,7 +62,8 @@ def data_parallel(model: nn.Module, config: CommConfig, world_size: int) -> tupl
             (received,) = future.value()
             return buffer.copy_(received) if received is not buffer else buffer
 
-        return dist.all_reduce(sent, async_op=True).get_future().then(arrived)
+        mean: torch.futures.Future[Tensor] = dist.all_reduce(sent, async_op=True).get_future().then(arrived)
+        return mean
 
     parallel.register_comm_hook(clock, reduce_mean)
     return parallel, clock

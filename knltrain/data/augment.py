@@ -36,26 +36,32 @@ class Box(NamedTuple):
         return Box(left, top, right, bottom, self.flip)
 
 
-def centre_box(height: int, width: int, *, resize: int, size: int) -> Box:
-    """What evaluation sees: short side scaled to ``resize``, centre crop of ``size``, as torchvision rounds them."""
-    scaled_height, scaled_width = _short_side(height, width, resize)
-    left, top = round((scaled_width - size) / 2), round((scaled_height - size) / 2)
-    return Box(left, top, left + size, top + size).scaled(width / scaled_width, height / scaled_height)
+def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
+    """What evaluation sees: short side scaled to ``resize``, centre crop of ``size``; to the pixel as torchvision does.
+
+    Args:
+        image: H x W x 3.
+        resize: short side, at least ``size``.
+        size: height and width of the result.
+    """
+    height, width = _short_side(*image.shape[:2], resize)
+    if (height, width) != image.shape[:2]:
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    top, left = round((height - size) / 2), round((width - size) / 2)
+    return image[top : top + size, left : left + size]
 
 
 def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.float64]) -> Box:
-    """What training sees of one image.
+    """What training sees of one image, where there is an augmentation at all.
 
     Args:
-        config: names the augmentation and its numbers.
+        config: names the augmentation (not ``none``) and its numbers.
         height: of the source image, pixels.
         width: of the source image, pixels.
         draws: ``NUM_DRAWS`` uniform numbers in [0, 1).
     """
     size, augment = config.image_size, config.augment
     flip = bool(draws[0] < 0.5)
-    if augment.name == "none":
-        return centre_box(height, width, resize=config.resize, size=size)
     if augment.name == "rrc":
         return _random_resized_box(height, width, augment.min_area, draws)._replace(flip=flip)
     pad = augment.pad if augment.name == "pad-crop-flip" else 0
@@ -68,6 +74,8 @@ def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.f
 
 def cut(image: Pixels, box: Box, size: int) -> Pixels:
     """Resamples the box to size x size pixels (bilinear, antialiased); what lies over the border is black.
+
+    The result is that part of the whole image resampled: near its edges, pixels just outside the box have a say.
 
     Args:
         image: H x W x 3.
@@ -83,14 +91,17 @@ def cut(image: Pixels, box: Box, size: int) -> Pixels:
         before_x, before_y = max(0, -left), max(0, -top)
         padded = np.zeros((before_y + max(bottom, height), before_x + max(right, width), 3), np.uint8)
         padded[before_y : before_y + height, before_x : before_x + width] = image
-        image = padded
-        left, right, top, bottom = left + before_x, right + before_x, top + before_y, bottom + before_y
-        box = Box(box.left + before_x, box.top + before_y, box.right + before_x, box.bottom + before_y, box.flip)
-    part = image[top:bottom, left:right]
-    if part.shape[:2] != (size, size) or box[:4] != (left, top, right, bottom):
-        inside = (box.left - left, box.top - top, box.right - left, box.bottom - top)
-        resized = Image.fromarray(part).resize((size, size), Image.Resampling.BILINEAR, box=inside)
-        part = np.asarray(resized)
+        moved = Box(box.left + before_x, box.top + before_y, box.right + before_x, box.bottom + before_y, box.flip)
+        return cut(padded, moved, size)
+    if (right - left, bottom - top) == (size, size) and box[:4] == (left, top, right, bottom):
+        part = image[top:bottom, left:right]
+    else:
+        # Only what the filter reaches is handed to Pillow, which copies it.
+        margin_x, margin_y = (math.ceil(max(1.0, side / size)) for side in (right - left, bottom - top))
+        x, y = max(0, left - margin_x), max(0, top - margin_y)
+        around = image[y : bottom + margin_y, x : right + margin_x]
+        inside = (box.left - x, box.top - y, box.right - x, box.bottom - y)
+        part = np.asarray(Image.fromarray(around).resize((size, size), Image.Resampling.BILINEAR, box=inside))
     return part[:, ::-1] if box.flip else part
 
 
@@ -102,7 +113,7 @@ def _short_side(height: int, width: int, resize: int) -> tuple[int, int]:
 
 
 def _random_resized_box(height: int, width: int, min_area: float, draws: NDArray[np.float64]) -> Box:
-    """Area in [min_area, 1] of the image's and aspect ratio in [3/4, 4/3], ten tries, then the centre (Szegedy 2014)."""
+    """Area in [min_area, 1] of the image's, aspect ratio in [3/4, 4/3], ten tries, then the centre (Szegedy 2014)."""
     for attempt in range(_RRC_TRIES):
         area = height * width * (min_area + (1 - min_area) * draws[3 + 2 * attempt])
         ratio = math.exp(math.log(3 / 4) + draws[4 + 2 * attempt] * math.log(16 / 9))

@@ -36,8 +36,8 @@ class EncodedImage:
         if self._turbo:
             try:
                 height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-            except ValueError as error:
-                raise DecodeError(str(error)) from None
+            except (ValueError, KeyError):  # KeyError: of a colour space that it has no name for
+                raise DecodeError("a JPEG with a damaged header") from None
             self._turbo = colorspace not in ("CMYK", "YCCK")
             # An orientation tag is rare, and asking Pillow for it costs as much as a small decode.
             if b"Exif\0" in data[:65536]:

@@ -94,7 +94,7 @@ def _images_below(folder: Path) -> list[str]:
     def fail(error: OSError) -> None:
         raise DataError(f"{error.filename}: {error.strerror}") from None
 
-    files = []
+    files: list[str] = []
     for directory, subfolders, names in os.walk(folder, onerror=fail):
         subfolders.sort()
         files.extend(os.path.join(directory, name) for name in sorted(names) if name.lower().endswith(SUFFIXES))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -87,7 +87,9 @@ class Share:
 
 
 class _Item(NamedTuple):
-    index: int
+    """A sample, and its random numbers, or None for the centre crop."""
+
+    sample: int
     draws: NDArray[np.float64] | None
 
 
@@ -115,7 +117,7 @@ class Loader:
         """Stops the threads; what they have not begun is dropped."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def training(self, share: Share, first_step: int, last_step: int) -> Iterator[Batch]:
+    def training(self, share: Share, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).
 
         Raises:
@@ -127,12 +129,15 @@ class Loader:
             for step in range(first_step, last_step):
                 for first, stop in share.ranges(step):
                     chosen = order.samples(seed, count, first, stop)
+                    if self._config.augment.name == "none":
+                        yield [_Item(sample, None) for sample in chosen.tolist()]
+                        continue
                     drawn = order.draws(seed, first, stop, augment.NUM_DRAWS)
-                    yield [_Item(index, row) for index, row in zip(chosen.tolist(), drawn, strict=True)]
+                    yield [_Item(sample, row) for sample, row in zip(chosen.tolist(), drawn, strict=True)]
 
         return self._prefetched(batches())
 
-    def evaluation(self, *, batch: int, rank: int, world_size: int) -> Iterator[Batch]:
+    def evaluation(self, *, batch: int, rank: int, world_size: int) -> Generator[Batch, None, None]:
         """Yields centre crops of every image once over all ranks, none twice; the last batches are shorter.
 
         Raises:
@@ -142,11 +147,11 @@ class Loader:
 
         def batches() -> Iterator[list[_Item]]:
             for start in range(0, len(mine), batch):
-                yield [_Item(index, None) for index in mine[start : start + batch]]
+                yield [_Item(sample, None) for sample in mine[start : start + batch]]
 
         return self._prefetched(batches())
 
-    def _prefetched(self, batches: Iterator[list[_Item]]) -> Iterator[Batch]:
+    def _prefetched(self, batches: Iterator[list[_Item]]) -> Generator[Batch, None, None]:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             for items in batches:
@@ -163,7 +168,7 @@ class Loader:
     def _submit(self, items: list[_Item]) -> tuple[Batch, list[Future[None]]]:
         size = self._config.image_size
         images = torch.empty((len(items), 3, size, size), dtype=self._dtype, memory_format=torch.channels_last)
-        labels = torch.from_numpy(self._dataset.labels[[item.index for item in items]])
+        labels = torch.from_numpy(self._dataset.labels[[item.sample for item in items]])
         # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
         chunk = max(1, min(32, -(-len(items) // (2 * self._workers))))
         futures = [
@@ -182,16 +187,15 @@ class Loader:
     def _pixels(self, item: _Item) -> Pixels:
         size = self._config.image_size
         try:
-            image = self._dataset.image(item.index)
+            image = self._dataset.image(item.sample)
             height, width = image.height, image.width
             if item.draws is None:
-                box, decoded = augment.centre_box(height, width, resize=self._config.resize, size=size), image.pixels()
-                return augment.cut(decoded, box, size)
+                return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size)
             box = augment.training_box(self._config, height, width, item.draws)
             decoded = image.pixels(*_smallest(box, height, width, size))
             return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
         except (DecodeError, OSError) as error:
-            raise unreadable(self._dataset.name(item.index), error) from None
+            raise unreadable(self._dataset.name(item.sample), error) from None
 
 
 def _smallest(box: Box, height: int, width: int, size: int) -> tuple[int, int]:

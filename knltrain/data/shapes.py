@@ -99,8 +99,7 @@ def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDA
         return np.maximum(np.abs(x), np.abs(y)) - 0.75
     if shape == "triangle":
         return np.maximum(np.abs(x) * 0.866 + y * 0.5, -y) - 0.52
-    arms = np.minimum(np.maximum(np.abs(x) - 1.0, np.abs(y) - 0.3), np.maximum(np.abs(y) - 1.0, np.abs(x) - 0.3))
-    return arms
+    return np.minimum(np.maximum(np.abs(x) - 1.0, np.abs(y) - 0.3), np.maximum(np.abs(y) - 1.0, np.abs(x) - 0.3))
 
 
 def _write(folder: Path) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.models import alexnet, resnet
 
-MODELS = {
+MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": alexnet.alexnet,
     "alexnet_bn": alexnet.alexnet_bn,
     "alexnet_bn_small": alexnet.alexnet_bn_small,
@@ -56,14 +58,16 @@ def build_model(
 
 
 def model_of(config: RunConfig, num_classes: int) -> nn.Module:
-    """Builds the network a configuration names."""
-    return build_model(
+    """Builds the network a configuration names, in channels-last memory format."""
+    model = build_model(
         config.model,
         num_classes=num_classes,
         image_size=config.image_size,
         dropout=config.dropout,
         zero_init_residual=config.zero_init_residual,
     )
+    channels_last: nn.Module = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return channels_last
 
 
 def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:

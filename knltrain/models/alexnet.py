@@ -129,30 +129,31 @@ def alexnet_bn(*, num_classes: int = 1000, image_size: int = 227, dropout: float
 
 
 class SmallAlexNet(nn.Module):
-    """AlexNet-BN's five convolutions for images of 32 to 64 pixels: 3x3 kernels, batch norm after each of them.
+    """AlexNet-BN for images of 32 to 64 pixels: 3x3 kernels, a pool after conv1, conv2 and conv3, one dense layer.
 
-    Input N x 3 x S x S, output N x num_classes logits. The last pool averages the whole map, so any S of at least 8
-    will do.
+    As in ``alexnet_bn``, batch norm stands on the inputs of conv2 to conv5, after ReLU and pool; here on the dense
+    layer's too. Input N x 3 x S x S, output N x num_classes logits; any S of at least 8 will do, for the last map is
+    averaged to 2 x 2. 24 million multiply-adds for 32 pixels.
     """
 
     def __init__(self, num_classes: int, *, dropout: float) -> None:
         super().__init__()
-        widths = (3, 48, 96, 192, 192, 128)
+        widths = (3, 32, 64, 128, 256, 256)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index in range(1, 6):
-            conv = nn.Conv2d(widths[index - 1], widths[index], 3, padding=1, bias=False)
+            conv = nn.Conv2d(widths[index - 1], widths[index], 3, padding=1)
             nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.zeros_(conv.bias)  # type: ignore[arg-type]
             layers[f"conv{index}"] = conv
-            layers[f"norm{index}"] = nn.BatchNorm2d(widths[index])
             layers[f"relu{index}"] = nn.ReLU(inplace=True)
-            if index <= 2:
+            if index <= 3:
                 layers[f"pool{index}"] = nn.MaxPool2d(2)
+            layers[f"norm{index}"] = nn.BatchNorm2d(widths[index])
         layers["pool5"] = nn.AdaptiveAvgPool2d(2)
         self.features = nn.Sequential(layers)
-        self.classifier = nn.Sequential(
-            OrderedDict(drop6=nn.Dropout(dropout), fc6=nn.Linear(widths[-1] * 4, num_classes))
-        )
-        _gaussian(self.classifier.fc6, 0.01, 0.0)
+        fc6 = nn.Linear(widths[-1] * 4, num_classes)
+        _gaussian(fc6, 0.01, 0.0)
+        self.classifier = nn.Sequential(OrderedDict(drop6=nn.Dropout(dropout), fc6=fc6))
 
     def forward(self, x: Tensor) -> Tensor:
         logits: Tensor = self.classifier(torch.flatten(self.features(x), 1))

@@ -54,13 +54,15 @@ class ResNet(nn.Module):
         self.bn1 = nn.BatchNorm2d(64)
         self.maxpool = nn.MaxPool2d(3, 2, padding=1)
         channels = 64
+        stages = []
         for stage, count in enumerate(blocks):
             width = 64 * 2**stage
             bottlenecks = []
             for block in range(count):
                 bottlenecks.append(Bottleneck(channels, width, stride=2 if stage > 0 and block == 0 else 1))
                 channels = width * Bottleneck.expansion
-            self.add_module(f"layer{stage + 1}", nn.Sequential(*bottlenecks))
+            stages.append(nn.Sequential(*bottlenecks))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(channels, num_classes)
 
         for module in self.modules():

@@ -18,6 +18,7 @@ def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | N
     Args:
         node: what this process may use.
         local_size: ranks on this node.
+        environ: the environment, by default this process's.
 
     Raises:
         ConfigError: ``OMP_NUM_THREADS`` is no positive number.

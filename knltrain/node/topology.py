@@ -59,7 +59,7 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     """
     root = Path(root)
     cpuinfo = (root / "proc/cpuinfo").read_text()
-    entries = {}
+    entries: dict[str, str] = {}
     for line in cpuinfo.splitlines():
         key, _, value = line.partition(":")
         entries.setdefault(key.strip(), value.strip())

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 
 def lars_step(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
     *,
     lr: float,
     momentum: float,

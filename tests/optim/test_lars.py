@@ -203,7 +203,7 @@ def test_closure_returns_the_loss():
     ],
 )
 def test_constructor_refuses(options):
-    with pytest.raises(ValueError, match="nvalid|maximize"):
+    with pytest.raises(ValueError, match=r"Invalid|maximize"):
         LARS([torch.nn.Parameter(torch.ones(1))], **options)
 
 

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# The whole test suite, in the reference environment or against another PyTorch.
+#
+#   bash run/test.sh [pytest arguments]                     .venv: torch 2.8 with IPEX and torchvision, timm, optax
+#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch alone
+#
+# Safe to run twice: the second run installs nothing.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. run/environment.sh
+
+if [ "${1:-}" = --torch ]; then
+    environment=.venv-torch-$2
+    requirements=("torch==$2" -e '.[test]')
+    shift 2
+else
+    environment=.venv
+    requirements=(-e '.[intel,test,parity]')
+fi
+make_environment "$environment" "${requirements[@]}"
+export PATH=$PWD/$environment/bin:$PATH
+
+echo "== ruff and mypy"
+ruff check .
+ruff format --check .
+mypy
+echo "== pytest, with $(python -c 'import torch; print("torch", torch.__version__)')"
+exec python -m pytest --durations=15 "$@"

@@ -1,0 +1,68 @@
+"""What tests share: data that they make themselves, and a cache folder of their own."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import simplejpeg
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Keeps pictures drawn on first use out of the user's cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("KNLTRAIN_CACHE")
+    os.environ["KNLTRAIN_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["KNLTRAIN_CACHE"]
+    else:
+        os.environ["KNLTRAIN_CACHE"] = before
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch):
+    """A test run inside a cluster job is not a rank of it."""
+    for name in list(os.environ):
+        if name.startswith(("PMI", "SLURM_", "OMPI_", "MPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+            monkeypatch.delenv(name)
+
+
+def write_jpeg(path, height, width, seed):
+    """A smooth coloured picture, so that compression changes it little."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[0:height, 0:width] / max(height, width)
+    planes = [128 + 100 * np.sin(rng.uniform(1, 6) * x + rng.uniform(1, 6) * y + rng.uniform(0, 6)) for _ in range(3)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(simplejpeg.encode_jpeg(np.stack(planes, -1).astype(np.uint8), quality=95))
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory):
+    """Three classes, 48 + 13 JPEGs of different sizes in ImageFolder layout."""
+    root = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for part, per_class in (("train", (16, 16, 16)), ("val", (5, 4, 4))):
+        for label, count in enumerate(per_class):
+            for index in range(count):
+                height, width = rng.integers(40, 90, 2)
+                write_jpeg(root / part / f"class{label}" / f"{index:03}.jpg", height, width, 1000 * label + index)
+    return root
+
+
+@pytest.fixture
+def knltrain():
+    """Runs the command in a process of its own and returns it, finished."""
+
+    def run(*arguments, timeout=240, **environment):
+        return subprocess.run(
+            [sys.executable, "-m", "knltrain", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            env={**os.environ, **environment},
+        )
+
+    return run

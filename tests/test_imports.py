@@ -1,0 +1,78 @@
+"""Imports point down only, and the rooms that answer before torch is loaded do without it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import knltrain
+
+PACKAGE = Path(knltrain.__file__).parent
+
+# From the top of the house to its foundations; a module may import from lower floors and from its own room.
+FLOORS = [
+    {"__main__"},
+    {"cli"},
+    {"train", "evaluate", "bench"},
+    {"engine", "checkpoint", "metrics"},
+    {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
+    {"config", "recipes", "schedule", "node"},
+    {"errors", "__init__"},
+]
+# On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
+NEIGHBOURS = {("optim", "ops"), ("data", "ops"), ("recipes", "config"), ("schedule", "config")}
+WITHOUT_TORCH = ["config", "recipes", "schedule", "node.topology", "node.affinity", "node.ranks", "node.memory", "cli"]
+
+
+def room(module):
+    """knltrain.data.loader -> data; knltrain -> __init__."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def floor(name):
+    return next(index for index, rooms in enumerate(FLOORS) if name in rooms)
+
+
+def imports(path):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "knltrain":
+                yield from (f"knltrain.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def test_imports_point_down():
+    wrong = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        here = path.relative_to(PACKAGE).with_suffix("").parts[0]
+        for module in imports(path):
+            if module.split(".")[0] != "knltrain" or room(module) == here:
+                continue
+            there = room(module)
+            allowed = floor(there) > floor(here) or (here, there) in NEIGHBOURS
+            # What train and evaluate share is one verb's work inside the other's.
+            if not allowed and (here, there) != ("train", "evaluate"):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
+    assert not wrong
+
+
+def test_torchvision_is_imported_only_where_a_user_asks_for_its_models():
+    users = {p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py") if "torchvision" in set(imports(p))}
+    assert users == {"models/__init__.py"}
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_answers_without_torch(module):
+    code = f"import sys, knltrain.{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_no_file_is_longer_than_500_lines():
+    long = {p.name: n for p in PACKAGE.rglob("*.py") if (n := len(p.read_text("utf-8").splitlines())) > 500}
+    assert not long
