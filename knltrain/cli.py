@@ -26,7 +26,7 @@ _CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
     # Fields are written with underscores in files; on the command line both spellings are the same option.
-    "token_normalize_func": lambda token: token.replace("_", "-") if token.startswith("-") else token,
+    "token_normalize_func": lambda token: token.replace("_", "-"),
 }
 _JSON = click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr."

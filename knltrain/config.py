@@ -270,4 +270,4 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
     """The configuration as nested dictionaries of JSON types."""
-    return typing.cast(dict[str, Any], msgspec.to_builtins(config))
+    return typing.cast(dict[str, Any], msgspec.json.decode(msgspec.json.encode(config)))

@@ -271,7 +271,7 @@ def cifar_256() -> RunConfig:
 @recipe(published="-")
 def cifar_2k() -> RunConfig:
     """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
-    return _small_lars(2048, 8.0, warmup_epochs=2)
+    return _small_lars(2048, 16.0, warmup_epochs=2)
 
 
 @recipe(published="-")
@@ -282,6 +282,6 @@ def cifar_8k() -> RunConfig:
 
 @recipe(published="-")
 def quickstart() -> RunConfig:
-    """Pictures drawn by rule, LARS at 1,024: everything that an ImageNet run uses, in a minute or two."""
-    base = _small_lars(1024, 6.0, warmup_epochs=1)
-    return replace(base, data="shapes", image_size=48, epochs=6, augment=AugmentConfig(name="rrc", min_area=0.5))
+    """Pictures drawn by rule, LARS at 512: everything that an ImageNet run uses, in a minute or two."""
+    base = _small_lars(512, 10.0, warmup_epochs=1)
+    return replace(base, data="shapes", epochs=8, local_batch=128, augment=AugmentConfig(name="crop-flip", resize=36))

@@ -115,7 +115,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                         logits = model(images)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                     (loss / run.share.accumulate).backward()
-                loss_sum += float(loss)
+                loss_sum += loss.item()
             loss_sum, stops = group.sum(loss_sum, stop.requested)
             mean_loss = loss_sum / run.share.accumulate / group.world_size
             if not math.isfinite(mean_loss):
@@ -271,10 +271,8 @@ def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
     """
     if config.global_batch % world_size:
         down = config.global_batch // world_size * world_size
-        raise ConfigError(
-            f"global-batch {config.global_batch} is not a multiple of {world_size} ranks; "
-            f"take {down or world_size} or {down + world_size}"
-        )
+        near = f"{down} or {down + world_size}" if down else str(world_size)
+        raise ConfigError(f"global-batch {config.global_batch} is not a multiple of {world_size} ranks; take {near}")
     of_rank = config.global_batch // world_size
     local = min(config.local_batch or of_rank, of_rank)
     if of_rank % local:

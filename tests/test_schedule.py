@@ -1,3 +1,5 @@
+from itertools import pairwise
+
 import pytest
 
 from knltrain.config import ScheduleConfig
@@ -15,7 +17,7 @@ def rate(step, *, peak=10.0, steps_per_epoch=10.0, **options):
 def test_warmup_is_linear_from_its_start():
     rates = [rate(step, warmup_epochs=2, warmup_lr=1) for step in range(20)]
     assert rates[0] == 1.0
-    increments = [b - a for a, b in zip(rates, rates[1:], strict=False)]
+    increments = [b - a for a, b in pairwise(rates)]
     assert increments == pytest.approx([9 / 20] * 19)
 
 

@@ -1,6 +1,6 @@
 """Gradients over the ranks: buckets that travel while the backward pass still runs."""
 
-from __future__ import annotations
+# No "from __future__ import annotations": DistributedDataParallel checks the hook's annotations as objects.
 
 import time
 

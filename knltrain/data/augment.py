@@ -44,7 +44,7 @@ def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
         resize: short side, at least ``size``.
         size: height and width of the result.
     """
-    height, width = _short_side(*image.shape[:2], resize)
+    height, width = _short_side(image.shape[0], image.shape[1], resize)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     top, left = round((height - size) / 2), round((width - size) / 2)

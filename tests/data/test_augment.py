@@ -64,7 +64,7 @@ def test_crop_flip_box_is_in_source_pixels():
 
 def test_random_resized_crop_stays_inside():
     found = boxes(config("rrc"), 400, 600, 2000)
-    assert all(0 <= b.left and b.right <= 600 and 0 <= b.top and b.bottom <= 400 for b in found)
+    assert all(b.left >= 0 and b.right <= 600 and b.top >= 0 and b.bottom <= 400 for b in found)
 
 
 def test_random_resized_crop_has_torchvisions_distribution():

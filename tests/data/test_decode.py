@@ -137,7 +137,9 @@ def test_files_cut_short_are_refused(kind, keep):
         decode(data[: int(len(data) * keep)])
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"\xff\xd8", b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n", b"\0" * 999])
+@pytest.mark.parametrize(
+    "data", [b"", b"hello", b"\xff\xd8", b"\xff\xd8\xff\xe0garbage", b"\x89PNG\r\n\x1a\n", b"\0" * 999]
+)
 def test_what_is_no_image_is_refused(data):
     with pytest.raises(DecodeError) as raised:
         decode(data)

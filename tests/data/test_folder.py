@@ -2,8 +2,8 @@ import os
 
 import numpy as np
 import pytest
-
 from conftest import write_jpeg
+
 from knltrain.config import RunConfig
 from knltrain.data import open_data, open_part
 from knltrain.data.folder import DataError, Folder

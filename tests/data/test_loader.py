@@ -3,8 +3,8 @@ import threading
 import numpy as np
 import pytest
 import torch
-
 from conftest import write_jpeg
+
 from knltrain.config import AugmentConfig, RunConfig
 from knltrain.data import order
 from knltrain.data.augment import centre_crop
@@ -39,7 +39,9 @@ def test_the_same_images_at_any_number_of_ranks_workers_and_micro_batches(make_l
     whole, labels = steps(make_loader(), Share(32, 32, 0, 1), 0, 4)
     for local in (8, 16):
         for workers in (1, 5):
-            assert torch.equal(torch.cat(whole), torch.cat(steps(make_loader(workers=workers), Share(32, local, 0, 1), 0, 4)[0]))
+            assert torch.equal(
+                torch.cat(whole), torch.cat(steps(make_loader(workers=workers), Share(32, local, 0, 1), 0, 4)[0])
+            )
     ranks = [steps(make_loader(), Share(32, 8, rank, 2), 0, 4) for rank in range(2)]
     for step in range(4):
         assert torch.equal(whole[step], torch.cat([images[step] for images, _ in ranks]))

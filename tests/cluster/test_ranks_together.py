@@ -1,0 +1,137 @@
+"""Two gloo ranks on this machine, started as users start them."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from knltrain.metrics import read_metrics
+
+COMMON = """
+    --recipe alexnet-512 --image-size 67 --augment.resize 77 --dropout 0 --precision fp32 --engine eager
+    --global-batch 64 --optim.lr 20 --schedule.warmup-epochs 0 --max-steps 3
+"""
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+
+
+def find_mpiexec():
+    beside = Path(sys.executable).parent / "mpiexec"
+    return str(beside) if beside.exists() else shutil.which("mpiexec")
+
+
+def mpiexec(ranks):
+    path = find_mpiexec()
+    if path is None:
+        pytest.skip("no mpiexec: neither impi-rt in this environment nor one on the PATH")
+    return [path, "-n", str(ranks), sys.executable, "-m"]
+
+
+def start(command, image_folder, out, *options, **environment):
+    arguments = ["knltrain", "train", *COMMON.split(), "--data", str(image_folder), "--out", str(out), *options]
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
+    )
+
+
+def weights(out):
+    return load_file(max(Path(out, "checkpoints").iterdir()) / "model.safetensors")
+
+
+def assert_equal_within_rounding(got, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+
+
+@pytest.fixture(scope="module")
+def alone(image_folder, tmp_path_factory):
+    """The same three steps on one rank, all 64 images at once."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    result = start([sys.executable, "-m"], image_folder, out)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def test_one_rank_that_accumulates_is_one_that_does_not(alone, image_folder, tmp_path):
+    result = start([sys.executable, "-m"], image_folder, tmp_path / "run", "--local-batch", "16")
+    assert result.returncode == 0, result.stderr
+    assert_equal_within_rounding(weights(tmp_path / "run"), weights(alone))
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_two_ranks_are_one(launcher, alone, image_folder, tmp_path):
+    command = TORCHRUN if launcher == "torchrun" else mpiexec(2)
+    out = tmp_path / "run"
+    result = start(command, image_folder, out, "--json")
+    assert result.returncode == 0, result.stderr
+    assert_equal_within_rounding(weights(out), weights(alone))
+    summary = json.loads(result.stdout.strip().splitlines()[-1])
+    assert (summary["world_size"], summary["steps"]) == (2, 3)
+    assert result.stdout.count('"top1"') == 1, "rank 0 alone writes"
+    one, two = (
+        [row["loss"] for row in read_metrics(Path(path, "metrics.jsonl")) if "loss" in row] for path in (alone, out)
+    )
+    assert two == pytest.approx(one, rel=1e-5)
+    top1 = [json.loads(Path(path, "summary.json").read_text())["top1"] for path in (alone, out)]
+    assert top1[0] == top1[1]
+    plan = json.loads((out / "config.json").read_text())["plan"]
+    assert plan["backend"] == "gloo"
+    assert plan["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
+
+
+def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_path):
+    """Two ranks that accumulate normalise the same micro-batches as one rank that does: equal losses."""
+    options = ["--recipe", "cifar-256", "--image-size", "32", "--augment.resize", "32", "--local-batch", "16"]
+    losses = {}
+    for name, command, more in (
+        ("one", [sys.executable, "-m"], []),
+        ("two", TORCHRUN, []),
+        ("bf16", TORCHRUN, ["--comm.dtype", "bf16"]),
+    ):
+        result = subprocess.run(
+            [*command, "knltrain", "train", *options, "--data", str(image_folder), "--out", str(tmp_path / name),
+             "--global-batch", "64", "--max-steps", "3", "--precision", "fp32", *more],
+            capture_output=True, text=True, timeout=240)  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        losses[name] = [row["loss"] for row in rows]
+        if name != "one":
+            assert all(0 < row["comm_s"] < row["step_s"] for row in rows)
+    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
+    assert losses["bf16"] == pytest.approx(losses["one"], rel=2e-2)
+    assert losses["bf16"] != losses["two"]
+    # Every rank has its own running statistics in training; the checkpoint holds their mean, which one rank that
+    # sees all micro-batches in turn comes close to.
+    one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+    name = "features.norm1.running_var"
+    assert not torch.equal(one[name], two[name])
+    assert torch.isfinite(two[name]).all()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_one_ranks_failure_ends_all_with_its_message(launcher, image_folder, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    bad = data / "val" / "class2" / "003.jpg"
+    bad.write_bytes(b"no image")
+    result = start(TORCHRUN if launcher == "torchrun" else mpiexec(2), data, tmp_path / "run")
+    assert result.returncode != 0
+    assert str(bad) in result.stderr
+
+
+def test_many_processes_that_would_each_train_alone_are_refused(image_folder, tmp_path):
+    result = start(mpiexec(2), image_folder, tmp_path / "run", RANK="0", WORLD_SIZE="1")
+    assert result.returncode == 2
+    assert "each would train a model of its own" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_does_not_divide_is_refused(image_folder, tmp_path):
+    result = start(TORCHRUN, image_folder, tmp_path / "run", "--global-batch", "63")
+    assert result.returncode != 0
+    assert "global-batch 63 is not a multiple of 2 ranks; take 62 or 64" in result.stderr

@@ -1,0 +1,166 @@
+"""The command as a user meets it: flags, exit codes, one line for every mistake."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from click.testing import CliRunner
+
+from knltrain.cli import main
+
+# Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
+FIELDS = """
+    data out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
+    force-bf16 engine seed resume workers label-smoothing optim.name optim.variant optim.lr optim.lr-scaling
+    optim.momentum optim.weight-decay optim.decay-on optim.trust-coefficient optim.eps schedule.name
+    schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones schedule.gamma
+    augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb
+    checkpoint.every checkpoint.keep
+"""
+FLAGS = {
+    "train": {"recipe", "config", "json", "help", *FIELDS.split()},
+    "eval": {"json", "help", "data", "precision", "force-bf16", "workers"},
+    "bench": {"json", "help", "model", "batch", "image-size", "precision", "engine", "steps", "force-bf16"},
+    "recipes": {"json", "help"},
+}
+
+
+def test_the_flag_set_is_frozen():
+    runner = CliRunner()
+    assert set(main.commands) == set(FLAGS)
+    for name, command in main.commands.items():
+        flags = {flag.lstrip("-") for p in command.params for flag in p.opts if flag.startswith("--")} | {"help"}
+        assert flags == FLAGS[name], name
+        result = runner.invoke(main, [name, "--help"])
+        assert result.exit_code == 0
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments, code, words",
+    [
+        (["train"], 2, "nothing to train"),
+        (["train", "--recipe", "alexnet-bn-32"], 2, "did you mean alexnet-bn-32k?"),
+        (["train", "--recipe", "quickstart", "--globl-batch", "3"], 2, "--global-batch"),
+        (["train", "--recipe", "quickstart", "--global-batch", "many"], 2, "global_batch: 'many' will not do"),
+        (["train", "--config", "/nowhere.toml"], 2, "/nowhere.toml: No such file"),
+        (["train", "--recipe", "resnet50-256", "--max-steps", "1"], 2, "no data"),
+        (["train", "--recipe", "resnet50-256", "--data", "/nowhere"], 1, "/nowhere/train: no such folder"),
+        (["eval", "/nowhere", "--data", "synthetic"], 1, "/nowhere: no checkpoint"),
+        (["bench", "--model", "lenet"], 2, "no 'lenet'"),
+        (["bench", "--precision", "fp16"], 2, "fp16"),
+    ],
+)
+def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):
+    result = invoke(*arguments)
+    assert result.exit_code == code
+    last = result.stderr.strip().splitlines()[-1]
+    assert words in last or words in result.stderr
+    assert "Traceback" not in result.output + result.stderr
+
+
+def test_recipes_table_and_json():
+    result = invoke("recipes")
+    assert result.exit_code == 0
+    line = next(line for line in result.output.splitlines() if "alexnet-bn-32k" in line)
+    for word in ("alexnet_bn", "32,768", "100", "32", "10.2", "lars/paper", "crop-flip", "57.8", "not run"):
+        assert word in line
+    rows = json.loads(invoke("recipes", "--json").stdout)
+    assert {"recipe", "model", "batch", "epochs", "lr", "published", "measured"} <= rows[0].keys()
+
+
+def test_underscores_and_dashes_are_the_same_flag(image_folder, tmp_path):
+    result = invoke("train", "--recipe", "cifar-256", "--data", image_folder, "--out", tmp_path, "--max_steps", 1,
+                    "--global-batch", 16, "--local_batch", 8, "--optim.weight_decay", "1e-4", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    record = json.loads((tmp_path / "config.json").read_text())
+    assert (record["config"]["local_batch"], record["config"]["optim"]["weight_decay"]) == (8, 1e-4)
+
+
+def test_train_from_a_file_and_flags_with_json_last(image_folder, tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'recipe = "cifar-2k"\ndata = "{image_folder}"\nglobal_batch = 16\n[optim]\nlr = 2.0\nmomentum = 0.5\n'
+    )
+    result = invoke("train", "--config", file, "--optim.lr", 3, "--max-steps", 2, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.stderr
+    summary = json.loads(result.stdout.splitlines()[-1])
+    assert summary == json.loads((tmp_path / "run" / "summary.json").read_text())
+    record = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (record["optim"]["lr"], record["optim"]["momentum"], record["recipe"]) == (3.0, 0.5, "cifar-2k")
+    assert "top-1" in result.stderr
+
+
+def test_warnings_of_what_changes_nothing_or_does_not_fit(image_folder, tmp_path):
+    result = invoke("train", "--recipe", "cifar-2k", "--data", image_folder, "--out", tmp_path, "--max-steps", 1,
+                    "--global-batch", 16, "--schedule.gamma", "0.5", "--comm.dtype", "bf16")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    assert "schedule.gamma has no effect" in result.output
+    assert "global batch 16 with the learning rate 16" in result.output
+    assert "comm.* has no effect on a single rank" in result.output
+
+
+def test_eval_gives_the_runs_accuracy(image_folder, tmp_path):
+    out = tmp_path / "run"
+    trained = invoke("train", "--recipe", "cifar-256", "--data", image_folder, "--out", out, "--max-steps", 3,
+                     "--global-batch", 16, "--precision", "fp32", "--json")  # fmt: skip
+    summary = json.loads(trained.stdout.splitlines()[-1])
+    result = invoke("eval", out, "--data", image_folder, "--precision", "fp32", "--json")
+    assert result.exit_code == 0, result.stderr
+    accuracy = json.loads(result.stdout.splitlines()[-1])
+    assert (accuracy["top1"], accuracy["top5"], accuracy["images"]) == (summary["top1"], summary["top5"], 13)
+    refused = invoke("eval", out, "--data", "synthetic")
+    assert refused.exit_code == 1
+    assert "other classes" in refused.stderr
+
+
+@pytest.mark.parametrize("precision", ["fp32", "auto"])
+def test_bench(precision):
+    result = invoke(
+        "bench", "--model", "alexnet_bn_small", "--batch", 16, "--steps", 4, "--precision", precision, "--json"
+    )
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    step = measured["step_s"]
+    assert step["min"] <= step["quartile1"] <= step["median"] <= step["quartile3"] <= step["max"]
+    assert measured["images_per_s"] == pytest.approx(16 / step["median"])
+    assert measured["engine"] == "eager"
+    assert measured["versions"]["torch"]
+
+
+def test_help_is_quick_enough_to_measure(knltrain):
+    """Start-up is a figure and no assertion; that it works without torch is in test_imports."""
+    start = time.perf_counter()
+    result = knltrain("--help")
+    print(f"knltrain --help: {time.perf_counter() - start:.2f} s")
+    assert result.returncode == 0
+    assert "recipes" in result.stdout
+
+
+def test_ctrl_c_ends_with_a_checkpoint_and_the_command_goes_on(image_folder, tmp_path):
+    """In a process of its own, as a terminal sends it; exit code 75 says: try again."""
+    command = [sys.executable, "-m", "knltrain", "train", "--recipe", "cifar-256", "--data", str(image_folder),
+               "--out", str(tmp_path / "run"), "--global-batch", "16", "--epochs", "2000"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.exists() and metrics.read_text().count("\n") > 5) and time.monotonic() < deadline:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "the same command goes on from there" in output
+    assert "Traceback" not in errors
+    step = int(max((tmp_path / "run" / "checkpoints").iterdir()).name.removeprefix("step-"))
+    result = invoke(*command[3:], "--max-steps", step + 2)
+    assert result.exit_code == 0, result.stderr
+    assert "resumed from" in result.output
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == step + 2

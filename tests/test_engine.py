@@ -1,0 +1,100 @@
+import shutil
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from knltrain.config import OptimConfig, RunConfig
+from knltrain.engine import build_engine, choose_engine, choose_precision
+from knltrain.errors import ConfigError
+from knltrain.models import model_of
+from knltrain.node.topology import Node, read_node
+from knltrain.optim import build_optimizer
+
+OLD_CPU = Node("Old CPU", frozenset({"avx2"}), (0,), ((0,),), 1)
+
+
+def engines():
+    names = ["eager"]
+    for name in ("compile", "ipex"):
+        try:
+            choose_engine(name)
+            names.append(name)
+        except ConfigError:
+            pass
+    return names
+
+
+def train_steps(name, precision, count, optim=None):
+    """The losses of a few steps on one batch, and the engine."""
+    torch.manual_seed(0)
+    optim = optim or OptimConfig(lr=5.0, weight_decay=5e-4)
+    model = model_of(RunConfig(model="alexnet_bn_small", image_size=32), 10)
+    engine = build_engine(name, precision, model, build_optimizer(model, optim))
+    images = torch.randn(64, 3, 32, 32).to(engine.dtype, memory_format=torch.channels_last)
+    labels = torch.arange(64) % 10
+    losses = []
+    for _ in range(count):
+        engine.optimizer.zero_grad(set_to_none=True)
+        with engine.autocast():
+            logits = engine.model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        engine.optimizer.step()
+        losses.append(loss.item())
+    return losses, engine
+
+
+@pytest.mark.parametrize("name", ["eager", "compile", "ipex"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optim", [None, OptimConfig(name="sgd", variant="nesterov", lr=0.05)], ids=["lars", "sgd"])
+def test_engines_follow_float32_eager(name, precision, optim):
+    if name not in engines():
+        pytest.skip(f"engine {name} is not installed")
+    if name == "compile" and (precision == "bf16") != (optim is None):
+        pytest.skip("compiling takes long; two of the four combinations will do")
+    reference, _ = train_steps("eager", "fp32", 8, optim)
+    losses, engine = train_steps(name, precision, 8, optim)
+    assert reference[-1] < reference[0] - 0.1
+    assert losses == pytest.approx(reference, rel=0.03 if precision == "bf16" else 2e-3)
+    fresh = model_of(RunConfig(model="alexnet_bn_small", image_size=32), 10)
+    state = engine.state_dict()
+    assert list(state) == list(fresh.state_dict())
+    for key, tensor in fresh.state_dict().items():
+        assert (state[key].shape, state[key].dtype) == (tensor.shape, tensor.dtype), key
+
+
+def test_what_was_asked_for_is_what_runs():
+    """bf16 and channels-last are read off the layers, not off the configuration."""
+    _, engine = train_steps("eager", "bf16", 1)
+    seen = []
+    conv = engine.model.features.conv3
+    conv.register_forward_hook(
+        lambda m, i, o: seen.append((o.dtype, o.is_contiguous(memory_format=torch.channels_last)))
+    )
+    with engine.autocast():
+        engine.model(torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last))
+    assert seen == [(torch.bfloat16, True)]
+    assert conv.weight.dtype == torch.float32
+
+
+def test_bf16_without_hardware_is_refused_unless_forced():
+    with pytest.raises(ConfigError, match=r"Old CPU.*--precision fp32"):
+        choose_precision("bf16", OLD_CPU, force=False)
+    assert choose_precision("bf16", OLD_CPU, force=True) == "bf16"
+    assert choose_precision("auto", OLD_CPU, force=False) == "fp32"
+    assert choose_precision("fp32", read_node(), force=False) == "fp32"
+
+
+def test_missing_parts_are_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(ConfigError, match=r"g\+\+"):
+        choose_engine("compile")
+    if "ipex" in engines():
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
+        with pytest.raises(ConfigError, match=r"does not load with torch 2\.13\.0"):
+            choose_engine("ipex")
+    else:
+        with pytest.raises(ConfigError, match="not installed"):
+            choose_engine("ipex")
+    assert choose_engine("auto") == "eager"

@@ -1,0 +1,249 @@
+"""The run, in this process: what it leaves behind, what it refuses, and that it resumes."""
+
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from knltrain import train as trainer
+from knltrain.config import RunConfig, override
+from knltrain.console import Console
+from knltrain.data.folder import DataError
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.metrics import read_metrics
+
+CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
+                    "peak_rss_mb", "wall_s", "engine", "world_size", "global_batch"}  # fmt: skip
+CONTRACT_STEP = {"step", "epoch", "loss", "lr", "images_per_s", "data_s", "step_s", "comm_s", "rss_mb"}
+
+
+@pytest.fixture
+def config(image_folder, tmp_path):
+    return override(
+        RunConfig(),
+        {
+            "data": str(image_folder),
+            "out": str(tmp_path / "run"),
+            "model": "alexnet_bn_small",
+            "image_size": 32,
+            "global_batch": 16,
+            "epochs": 3,
+            "optim.lr": 5.0,
+            "precision": "fp32",
+            "engine": "eager",
+            "workers": 2,
+        },
+    )
+
+
+@pytest.fixture(autouse=True)
+def two_threads(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+
+
+def run(config, **changes):
+    return trainer.train(override(config, changes), Console(silent=True))
+
+
+def weights(out):
+    newest = max(Path(out, "checkpoints").iterdir())
+    return {**load_file(newest / "model.safetensors"), **load_file(newest / "optimizer.safetensors")}
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_run_folder_says_everything(config):
+    summary, finished = run(config)
+    out = Path(config.out)
+    assert finished
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert summary.keys() >= CONTRACT_SUMMARY
+    assert (summary["steps"], summary["epochs"], summary["world_size"]) == (9, 3.0, 1)
+    rows = read_metrics(out / "metrics.jsonl")
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 10))
+    assert all(row.keys() >= CONTRACT_STEP for row in steps)
+    assert all(0 <= row["data_s"] <= row["step_s"] for row in steps)
+    evaluations = [row for row in rows if "top1" in row]
+    assert [row["step"] for row in evaluations] == [3, 6, 9]
+    assert summary["top1"] == evaluations[-1]["top1"]
+    # 13 validation images: every accuracy is a whole number of thirteenths.
+    assert all(row["top1"] * 13 / 100 == pytest.approx(round(row["top1"] * 13 / 100)) for row in evaluations)
+    record = json.loads((out / "config.json").read_text())
+    assert record["config"]["optim"]["lr"] == 5.0
+    assert record["plan"]["malloc"]["allocator"]
+    assert {"torch", "python", "knltrain"} <= record["versions"].keys()
+    assert record["cpu"]
+    assert record["data"] == {"train": 48, "val": 13, "classes": 3}
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert list((out / "tensorboard").glob("events*"))
+    assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+
+
+def test_training_learns(config):
+    """Three kinds of smooth pictures are told apart better than by chance, and the loss falls."""
+    run(config, epochs=20, **{"optim.lr": 2.0, "optim.variant": "mlperf"})
+    losses = [row["loss"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "loss" in row]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])
+
+
+def test_twice_the_same_run_is_the_same_run(config, tmp_path):
+    run(config)
+    run(config, out=str(tmp_path / "again"), workers=1)
+    assert same(weights(config.out), weights(tmp_path / "again"))
+    run(config, out=str(tmp_path / "other"), seed=1)
+    assert not same(weights(config.out), weights(tmp_path / "other"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 6])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(config, tmp_path, stop_at):
+    """Also in the middle of an epoch, with accumulation and dropout."""
+    options = {"dropout": 0.3, "local_batch": 8}
+    run(config, **options)
+    run(config, out=str(tmp_path / "stopped"), max_steps=stop_at, **options)
+    summary, finished = run(config, out=str(tmp_path / "stopped"), **options)
+    assert finished
+    assert summary["steps"] == 9
+    assert same(weights(config.out), weights(tmp_path / "stopped"))
+    rows = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
+    original, handler = trainer.seed_dropout, signal.getsignal(number)
+
+    def interrupt(seed, step, micro):
+        if step == 3:
+            signal.raise_signal(number)
+        original(seed, step, micro)
+
+    monkeypatch.setattr(trainer, "seed_dropout", interrupt)
+    summary, finished = run(config)
+    assert not finished
+    assert summary["steps"] == 4
+    assert max(Path(config.out, "checkpoints").iterdir()).name == "step-00000004"
+    assert signal.getsignal(number) is handler
+    monkeypatch.setattr(trainer, "seed_dropout", original)
+    assert run(config)[0]["steps"] == 9
+
+
+def test_accumulation_is_the_same_batch(config, tmp_path):
+    """Without batch norm. With it, micro-batches normalise by themselves."""
+    options = {"model": "alexnet", "image_size": 67, "dropout": 0.0, "max_steps": 3, "optim.weight_decay": 0.0}
+    run(config, **options)
+    run(config, out=str(tmp_path / "parts"), local_batch=4, **options)
+    whole, parts = weights(config.out), weights(tmp_path / "parts")
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()))
+
+
+def test_an_epoch_need_not_be_a_whole_number_of_steps(config):
+    summary, _ = run(config, global_batch=20, epochs=2)
+    assert summary["steps"] == 5
+    evaluations = [r["step"] for r in read_metrics(Path(config.out, "metrics.jsonl")) if "top1" in r]
+    assert evaluations == [3, 5]
+
+
+def test_a_batch_larger_than_the_data_set(config):
+    summary, _ = run(config, global_batch=128, local_batch=64, max_steps=2, epochs=20)
+    assert summary["steps"] == 2
+
+
+def test_checkpoints_can_be_rarer_than_evaluations(config):
+    run(config, **{"checkpoint.every": 2.0})
+    assert [p.name for p in sorted(Path(config.out, "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+
+
+def test_another_configuration_in_the_same_folder_is_refused(config):
+    run(config, max_steps=1)
+    with pytest.raises(ConfigError, match=r"another configuration \(optim.lr: 5.0 -> 6.0\)"):
+        run(config, **{"optim.lr": 6.0})
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(config, resume="never")
+    assert run(config, max_steps=2)[0]["steps"] == 2
+
+
+def test_resume_from_a_named_checkpoint(config, tmp_path):
+    run(config)
+    run(config, max_steps=3, out=str(tmp_path / "start"))
+    source = tmp_path / "start" / "checkpoints" / "step-00000003"
+    run(config, out=str(tmp_path / "branch"), resume=str(source))
+    assert same(weights(config.out), weights(tmp_path / "branch"))
+
+
+def test_a_crash_before_the_first_checkpoint_starts_over(config, monkeypatch):
+    monkeypatch.setattr(trainer, "save_checkpoint", lambda *a: (_ for _ in ()).throw(KnltrainError("crash")))
+    with pytest.raises(KnltrainError, match="crash"):
+        run(config)
+    monkeypatch.undo()
+    assert run(config, max_steps=1)[0]["steps"] == 1
+
+
+def test_a_loss_that_is_no_number_stops_the_run(config):
+    with pytest.raises(KnltrainError, match=r"the loss is (nan|inf) at step .*lower optim.lr"):
+        run(config, **{"optim.name": "sgd", "optim.variant": "heavy-ball", "optim.lr": 1e30})
+
+
+def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
+    import shutil
+
+    data = tmp_path / "data"
+    shutil.copytree(image_folder, data)
+    original = trainer.open_data
+
+    def spoil(config):
+        parts = original(config)
+        (data / "train" / "class1" / "007.jpg").write_bytes(b"\xff\xd8 not any more")
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"class1/007\.jpg"):
+        patch.setattr(trainer, "open_data", spoil)
+        run(config, data=str(data))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"global_batch": 10, "local_batch": 4}, "local-batch 4 does not divide the 10 images.*take 2"),
+        ({"model": "alexnet"}, "at least 67"),
+        ({"data": "/nowhere/at/all"}, "/nowhere/at/all/train: no such folder"),
+    ],
+)
+def test_refusals_come_before_training(config, changes, words):
+    with pytest.raises(KnltrainError, match=words):
+        run(config, **changes)
+    assert not Path(config.out).exists()
+
+
+def test_share_of_several_ranks():
+    share = trainer.share_of(RunConfig(global_batch=64, local_batch=8), 1, 4)
+    assert (share.accumulate, share.ranges(2)) == (2, [(144, 152), (152, 160)])
+    with pytest.raises(ConfigError, match="not a multiple of 3 ranks; take 63 or 66"):
+        trainer.share_of(RunConfig(global_batch=64), 0, 3)
+    with pytest.raises(ConfigError, match=r"take 3$"):
+        trainer.share_of(RunConfig(global_batch=2), 0, 3)
+
+
+def test_dropout_depends_on_the_place_in_the_run_alone():
+    def drawn(*place):
+        trainer.seed_dropout(*place)
+        return torch.rand(4)
+
+    assert torch.equal(drawn(0, 5, 2), drawn(0, 5, 2))
+    assert not torch.equal(drawn(0, 5, 2), drawn(0, 5, 3))
+    assert not torch.equal(drawn(0, 5, 2), drawn(1, 5, 2))
+
+
+def test_label_smoothing_changes_the_loss(config, tmp_path):
+    run(config, max_steps=1)
+    run(config, max_steps=1, label_smoothing=0.5, out=str(tmp_path / "smooth"))
+    plain, smooth = (read_metrics(Path(out, "metrics.jsonl"))[0]["loss"] for out in (config.out, tmp_path / "smooth"))
+    assert not math.isclose(plain, smooth, rel_tol=1e-4)
