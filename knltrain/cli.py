@@ -57,6 +57,8 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except KnltrainError as error:
             _fail(str(error), BAD_USAGE if isinstance(error, ConfigError) else FAILED)
+        except OSError as error:  # a folder that cannot be written, a disk that is full
+            _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED)
         except KeyboardInterrupt:
             _fail("interrupted", 130)
 

@@ -59,6 +59,11 @@ class Run:
     progress: checkpoint.Progress
     meta: dict[str, Any]
 
+    @property
+    def last_step(self) -> int:
+        """Where this process stops: the end of the run, or max_steps."""
+        return min(self.total_steps, self.config.max_steps or self.total_steps)
+
     def epoch(self, steps: int) -> float:
         """Passes over the training images after so many steps."""
         return steps * self.config.global_batch / self.num_images
@@ -95,7 +100,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     """
     config, engine, group = run.config, run.engine, run.group
     model, clock = data_parallel(engine.model, config.comm, group.world_size)
-    last_step = min(run.total_steps, config.max_steps or run.total_steps)
+    last_step = run.last_step
     started = time.perf_counter()
     batches = run.train_loader.training(run.share, run.progress.step, last_step)
 
@@ -209,7 +214,10 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
     engine_name = choose_engine(config.engine)
     share = share_of(config, ranks.rank, ranks.size)
     out = Path(config.out or f"runs/{config.recipe or config.model}")
-    with contextlib.closing(Group(ranks)) as group, StopRequest() as stop, contextlib.ExitStack() as cleanup:
+    with contextlib.ExitStack() as cleanup:
+        stop = cleanup.enter_context(StopRequest())
+        group = cleanup.enter_context(contextlib.closing(Group(ranks)))
+        cleanup.enter_context(group.names_lost_ranks())
         if not group.is_first:
             group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
         train_set, val_set = open_data(config)
@@ -322,7 +330,7 @@ def announce(
         f"{len(train_set.classes)} classes"
     )
     console.line(
-        f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} ranks x "
+        f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} rank(s) x "
         f"{plan['accumulate']} x {plan['local_batch']}, peak lr {config.peak_lr:g}, {config.epochs:g} epochs = "
         f"{run.total_steps:,} steps"
     )
@@ -333,6 +341,8 @@ def announce(
         console.warn("comm.* has no effect on a single rank")
     if resume_from:
         console.line(f"resumed from {resume_from} (epoch {run.epoch(run.progress.step):.2f})")
+    if run.progress.step >= run.last_step:
+        console.line(f"nothing left to train: {run.out} holds this run, finished")
 
 
 def summarize(run: Run, plan: dict[str, Any], wall_s: float) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
@@ -15,6 +17,8 @@ from knltrain.node.ranks import Ranks
 
 # Long enough for the slowest node to import torch from a parallel file system, short enough to notice a missing one.
 _START_TIMEOUT = timedelta(minutes=10)
+# What gloo says of a peer that is gone.
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused")
 
 
 class Group:
@@ -89,6 +93,23 @@ class Group:
         flat /= self.world_size
         for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
             buffer.copy_(mean.view_as(buffer))
+
+    @contextlib.contextmanager
+    def names_lost_ranks(self) -> Iterator[None]:
+        """Turns the transport's errors about peers that are gone into one line.
+
+        Raises:
+            KnltrainError: another rank has ended or does not answer.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            if self.world_size == 1 or not any(word in reason for word in _LOST):
+                raise
+            raise KnltrainError(
+                f"another rank has ended or does not answer; what that rank printed is the cause ({reason})"
+            ) from None
 
     def close(self) -> None:
         """Leaves the group."""
