@@ -1,0 +1,90 @@
+"""Every command of the README, run. Long ones are made short by flags added at their end, and by small data."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_jpeg
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text("utf-8")
+
+# What makes a command of this beginning short enough for a test.
+SHORTER = {
+    "knltrain train --recipe cifar": "--global-batch 16 --local-batch 16 --max-steps 2",
+    "knltrain train --recipe resnet50": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
+    "knltrain train --config": "--global-batch 16 --local-batch 16 --max-steps 1",
+    "torchrun": "--global-batch 8 --max-steps 1 --image-size 67 --augment.resize 77",
+    "mpiexec": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
+    "knltrain bench": "--batch 2 --steps 1 --image-size 96",
+}
+# Run by .ci/run as they stand, or what made the environment that this test runs in.
+ELSEWHERE = {"bash run/quickstart.sh", "bash run/test.sh", "pip install '.[intel]'", "pip install ."}
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    lines = [line for block in blocks("bash") for line in block.splitlines()]
+    return [stripped for line in lines if (stripped := line.split("  #")[0].split("    ")[0].strip())]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working directory that holds the data sets and the file that the README speaks of."""
+    root = tmp_path_factory.mktemp("readme")
+    for name, size, classes in (("cifar10", 32, 10), ("imagenet", 80, 3)):
+        for part in ("train", "val"):
+            for index in range(2 * classes):
+                write_jpeg(root / name / part / f"class{index % classes}" / f"{index}.jpg", size, size, index)
+    (toml,) = blocks("toml")
+    (root / "run.toml").write_text(toml)
+    return root
+
+
+def test_the_readme_has_commands():
+    assert len(commands()) >= 10
+    assert set(commands()) >= ELSEWHERE
+    ci = (ROOT / ".ci/run").read_text()
+    assert "run/quickstart.sh" in ci
+    assert "run/test.sh" in ci
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c not in ELSEWHERE])
+def test_command(command, folder):
+    words = shlex.split(command)
+    if words[0] == "mpiexec" and not (shutil.which("mpiexec") or (Path(sys.executable).parent / "mpiexec").exists()):
+        pytest.skip("no mpiexec here")
+    if "--engine compile" in command and shutil.which("g++") is None:
+        pytest.skip("no g++ here")
+    words += shlex.split(next((more for start, more in SHORTER.items() if command.startswith(start)), ""))
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    result = subprocess.run(
+        words, cwd=folder, capture_output=True, text=True, timeout=280, env={**os.environ, "PATH": path}
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "run").glob("*.sh")))
+def test_scripts_parse(script):
+    subprocess.run(["bash", "-n", ROOT / "run" / script], check=True)
+
+
+def test_python_examples():
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_flags_that_are_spoken_of_exist():
+    help_text = subprocess.run(
+        [sys.executable, "-m", "knltrain", "train", "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for flag in set(re.findall(r"`(--[a-z.-]+)", README)) - {"--json", "--help"}:
+        assert flag in help_text, flag
