@@ -52,6 +52,16 @@ def image_folder(tmp_path_factory):
     return root
 
 
+@pytest.fixture(scope="session")
+def torchvision():
+    """torchvision, where one imports beside this torch; one built for another fails as it registers its operators."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no torchvision beside this torch: {error}")
+    return torchvision
+
+
 @pytest.fixture
 def knltrain():
     """Runs the command in a process of its own and returns it, finished."""

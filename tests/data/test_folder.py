@@ -10,9 +10,8 @@ from knltrain.data.folder import DataError, Folder
 from knltrain.errors import ConfigError
 
 
-def test_reads_as_torchvision_does(image_folder):
-    datasets = pytest.importorskip("torchvision.datasets", exc_type=RuntimeError)
-    theirs = datasets.ImageFolder(str(image_folder / "train"))
+def test_reads_as_torchvision_does(image_folder, torchvision):
+    theirs = torchvision.datasets.ImageFolder(str(image_folder / "train"))
     ours = Folder(image_folder / "train")
     assert list(ours.classes) == theirs.classes
     assert [(ours.name(i), int(ours.labels[i])) for i in range(len(ours))] == theirs.samples

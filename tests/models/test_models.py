@@ -93,9 +93,8 @@ def test_local_response_norm_computes_in_float32_under_autocast():
     torch.testing.assert_close(y, LocalResponseNorm()(x.bfloat16().float()).bfloat16(), rtol=0, atol=0)
 
 
-def test_resnet50_is_torchvisions():
-    models = pytest.importorskip("torchvision.models", exc_type=RuntimeError)
-    theirs = models.resnet50(weights=None)
+def test_resnet50_is_torchvisions(torchvision):
+    theirs = torchvision.models.resnet50(weights=None)
     ours = build_model("resnet50", num_classes=1000, image_size=224)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for module in theirs.modules():  # statistics that are not those of a fresh network
@@ -126,8 +125,7 @@ def test_resnet50_initial_weights():
     assert torch.all(plain.layer1[0].bn3.weight == 1)
 
 
-def test_torchvision_by_name():
-    pytest.importorskip("torchvision", exc_type=RuntimeError)
+def test_torchvision_by_name(torchvision):
     model = build_model("torchvision:mobilenet_v3_small", num_classes=5, image_size=64)
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
     model = build_model("torchvision:googlenet", num_classes=5, image_size=64)

@@ -209,6 +209,6 @@ def test_constructor_refuses(options):
 
 def test_sparse_gradients_are_refused():
     param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,))
+    param.grad = torch.sparse_coo_tensor([[0]], [1.0], (3,), check_invariants=True)
     with pytest.raises(RuntimeError, match="sparse"):
         LARS([param]).step()
