@@ -10,7 +10,8 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import click
 
@@ -41,11 +42,23 @@ def _field_options(*names: str) -> Callable[[Callable[..., None]], Callable[...,
             if field.name != "recipe":
                 flag = "--" + field.name.replace("_", "-")
                 parameter = field.name.replace(".", "__")  # click wants identifiers
-                text = field.help[0].upper() + field.help[1:] + "."
-                command = click.option(flag, parameter, metavar="VALUE", help=text)(command)
+                command = click.option(flag, parameter, metavar=_metavar(field.type), help=field.help)(command)
         return command
 
     return decorate
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in the help text: the choices, or the type."""
+    if get_origin(kind) is Annotated:
+        return _metavar(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return _metavar(get_args(kind)[0]) + ",..."
+    if get_origin(kind) in (Union, UnionType):
+        return _metavar(next(part for part in get_args(kind) if part is not type(None)))
+    return {bool: "true|false", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
 
 
 def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
@@ -68,9 +81,6 @@ def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
     click.echo(f"knltrain: {f'rank {rank}: ' if rank else ''}{message}", err=True)
-    # Not sys.exit: other ranks may be waiting for this one in a collective, and leaving must not wait for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
     sys.exit(code)
 
 

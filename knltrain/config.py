@@ -45,8 +45,8 @@ def _field(default: Any, help: str) -> Any:
 class OptimConfig:
     """The optimizer, in the terms of ``knltrain.optim``."""
 
-    name: OptimizerName = _field("lars", "optimizer")
-    variant: VariantName = _field("paper", "lars: paper, mlperf, larc; sgd: heavy-ball, nesterov")
+    name: OptimizerName = _field("lars", "optimizer; each has variants of its own")
+    variant: VariantName = _field("paper", "paper, mlperf and larc are of lars, heavy-ball and nesterov of sgd")
     lr: Positive = _field(1.0, "peak learning rate; with lr-scaling linear, per 256 images of global batch")
     lr_scaling: Literal["none", "linear"] = _field("none", "linear: the peak is lr x global batch / 256")
     momentum: Fraction = _field(0.9, "momentum")
@@ -81,7 +81,7 @@ class ScheduleConfig:
 class AugmentConfig:
     """What is cut out of each training image; see ``knltrain.data.augment``."""
 
-    name: AugmentName = _field("crop-flip", "none, crop-flip, rrc (random resized crop) or pad-crop-flip")
+    name: AugmentName = _field("crop-flip", "what is cut out of a training image; rrc is the random resized crop")
     resize: Count | None = _field(
         None, "short side before cropping, pixels; default image-size x 256/224, or image-size for pad-crop-flip"
     )
@@ -123,9 +123,9 @@ class RunConfig:
     local_batch: Count | None = _field(
         None, "most images a rank passes through the model at once; more are accumulated; default all"
     )
-    precision: Precision = _field("auto", "bf16 or fp32; auto: bf16 where the processor computes in it")
+    precision: Precision = _field("auto", "auto: bf16 where the processor computes in it, else fp32")
     force_bf16: bool = _field(False, "allow bf16 on a processor without AVX512_BF16 or AMX (slow)")
-    engine: EngineName = _field("auto", "how a step executes")
+    engine: EngineName = _field("auto", "plain PyTorch, torch.compile or Intel's extension; auto: eager")
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
     workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")

@@ -267,7 +267,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         with StepProgress(console, first=progress.step, total=steps, epochs=config.epochs) as bar:
             finished = loop(run, log, bar, stop)
         wall_s = progress.wall_s + time.perf_counter() - started
-    summary = summarize(run, plan, wall_s) if ranks.rank == 0 else {}
+    summary = summarize(run, plan, wall_s, finished=finished) if ranks.rank == 0 else {}
     return summary, finished
 
 
@@ -345,7 +345,7 @@ def announce(
         console.line(f"nothing left to train: {run.out} holds this run, finished")
 
 
-def summarize(run: Run, plan: dict[str, Any], wall_s: float) -> dict[str, Any]:
+def summarize(run: Run, plan: dict[str, Any], wall_s: float, *, finished: bool) -> dict[str, Any]:
     """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former."""
     rows = read_metrics(run.out / "metrics.jsonl")
     steps = [row for row in rows if "step_s" in row]
@@ -355,6 +355,7 @@ def summarize(run: Run, plan: dict[str, Any], wall_s: float) -> dict[str, Any]:
     summary = {
         "recipe": run.config.recipe,
         "model": run.config.model,
+        "finished": finished,
         "top1": last.get("top1"),
         "top5": last.get("top5"),
         "best_top1": run.progress.best_top1,

@@ -65,7 +65,7 @@ def test_the_run_folder_says_everything(config):
     assert finished
     assert json.loads((out / "summary.json").read_text()) == summary
     assert summary.keys() >= CONTRACT_SUMMARY
-    assert (summary["steps"], summary["epochs"], summary["world_size"]) == (9, 3.0, 1)
+    assert (summary["steps"], summary["epochs"], summary["world_size"], summary["finished"]) == (9, 3.0, 1, True)
     rows = read_metrics(out / "metrics.jsonl")
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == list(range(1, 10))
@@ -128,7 +128,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
     monkeypatch.setattr(trainer, "seed_dropout", interrupt)
     summary, finished = run(config)
     assert not finished
-    assert summary["steps"] == 4
+    assert (summary["finished"], summary["steps"]) == (False, 4)
     assert max(Path(config.out, "checkpoints").iterdir()).name == "step-00000004"
     assert signal.getsignal(number) is handler
     monkeypatch.setattr(trainer, "seed_dropout", original)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import write_jpeg
 from safetensors.torch import load_file
 
 from knltrain.metrics import read_metrics
@@ -135,3 +136,22 @@ def test_a_batch_that_does_not_divide_is_refused(image_folder, tmp_path):
     result = start(TORCHRUN, image_folder, tmp_path / "run", "--global-batch", "63")
     assert result.returncode != 0
     assert "global-batch 63 is not a multiple of 2 ranks; take 62 or 64" in result.stderr
+
+
+def test_a_bad_image_that_one_rank_meets_later_ends_all_with_its_path(tmp_path):
+    """Start-up decodes a sample of a large data set; this image is none of it."""
+    data = tmp_path / "data"
+    for index in range(600):
+        write_jpeg(data / "train" / f"class{index % 2}" / f"{index:04}.jpg", 32, 32, index)
+    write_jpeg(data / "val" / "class0" / "0.jpg", 32, 32, 0)
+    write_jpeg(data / "val" / "class1" / "0.jpg", 32, 32, 0)
+    bad = data / "train" / "class1" / "0003.jpg"
+    bad.write_bytes(b"\xff\xd8 no picture")
+    result = subprocess.run(
+        [*TORCHRUN, "knltrain", "train", "--recipe", "cifar-256", "--data", str(data), "--out", str(tmp_path / "run"),
+         "--global-batch", "16", "--precision", "fp32"],
+        capture_output=True, text=True, timeout=240)  # fmt: skip
+    assert result.returncode == 1
+    assert f"{bad}: a JPEG with a damaged header; replace or remove this image" in result.stderr
+    assert "what that rank printed is the cause" in result.stderr
+    assert 'File "' not in result.stderr.split("torch/distributed/elastic")[0], "no traceback of ours"
