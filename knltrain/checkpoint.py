@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class Progress:
 
     Attributes:
         step: optimizer updates done.
+        evaluated_step: the last step that was evaluated.
         best_top1: best evaluation so far, percent; None before the first.
         wall_s: seconds of training before this process, evaluations and checkpoints included.
     """
 
     step: int
+    evaluated_step: int = 0
     best_top1: float | None = None
     wall_s: float = 0.0
 
@@ -63,7 +65,7 @@ def save(
     """
     folder = out / "checkpoints" / f"step-{progress.step:08}"
     aside = folder.with_name(f".{folder.name}.tmp")
-    state = {"step": progress.step, "best_top1": progress.best_top1, "wall_s": progress.wall_s, **meta}
+    state = {**asdict(progress), **meta}
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -115,6 +117,11 @@ def find(out: Path, resume: str) -> Path | None:
         checkpoints = list_checkpoints(out)
         return checkpoints[-1] if checkpoints else None
     return newest(Path(resume))
+
+
+def progress_of(state: dict[str, Any]) -> Progress:
+    """The part of a checkpoint's state.json that says where the run stood."""
+    return Progress(**{field.name: state[field.name] for field in fields(Progress)})
 
 
 def read_state(folder: Path) -> dict[str, Any]:

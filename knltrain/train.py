@@ -105,6 +105,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     batches = run.train_loader.training(run.share, run.progress.step, last_step)
 
     with contextlib.closing(batches):
+        if run.progress.evaluated_step < run.progress.step and run.crossed(run.progress.step):
+            evaluate_epoch(run, log, bar)  # a signal left no time for it
         for step in range(run.progress.step, last_step):
             step_start, data_s, loss_sum, lr = time.perf_counter(), 0.0, 0.0, run.lr(step)
             for param_group in engine.optimizer.param_groups:
@@ -170,8 +172,8 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
         run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256)
     )
     best = max(accuracy.top1, run.progress.best_top1 or 0.0)
-    run.progress = dataclasses.replace(run.progress, best_top1=best)
     step = run.progress.step
+    run.progress = dataclasses.replace(run.progress, evaluated_step=step, best_top1=best)
     row = {"step": step, "epoch": run.epoch(step), "top1": accuracy.top1, "top5": accuracy.top5,
            "val_loss": accuracy.loss, "eval_s": time.perf_counter() - start}  # fmt: skip
     if log:
@@ -218,23 +220,26 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         stop = cleanup.enter_context(StopRequest())
         group = cleanup.enter_context(contextlib.closing(Group(ranks)))
         cleanup.enter_context(group.names_lost_ranks())
-        if not group.is_first:
+        if group.is_first:
+            guard_out(config, out)
+            with torch.device("meta"):  # a network that cannot be built is refused before the data is read
+                model_of(config, num_classes=1)
+        else:
             group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
         train_set, val_set = open_data(config)
         if group.is_first:
             group.barrier()
         steps = total_steps(epochs=config.epochs, num_images=len(train_set), global_batch=config.global_batch)
         resume_from = checkpoint.find(out, config.resume)
-        if group.is_first:
-            guard_out(config, out)
-
         torch.manual_seed(config.seed)
         model = model_of(config, len(train_set.classes))
         optimizer = build_optimizer(model, config.optim)
         progress = checkpoint.Progress(step=0)
         if resume_from:
             state = checkpoint.read_state(resume_from)
-            progress = checkpoint.Progress(state["step"], state["best_top1"], state["wall_s"])
+            progress = checkpoint.progress_of(state)
+            if state["images"] != len(train_set):
+                raise KnltrainError(f"{resume_from} was trained on {state['images']:,} images, not {len(train_set):,}")
             checkpoint.load_weights(resume_from, model)
             checkpoint.load_optimizer(resume_from, optimizer)
         (all_steps,) = group.sum(progress.step)
@@ -247,7 +252,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
             for part in (train_set, val_set)
         )
         meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
-                "classes": list(train_set.classes), "dropout": config.dropout, "seed": config.seed}  # fmt: skip
+                "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set)}  # fmt: skip
         run = Run(config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta)
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
@@ -292,7 +297,7 @@ def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
 
 
 # What may differ between the parts of one run: where it runs and how long, not what it computes.
-_MAY_CHANGE = {"data", "out", "resume", "workers", "max_steps", "local_batch", "checkpoint.every", "checkpoint.keep"}
+_MAY_CHANGE = {"data", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep"}
 
 
 def guard_out(config: RunConfig, out: Path) -> None:

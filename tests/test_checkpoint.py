@@ -24,7 +24,8 @@ def stepped(optim=OPTIMIZERS[0], seed=0):
 
 
 def save(out, step, model, optimizer, keep=2):
-    return checkpoint.save(out, Progress(step, 50.0, 1.5), model.state_dict(), optimizer, meta={"a": 1}, keep=keep)
+    progress = Progress(step, best_top1=50.0, wall_s=1.5)
+    return checkpoint.save(out, progress, model.state_dict(), optimizer, meta={"a": 1}, keep=keep)
 
 
 @pytest.mark.parametrize("optim", OPTIMIZERS, ids=["lars", "sgd"])
@@ -41,7 +42,8 @@ def test_what_is_saved_comes_back(tmp_path, optim):
     assert saved.keys() == loaded.keys()
     for index, state in saved.items():
         assert torch.equal(state["momentum_buffer"], loaded[index]["momentum_buffer"])
-    assert checkpoint.read_state(folder) == {"step": 7, "best_top1": 50.0, "wall_s": 1.5, "a": 1}
+    assert checkpoint.read_state(folder) == {"step": 7, "evaluated_step": 0, "best_top1": 50.0, "wall_s": 1.5, "a": 1}
+    assert checkpoint.progress_of(checkpoint.read_state(folder)) == Progress(7, best_top1=50.0, wall_s=1.5)
 
 
 def test_the_newest_are_kept_and_nothing_else_lies_around(tmp_path):

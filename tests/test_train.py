@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 from pathlib import Path
 
@@ -135,6 +136,31 @@ def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
     assert run(config)[0]["steps"] == 9
 
 
+def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatch):
+    original = trainer.seed_dropout
+
+    def interrupt(seed, step, micro):
+        if step == 2:  # the last step of the first epoch
+            signal.raise_signal(signal.SIGTERM)
+        original(seed, step, micro)
+
+    monkeypatch.setattr(trainer, "seed_dropout", interrupt)
+    assert not run(config)[1]
+    monkeypatch.undo()
+    run(config)
+    evaluations = [row["step"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "top1" in row]
+    assert evaluations == [3, 6, 9]
+
+
+def test_other_data_under_a_checkpoint_is_refused(config, image_folder, tmp_path):
+    run(config, max_steps=1)
+    smaller = tmp_path / "smaller"
+    shutil.copytree(image_folder, smaller)
+    next((smaller / "train" / "class0").iterdir()).unlink()
+    with pytest.raises(KnltrainError, match="was trained on 48 images, not 47"):
+        run(config, data=str(smaller))
+
+
 def test_accumulation_is_the_same_batch(config, tmp_path):
     """Without batch norm. With it, micro-batches normalise by themselves."""
     options = {"model": "alexnet", "image_size": 67, "dropout": 0.0, "max_steps": 3, "optim.weight_decay": 0.0}
@@ -193,8 +219,6 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
 
 
 def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
-    import shutil
-
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
     original = trainer.open_data
@@ -213,7 +237,8 @@ def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
     "changes, words",
     [
         ({"global_batch": 10, "local_batch": 4}, "local-batch 4 does not divide the 10 images.*take 2"),
-        ({"model": "alexnet"}, "at least 67"),
+        ({"model": "alexnet", "data": "/nowhere"}, "at least 67"),
+        ({"model": "lenet", "data": "/nowhere"}, "no 'lenet'"),
         ({"data": "/nowhere/at/all"}, "/nowhere/at/all/train: no such folder"),
     ],
 )
