@@ -67,7 +67,11 @@ def _warmup_epochs(iterations: int, batch: int) -> float:
 
 
 def _alexnet(model: str, batch: int, lr: float, *, warmup_epochs: float, warmup_lr: float) -> RunConfig:
-    """What the AlexNet experiments of [ICLR] share: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227 pixels."""
+    """What the AlexNet experiments of [ICLR] share: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227 pixels.
+
+    Everything decays, biases too, as the published algorithm has it; Caffe's own network files exempt biases
+    (decay_mult 0).
+    """
     return RunConfig(
         model=model,
         image_size=227,

@@ -1,9 +1,9 @@
 """AlexNet: the grouped network of 2012, the batch-norm form that was trained at 32K, and a small one.
 
-Sources: Krizhevsky et al. 2012 for the architecture; Caffe's bvlc_alexnet for the initial weights of ``alexnet``
-(Gaussian, 0.01 for convolutions and the last layer, 0.005 for fc6 and fc7; biases 0, or 0.1 for conv2, conv4, conv5,
-fc6 and fc7); train_val2.prototxt in borisgin/nvcaffe-0.16 at 8896d33 for ``alexnet_bn`` (biases 0.01, or 0.1 for fc6
-and fc7; batch-norm eps 1e-4, moving average 0.9), with the learned gamma and beta of Intel's copy.
+Sources: Krizhevsky et al. 2012 for the architecture; Caffe's bvlc_alexnet (BVLC/caffe at 0d2354c) for the initial
+weights of ``alexnet`` (Gaussian, 0.01 for convolutions and the last layer, 0.005 for fc6 and fc7; biases 0, or 0.1 for
+conv2, conv4, conv5, fc6 and fc7); train_val2.prototxt in borisgin/nvcaffe-0.16 at 8896d33 for ``alexnet_bn`` (biases
+0.01, or 0.1 for fc6 and fc7; batch-norm eps 1e-4, moving average 0.9), with the learned gamma and beta of Intel's copy.
 """
 
 from __future__ import annotations
