@@ -342,7 +342,9 @@ def announce(
     console.line(
         f"{plan['precision']}, engine {plan['engine']}, {plan['threads']} threads and {plan['workers']} decoders a rank"
     )
-    if plan["world_size"] == 1 and config.comm != configuration.CommConfig():
+    if plan["world_size"] > 1:
+        console.line(f"gradients travel over {plan['backend']} in {config.comm.dtype}")
+    elif config.comm != configuration.CommConfig():
         console.warn("comm.* has no effect on a single rank")
     if resume_from:
         console.line(f"resumed from {resume_from} (epoch {run.epoch(run.progress.step):.2f})")

@@ -135,13 +135,10 @@ def test_bench(precision):
     assert measured["versions"]["torch"]
 
 
-def test_help_is_quick_enough_to_measure(knltrain):
-    """Start-up is a figure and no assertion; that it works without torch is in test_imports."""
-    start = time.perf_counter()
+def test_the_module_is_the_command(knltrain):
     result = knltrain("--help")
-    print(f"knltrain --help: {time.perf_counter() - start:.2f} s")
     assert result.returncode == 0
-    assert "recipes" in result.stdout
+    assert all(verb in result.stdout for verb in FLAGS)
 
 
 def test_ctrl_c_ends_with_a_checkpoint_and_the_command_goes_on(image_folder, tmp_path):
