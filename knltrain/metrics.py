@@ -84,7 +84,7 @@ def draw_curves(rows: Iterable[Row], path: Path, title: str) -> None:
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)
-    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
     # A run of few steps is drawn as points too: a line through one point shows nothing.
     dots = {"marker": "."} if len(steps) < 30 else {}
     loss_axes.plot([row["epoch"] for row in steps], [row["loss"] for row in steps], lw=1, label="training", **dots)
