@@ -1,5 +1,6 @@
 """The run, in this process: what it leaves behind, what it refuses, and that it resumes."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -115,6 +116,17 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(config, tmp_path, 
     assert same(weights(config.out), weights(tmp_path / "stopped"))
     rows = read_metrics(tmp_path / "stopped" / "metrics.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 10))
+
+
+def test_a_stopped_run_goes_on_exactly_under_ipex(config, tmp_path):
+    """Its weights and momentum are packed in memory and plain on disk. In fp32 it does not give the same bits twice."""
+    if importlib.util.find_spec("intel_extension_for_pytorch") is None:
+        pytest.skip("engine ipex is not installed")
+    options = {"engine": "ipex", "precision": "bf16", "force_bf16": True}
+    run(config, **options)
+    run(config, out=str(tmp_path / "stopped"), max_steps=4, **options)
+    run(config, out=str(tmp_path / "stopped"), **options)
+    assert same(weights(config.out), weights(tmp_path / "stopped"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
