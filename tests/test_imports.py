@@ -22,7 +22,7 @@ FLOORS = [
     {"errors", "__init__"},
 ]
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
-NEIGHBOURS = {("optim", "ops"), ("data", "ops"), ("recipes", "config"), ("schedule", "config")}
+NEIGHBOURS = {("models", "ops"), ("optim", "ops"), ("data", "ops"), ("recipes", "config"), ("schedule", "config")}
 WITHOUT_TORCH = ["config", "recipes", "schedule", "node.topology", "node.affinity", "node.ranks", "node.memory", "cli"]
 
 

@@ -11,33 +11,17 @@ from __future__ import annotations
 from collections import OrderedDict
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from knltrain.errors import ConfigError
+from knltrain.ops.lrn import local_response_norm
 
 
 class LocalResponseNorm(nn.Module):
-    """Local response normalisation across channels, Krizhevsky et al. 2012, section 3.3, with Caffe's k = 1.
-
-    y = x / (1 + alpha/n * sum of x² over the n channels around)^beta. Input and output are N x C x H x W; float32
-    inside, whatever comes in, because the power of a bf16 sum loses its small part.
-    """
-
-    def __init__(self, size: int = 5, alpha: float = 1e-4, beta: float = 0.75) -> None:
-        super().__init__()
-        self.size, self.alpha, self.beta = size, alpha, beta
+    """:func:`knltrain.ops.lrn.local_response_norm` as a layer."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast("cpu", enabled=False):
-            wide = x.float()
-            half = self.size // 2
-            squares = F.pad(wide * wide, (0, 0, 0, 0, half, half))
-            channels = wide.shape[1]
-            total = squares[:, :channels]
-            for shift in range(1, self.size):
-                total = total + squares[:, shift : shift + channels]
-            return (wide * (1 + self.alpha / self.size * total) ** -self.beta).to(x.dtype)
+        return local_response_norm(x)
 
 
 def _gaussian(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:

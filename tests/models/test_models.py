@@ -75,24 +75,6 @@ def test_alexnet_initial_weights():
             assert torch.all(layers[name].bias == bias), name
 
 
-def test_local_response_norm_is_the_formula():
-    x = torch.randn(2, 7, 3, 3, dtype=torch.float64) * 30
-    expected = torch.empty_like(x)
-    for channel in range(7):
-        around = x[:, max(0, channel - 2) : channel + 3]
-        expected[:, channel] = x[:, channel] / (1 + 1e-4 / 5 * (around**2).sum(1)) ** 0.75
-    torch.testing.assert_close(LocalResponseNorm()(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(LocalResponseNorm()(x.float()), nn.LocalResponseNorm(5)(x.float()))
-
-
-def test_local_response_norm_computes_in_float32_under_autocast():
-    x = torch.randn(2, 7, 3, 3) * 30
-    with torch.autocast("cpu", torch.bfloat16):
-        y = LocalResponseNorm()(x.bfloat16())
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(y, LocalResponseNorm()(x.bfloat16().float()).bfloat16(), rtol=0, atol=0)
-
-
 def test_resnet50_is_torchvisions(torchvision):
     theirs = torchvision.models.resnet50(weights=None)
     ours = build_model("resnet50", num_classes=1000, image_size=224)
