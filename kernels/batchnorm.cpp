@@ -1,0 +1,184 @@
+// Batch norm + residual + ReLU in two passes over the rows, forward and backward.
+//
+// The first pass sums, the second transforms. Each task has a contiguous part of the rows, and the second pass walks it
+// backwards: what the first pass read last is still in cache. Sums are float32 over a block of rows and float64 across
+// blocks, of values shifted by the channel's first one, so that a mean much larger than the deviation costs no digits.
+#include <math.h>
+
+#include "isa.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace knltrain {
+namespace KNLTRAIN_ISA {
+namespace {
+
+constexpr int64_t kBlock = 128;  // rows summed in float32
+
+
+struct Span {
+    int64_t begin, end;
+};
+Span part(int64_t rows, int task, int tasks) { return {rows * task / tasks, rows * (task + 1) / tasks}; }
+
+// The scratch memory of a BatchNorm.
+struct Scratch {
+    double *first, *second;  // tasks x channels sums
+    float *a, *b, *c;        // channels coefficients
+    explicit Scratch(const BatchNorm &p)
+        : first(p.scratch),
+          second(first + p.tasks * p.channels),
+          a(reinterpret_cast<float *>(second + p.tasks * p.channels)),
+          b(a + p.channels),
+          c(b + p.channels) {}
+};
+
+// Adds the float32 sums of a block of rows to the float64 ones, and clears them.
+void flush(float *block, double *total, int64_t channels) {
+    for (int64_t ch = 0; ch < channels; ++ch) {
+        total[ch] += block[ch];
+        block[ch] = 0;
+    }
+}
+
+// Sums body's two vectors over a task's rows: body(offset into x, channel, count, first, second).
+template <class Body> inline void sum_rows(const BatchNorm &p, int task, Body &&body) {
+    const Scratch s(p);
+    const int64_t channels = p.channels;
+    double *first = s.first + task * channels, *second = s.second + task * channels;
+    // Each task needs float32 sums of its own, and the next stage's coefficients are not computed yet: a small stack
+    // buffer serves any number of channels, one panel of them after the other.
+    constexpr int64_t kPanel = 4096;
+    float block_first[kPanel], block_second[kPanel];
+    const Span rows = part(p.rows, task, p.tasks);
+    for (int64_t from = 0; from < channels; from += kPanel) {
+        const int64_t width = channels - from < kPanel ? channels - from : kPanel;
+        for (int64_t ch = 0; ch < width; ++ch) {
+            first[from + ch] = second[from + ch] = 0;
+            block_first[ch] = block_second[ch] = 0;
+        }
+        for (int64_t begin = rows.begin; begin < rows.end; begin += kBlock) {
+            const int64_t end = begin + kBlock < rows.end ? begin + kBlock : rows.end;
+            for (int64_t row = begin; row < end; ++row) {
+                each_vector(width, [&](int64_t ch, auto count) {
+                    vec one = load_first(block_first + ch, count), two = load_first(block_second + ch, count);
+                    body(row * channels + from + ch, from + ch, count, one, two);
+                    store_first(block_first + ch, one, count);
+                    store_first(block_second + ch, two, count);
+                });
+            }
+            flush(block_first, first + from, width);
+            flush(block_second, second + from, width);
+        }
+    }
+}
+
+double total(const double *sums, int64_t channel, const BatchNorm &p) {
+    double value = 0;
+    for (int task = 0; task < p.tasks; ++task) value += sums[task * p.channels + channel];
+    return value;
+}
+
+// Calls body(offset, channel, count) for all vectors of a task's rows, the last block of rows first.
+template <class Body> inline void transform_rows(const BatchNorm &p, int task, Body &&body) {
+    const Span rows = part(p.rows, task, p.tasks);
+    for (int64_t end = rows.end; end > rows.begin; end -= kBlock)
+        for (int64_t row = end - kBlock > rows.begin ? end - kBlock : rows.begin; row < end; ++row)
+            each_vector(p.channels, [&](int64_t ch, auto count) { body(row * p.channels + ch, ch, count); });
+}
+
+template <class T> void forward(const BatchNorm &p) {
+    const T *x = static_cast<const T *>(p.x);
+    const T *residual = static_cast<const T *>(p.residual);
+    T *y = static_cast<T *>(p.y);
+    const Scratch s(p);
+    float *scale = s.a, *shift = s.b;
+
+    if (p.training) {
+        for (int64_t ch = 0; ch < p.channels; ++ch) shift[ch] = to_float(x[ch]);
+        auto sums = [&](int task) {
+            sum_rows(p, task, [&](int64_t at, int64_t ch, auto count, vec &first, vec &second) {
+                const vec d = load_first(x + at, count) - load_first(shift + ch, count);
+                first += d;
+                second = fma(d, d, second);
+            });
+        };
+        each_task(p.tasks, sums);
+    }
+    for (int64_t ch = 0; ch < p.channels; ++ch) {
+        if (p.training) {
+            const double d = total(s.first, ch, p) / double(p.rows);
+            const double var = total(s.second, ch, p) / double(p.rows) - d * d;
+            p.mean[ch] = float(shift[ch] + d);
+            p.var[ch] = float(var < 0 ? 0 : var);
+        }
+        scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
+    }
+    auto apply = [&](int task) {
+        transform_rows(p, task, [&](int64_t at, int64_t ch, auto count) {
+            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
+            vec z = fma(d, load_first(scale + ch, count), load_first(p.bias + ch, count));
+            if (residual != nullptr) z += load_first(residual + at, count);
+            store_first(y + at, p.relu ? relu(z) : z, count);
+        });
+    };
+    each_task(p.tasks, apply);
+}
+
+template <class T> void backward(const BatchNorm &p) {
+    const T *x = static_cast<const T *>(p.x);
+    const T *y = static_cast<const T *>(p.y);
+    const T *dy = static_cast<const T *>(p.dy);
+    T *dx = static_cast<T *>(p.dx);
+    T *dresidual = static_cast<T *>(p.dresidual);
+    const Scratch s(p);
+    float *scale = s.a, *of_x = s.b, *constant = s.c;
+
+    for (int64_t ch = 0; ch < p.channels; ++ch)
+        scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
+    // dy where the result was positive; d is x - mean.
+    auto through_relu = [&](int64_t at, int64_t ch, auto count, vec d) {
+        const vec gradient = load_first(dy + at, count);
+        if (!p.relu) return gradient;
+        const vec z = y != nullptr ? load_first(y + at, count)
+                                   : fma(d, load_first(scale + ch, count), load_first(p.bias + ch, count));
+        return where_positive(z, gradient);
+    };
+    auto sums = [&](int task) {
+        sum_rows(p, task, [&](int64_t at, int64_t ch, auto count, vec &first, vec &second) {
+            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
+            const vec dz = through_relu(at, ch, count, d);
+            // Kept for the second pass, which then need not read y and dy again.
+            if (dresidual != nullptr) store_first(dresidual + at, dz, count);
+            first += dz;
+            second = fma(dz, d, second);
+        });
+    };
+    each_task(p.tasks, sums);
+    for (int64_t ch = 0; ch < p.channels; ++ch) {
+        const double sum_dz = total(s.first, ch, p), sum_dz_d = total(s.second, ch, p);
+        const double inverse = 1 / ::sqrt(double(p.var[ch]) + p.eps);
+        p.dbias[ch] = float(sum_dz);
+        p.dweight[ch] = float(sum_dz_d * inverse);
+        constant[ch] = float(-p.weight[ch] * inverse * (sum_dz / double(p.rows)));
+        of_x[ch] = float(-p.weight[ch] * inverse * inverse * inverse * (sum_dz_d / double(p.rows)));
+    }
+    auto apply = [&](int task) {
+        transform_rows(p, task, [&](int64_t at, int64_t ch, auto count) {
+            const vec a = load_first(scale + ch, count), b = load_first(of_x + ch, count);
+            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
+            const vec dz = dresidual != nullptr ? load_first(dresidual + at, count) : through_relu(at, ch, count, d);
+            const vec whole_gradient = fma(a, dz, fma(b, d, load_first(constant + ch, count)));
+            store_first(dx + at, p.training ? whole_gradient : a * dz, count);
+        });
+    };
+    each_task(p.tasks, apply);
+}
+
+}  // namespace
+
+void batch_norm_forward(const BatchNorm &p) { p.is_bf16 ? forward<bf16>(p) : forward<float>(p); }
+void batch_norm_backward(const BatchNorm &p) { p.is_bf16 ? backward<bf16>(p) : backward<float>(p); }
+
+}  // namespace KNLTRAIN_ISA
+}  // namespace knltrain

@@ -1,0 +1,173 @@
+// The Python module knltrain._kernels. Addresses come in as integers: what is behind them has been checked in Python.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace nb = nanobind;
+using namespace knltrain;
+using Address = uintptr_t;
+
+namespace {
+
+struct Variant {
+    const char *name;
+    bool runs;
+    const Kernels *kernels;
+};
+
+// From the plainest to the fastest.
+const std::vector<Variant> &variants() {
+    static const CpuFeatures cpu = cpu_features();
+    static const std::vector<Variant> all = {{"avx2", cpu.avx2, &avx2::kernels},
+                                             {"avx512f", cpu.avx512f, &avx512f::kernels},
+                                             {"avx512", cpu.avx512, &avx512::kernels},
+                                             {"avx512_bf16", cpu.avx512_bf16, &avx512_bf16::kernels}};
+    return all;
+}
+
+const Kernels *chosen = nullptr;
+
+void use_isa(const std::string &name) {
+    for (const Variant &variant : variants())
+        if (variant.name == name && variant.runs) {
+            chosen = variant.kernels;
+            return;
+        }
+    throw std::invalid_argument("this processor does not run " + name);
+}
+
+// 64 KiB of float32: long enough to stream, short enough to divide small networks over many threads.
+constexpr int64_t kChunk = 16384;
+
+// The parts of a ParameterList that a call owns.
+struct OwnedList {
+    std::vector<Parameter> parameters;
+    std::vector<Chunk> chunks;
+    std::vector<double> gradient_squares, weight_squares;
+    void add(Parameter p) {
+        p.first_chunk = int64_t(chunks.size());
+        for (int64_t begin = 0; begin < p.size; begin += kChunk)
+            chunks.push_back({int64_t(parameters.size()), begin, std::min(kChunk, p.size - begin)});
+        p.chunks = int64_t(chunks.size()) - p.first_chunk;
+        parameters.push_back(p);
+    }
+    void run(void (*step)(const ParameterList &), int tasks) {
+        if (parameters.empty()) return;
+        gradient_squares.resize(chunks.size());
+        weight_squares.resize(chunks.size());
+        step({parameters.data(), int64_t(parameters.size()), chunks.data(), gradient_squares.data(),
+              weight_squares.data(), std::max(1, std::min(tasks, int(chunks.size())))});
+    }
+};
+
+using Addresses = std::vector<Address>;
+using Numbers = std::vector<float>;
+
+template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
+
+}  // namespace
+
+NB_MODULE(_kernels, m) {
+    m.def("supported_isas", [] {
+        std::vector<std::string> names;
+        for (const Variant &variant : variants())
+            if (variant.runs) names.push_back(variant.name);
+        return names;
+    });
+    m.def("use_isa", use_isa);
+    m.def("use_openmp", [](Address parallel, Address thread_num, Address num_threads) {
+        use_openmp(at<void>(parallel), at<void>(thread_num), at<void>(num_threads));
+    });
+
+    m.def(
+        "batch_norm_forward",
+        [](Address x, Address residual, Address weight, Address bias, Address mean, Address var, Address y, int64_t rows,
+           int64_t channels, bool is_bf16, bool training, bool relu, float eps, int tasks) {
+            std::vector<double> scratch((2 * tasks + 2) * channels);
+            BatchNorm p{};
+            p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
+            p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
+            p.x = at<void>(x), p.residual = at<void>(residual), p.y = at<void>(y);
+            p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
+            chosen->batch_norm_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "batch_norm_backward",
+        [](Address dy, Address x, Address y, Address weight, Address bias, Address mean, Address var, Address dx,
+           Address dresidual, Address dweight, Address dbias, int64_t rows, int64_t channels, bool is_bf16,
+           bool training, bool relu, float eps, int tasks) {
+            std::vector<double> scratch((2 * tasks + 2) * channels);
+            BatchNorm p{};
+            p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
+            p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
+            p.dy = at<void>(dy), p.x = at<void>(x), p.y = at<void>(y);
+            p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
+            p.dx = at<void>(dx), p.dresidual = at<void>(dresidual);
+            p.dweight = at<float>(dweight), p.dbias = at<float>(dbias);
+            chosen->batch_norm_backward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "conv_weight_grad",
+        [](Address x, Address dy, Address dw, const std::vector<int64_t> &x_shape, const std::vector<int64_t> &dy_shape,
+           const std::vector<int64_t> &kernel, const std::vector<int64_t> &stride, const std::vector<int64_t> &padding,
+           int64_t groups, bool to_bf16, int tasks) {
+            ConvWeightGrad p{};
+            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
+            p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
+            p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
+            p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
+            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.to_bf16 = to_bf16, p.tasks = tasks;
+            return chosen->conv_weight_grad(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "lars_step",
+        [](const Addresses &weights, const Addresses &gradients, const Addresses &buffers, const Addresses &copies,
+           Address squares, const std::vector<int64_t> &sizes, const std::vector<bool> &gradient_is_bf16,
+           const Numbers &lr, const Numbers &momentum, const Numbers &weight_decay, const Numbers &trust_coefficient,
+           const Numbers &eps, const std::vector<bool> &adapt, const std::vector<bool> &clip, int tasks) {
+            OwnedList list;
+            for (size_t i = 0; i < weights.size(); ++i) {
+                Parameter p{};
+                p.weight = at<float>(weights[i]), p.buffer = at<float>(buffers[i]);
+                p.gradient = at<void>(gradients[i]), p.copy = at<void>(copies[i]);
+                p.squares = at<double>(squares) + i;
+                p.size = sizes[i], p.gradient_is_bf16 = gradient_is_bf16[i];
+                p.lr = lr[i], p.momentum = momentum[i], p.weight_decay = weight_decay[i];
+                p.trust_coefficient = trust_coefficient[i], p.eps = eps[i];
+                p.adapt = adapt[i], p.clip = clip[i];
+                list.add(p);
+            }
+            list.run(chosen->lars_step, tasks);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "sgd_step",
+        [](const Addresses &weights, const Addresses &gradients, const Addresses &buffers, const Addresses &copies,
+           const std::vector<int64_t> &sizes, const std::vector<bool> &gradient_is_bf16, const Numbers &lr,
+           const Numbers &momentum, const Numbers &weight_decay, const std::vector<bool> &nesterov, int tasks) {
+            OwnedList list;
+            for (size_t i = 0; i < weights.size(); ++i) {
+                Parameter p{};
+                p.weight = at<float>(weights[i]), p.buffer = at<float>(buffers[i]);
+                p.gradient = at<void>(gradients[i]), p.copy = at<void>(copies[i]);
+                p.size = sizes[i], p.gradient_is_bf16 = gradient_is_bf16[i];
+                p.lr = lr[i], p.momentum = momentum[i], p.weight_decay = weight_decay[i];
+                p.nesterov = nesterov[i];
+                list.add(p);
+            }
+            list.run(chosen->sgd_step, tasks);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+}

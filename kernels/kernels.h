@@ -1,0 +1,83 @@
+// The kernels of one instruction set, and what they take.
+//
+// Tensors are given as pointers to contiguous memory; the Python faces in knltrain/ops have checked types, layouts and
+// sizes before. `tasks` is how many parts the work is cut into, one thread each.
+#pragma once
+
+#include <cstdint>
+
+namespace knltrain {
+
+// Batch normalisation over the rows of a rows x channels matrix (N, H and W of a channels-last image are its rows), then
+// an optional addition, then an optional ReLU.
+struct BatchNorm {
+    int64_t rows, channels;
+    bool is_bf16;  // x, residual, y, dy, dx and dresidual: bf16, or else float32. Everything else is float32
+    bool training;  // statistics of x are computed (forward) and part of the gradient (backward)
+    bool relu;
+    float eps;
+    int tasks;
+    const void *x, *residual;  // residual may be null
+    const float *weight, *bias;
+    float *mean, *var;  // biased; written by the forward pass in training
+    void *y;            // backward: read if not null, else the sign of the result is computed from x
+    const void *dy;
+    void *dx, *dresidual;  // dresidual may be null
+    float *dweight, *dbias;
+    double *scratch;  // (2 tasks + 2) * channels numbers
+};
+
+// The gradient of a bf16 convolution's weights, without dilation. Channels of a group: a multiple of 16 in, of 8 out.
+struct ConvWeightGrad {
+    int64_t images, in_channels, out_channels, groups;
+    int64_t in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
+    const void *x, *dy;  // N x H x W x C
+    void *dw;            // out_channels x kernel_h x kernel_w x in_channels / groups
+    bool to_bf16;        // dw: bf16, or else float32
+    int tasks;
+};
+
+// What an optimizer updates: parameters, and the chunks they are cut into, in order.
+struct Parameter {
+    float *weight, *buffer;
+    const void *gradient;
+    void *copy;       // bf16 copy of the weights, or null
+    double *squares;  // LARS: the weights' sum of squares, or NaN where it is not known; the new one is written
+    int64_t size, first_chunk, chunks;
+    float lr, momentum, weight_decay, trust_coefficient, eps;
+    bool gradient_is_bf16, adapt, clip, nesterov;
+    float rate;  // LARS: lr times the trust ratio, for the kernel's own use
+};
+struct Chunk {
+    int64_t parameter, begin, count;
+};
+struct ParameterList {
+    Parameter *parameters;
+    int64_t count;
+    const Chunk *chunks;
+    double *gradient_squares, *weight_squares;  // scratch, one number to a chunk
+    int tasks;
+};
+
+struct Kernels {
+    void (*batch_norm_forward)(const BatchNorm &);
+    void (*batch_norm_backward)(const BatchNorm &);
+    bool (*conv_weight_grad)(const ConvWeightGrad &);  // false: not in this instruction set, or no memory
+    void (*lars_step)(const ParameterList &);
+    void (*sgd_step)(const ParameterList &);
+};
+
+namespace avx2 {
+extern const Kernels kernels;
+}
+namespace avx512f {
+extern const Kernels kernels;
+}
+namespace avx512 {
+extern const Kernels kernels;
+}
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+
+}  // namespace knltrain

@@ -1,0 +1,15 @@
+#include "kernels.h"
+
+namespace knltrain {
+namespace KNLTRAIN_ISA {
+
+void batch_norm_forward(const BatchNorm &);
+void batch_norm_backward(const BatchNorm &);
+bool conv_weight_grad(const ConvWeightGrad &);
+void lars_step(const ParameterList &);
+void sgd_step(const ParameterList &);
+
+extern const Kernels kernels{batch_norm_forward, batch_norm_backward, conv_weight_grad, lars_step, sgd_step};
+
+}  // namespace KNLTRAIN_ISA
+}  // namespace knltrain

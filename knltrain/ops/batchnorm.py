@@ -1,0 +1,287 @@
+"""Batch norm, the addition of a shortcut, and ReLU as one operation, forward and backward.
+
+For backward it keeps its input, its result (which the next layer keeps too) and two vectors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knltrain.ops.native import address, check, kernels, tasks_for
+
+_FLOATS = (torch.bfloat16, torch.float32)
+
+
+def batch_norm_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    *,
+    residual: Tensor | None = None,
+    relu: bool = True,
+    training: bool,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Y = relu(weight * (x - mean) / sqrt(var + eps) + bias + residual), statistics over N, H and W.
+
+    Ioffe and Szegedy, arXiv 1502.03167. In training, mean and variance are the batch's (biased), and the running ones
+    move towards them by ``momentum`` (towards the unbiased variance), as torch.nn.BatchNorm2d does it.
+
+    Args:
+        x: N x C x H x W, channels-last in memory, bf16 or float32.
+        weight: C, float32.
+        bias: C, float32.
+        running_mean: C, float32; may be None in training.
+        running_var: C, float32; may be None in training.
+        residual: added before ReLU; of x's shape, type and layout.
+        relu: whether there is a ReLU.
+        training: use and follow the batch's statistics.
+        momentum: of the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        Of the shape, type and layout of ``x``.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device; or training with one value per channel.
+    """
+    if training:
+        if x.numel() == x.shape[1]:
+            raise ValueError(f"one value per channel has no variance: {tuple(x.shape)} cannot be trained on")
+        y, mean, var = torch.ops.knltrain.batch_norm_act(x, residual, weight, bias, None, None, relu, eps)
+        if running_mean is not None and running_var is not None:
+            count = x.numel() // x.shape[1]
+            running_mean.lerp_(mean, momentum)
+            running_var.lerp_(var * (count / (count - 1)), momentum)
+    else:
+        if running_mean is None or running_var is None:
+            raise ValueError("without training there must be running statistics")
+        y, _, _ = torch.ops.knltrain.batch_norm_act(
+            x, residual, weight, bias, running_mean, running_var, relu, eps
+        )
+    result: Tensor = y
+    return result
+
+
+# Statistics given: normalise with them. None: the batch's. (A functional operator, as autograd registration asks for;
+# mean and var come back in either case.)
+@torch.library.custom_op("knltrain::batch_norm_act", mutates_args=())
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
+    module = kernels()
+    if module is None or x.numel() == 0:
+        return _forward_in_torch(x, residual, weight, bias, mean, var, relu, eps)
+    training = mean is None or var is None
+    mean = torch.empty_like(weight) if mean is None else mean.clone()
+    var = torch.empty_like(weight) if var is None else var.clone()
+    y = torch.empty_like(x)
+    module.batch_norm_forward(
+        address(x),
+        address(residual),
+        address(weight),
+        address(bias),
+        address(mean),
+        address(var),
+        address(y),
+        x.numel() // x.shape[1],
+        x.shape[1],
+        x.dtype == torch.bfloat16,
+        training,
+        relu,
+        eps,
+        tasks_for(x.numel()),
+    )
+    return y, mean, var
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
+
+
+@torch.library.custom_op("knltrain::batch_norm_act_backward", mutates_args=())
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    has_residual: bool,
+    training: bool,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x, residual (empty without one), weight and bias; ``y`` is needed with a residual and a ReLU."""
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    _check(x, weight=weight, bias=bias, mean=mean, var=var, dy=dy, y=y)
+    module = kernels()
+    if module is None or x.numel() == 0:
+        return _backward_in_torch(dy, x, y, weight, bias, mean, var, has_residual, training, relu, eps)
+    dx = torch.empty_like(x)
+    dresidual = torch.empty_like(x) if has_residual else x.new_empty(0)
+    dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+    module.batch_norm_backward(
+        address(dy),
+        address(x),
+        address(y),
+        address(weight),
+        address(bias),
+        address(mean),
+        address(var),
+        address(dx),
+        address(dresidual if has_residual else None),
+        address(dweight),
+        address(dbias),
+        x.numel() // x.shape[1],
+        x.shape[1],
+        x.dtype == torch.bfloat16,
+        training,
+        relu,
+        eps,
+        tasks_for(x.numel()),
+    )
+    return dx, dresidual, dweight, dbias
+
+
+@_backward.register_fake
+def _(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    has_residual: bool,
+    training: bool,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dresidual = torch.empty_like(x) if has_residual else x.new_empty(0)
+    return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    x, residual, weight, bias, mean_given, _, relu, eps = inputs
+    y, mean, var = output
+    ctx.mark_non_differentiable(mean, var)
+    ctx.set_materialize_grads(False)
+    # Without a shortcut the sign of y follows from x.
+    ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, var)
+    ctx.has_residual, ctx.training, ctx.relu, ctx.eps = residual is not None, mean_given is None, relu, eps
+
+
+def _differentiate(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, y, weight, bias, mean, var = ctx.saved_tensors
+    dx, dresidual, dweight, dbias = torch.ops.knltrain.batch_norm_act_backward(
+        dy, x, y, weight, bias, mean, var, ctx.has_residual, ctx.training, ctx.relu, ctx.eps
+    )
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(x: Tensor, **others: Tensor | None) -> None:
+    check("x", x, _FLOATS)
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be N x C x H x W")
+    for name, tensor in {"x": x, **others}.items():
+        if tensor is None:
+            continue
+        if name in ("x", "residual", "dy", "y"):
+            check(name, tensor, (x.dtype,), tuple(x.shape))
+            if not tensor.is_contiguous(memory_format=torch.channels_last):
+                raise ValueError(f"{name} has strides {tensor.stride()}; it must be channels-last")
+        else:
+            check(name, tensor, (torch.float32,), (x.shape[1],))
+            if not tensor.is_contiguous():
+                raise ValueError(f"{name} has strides {tensor.stride()}; it must be contiguous")
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """N x C x H x W, channels-last, as the matrix of its pixels: float32, N H W x C."""
+    return tensor.permute(0, 2, 3, 1).reshape(-1, tensor.shape[1]).float()
+
+
+def _like(rows: Tensor, x: Tensor) -> Tensor:
+    """The reverse of :func:`_rows`, in the type of ``x``."""
+    n, c, h, w = x.shape
+    return rows.view(n, h, w, c).to(x.dtype).permute(0, 3, 1, 2)
+
+
+def _forward_in_torch(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _rows(x)
+    if mean is None or var is None:
+        var, mean = torch.var_mean(rows, dim=0, correction=0)
+    else:
+        mean, var = mean.clone(), var.clone()
+    rows = (rows - mean) * (weight * (var + eps).rsqrt()) + bias
+    if residual is not None:
+        rows = rows + _rows(residual)
+    return _like(rows.relu() if relu else rows, x), mean, var
+
+
+def _backward_in_torch(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    has_residual: bool,
+    training: bool,
+    relu: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    # dx = weight / sqrt(var + eps) * (dz - mean(dz) - xhat mean(dz xhat)), arXiv 1502.03167, section 3.
+    inverse = (var + eps).rsqrt()
+    normalized = (_rows(x) - mean) * inverse
+    dz = _rows(dy)
+    if relu:
+        z = _rows(y) if y is not None else normalized * weight + bias
+        dz = dz.masked_fill(z <= 0, 0.0)
+    dbias, dweight = dz.sum(0), (dz * normalized).sum(0)
+    rows = dz
+    if training:
+        rows = dz - (dbias + normalized * dweight) / dz.shape[0]
+    dresidual = _like(dz, x) if has_residual else x.new_empty(0)
+    return _like(rows * (weight * inverse), x), dresidual, dweight, dbias

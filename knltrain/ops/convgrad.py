@@ -1,0 +1,171 @@
+"""A convolution whose weight gradient is computed by a kernel of ours where that is the faster one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from knltrain.node.topology import read_node
+from knltrain.ops.native import address, check, isa, kernels
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    stride: tuple[int, int] = (1, 1),
+    padding: tuple[int, int] = (0, 0),
+    dilation: tuple[int, int] = (1, 1),
+    groups: int = 1,
+) -> Tensor:
+    """torch.nn.functional.conv2d of tensors of one type, with a faster way back.
+
+    Args:
+        x: N x C x H x W, channels-last.
+        weight: K x C/groups x R x S, channels-last.
+        bias: K, or None.
+        stride: down and across, in pixels.
+        padding: zeros around x, in pixels.
+        dilation: distance of the kernel's elements, in pixels.
+        groups: of channels, each convolved alone.
+
+    Returns:
+        N x K x H' x W', channels-last.
+    """
+    y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+    return y
+
+
+class _Conv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        dilation: tuple[int, int],
+        groups: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry = (stride, padding, dilation, groups)
+        ctx.bias_sizes = None if bias is None else list(bias.shape)
+        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.geometry
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dy = dy.contiguous(memory_format=torch.channels_last)
+        ours = needs_weight and kernel_is_faster(x, dy, weight, dilation, groups)
+        dx = dweight = dbias = None
+        theirs = (needs_x, needs_weight and not ours, needs_bias and not ours)
+        if any(theirs):
+            dx, dweight, dbias = torch.ops.aten.convolution_backward(
+                dy, x, weight, ctx.bias_sizes, stride, padding, dilation, False, (0, 0), groups, theirs
+            )
+        if ours:
+            dweight = conv_weight_grad(x, dy, list(weight.shape), stride, padding, groups)
+            if needs_bias:
+                dbias = dy.sum((0, 2, 3))
+        return dx, dweight, dbias, None, None, None, None
+
+
+def kernel_is_faster(x: Tensor, dy: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> bool:
+    """Whether :func:`conv_weight_grad` takes these and is the faster way.
+
+    It is written for AVX512_BF16. Where the processor has AMX, oneDNN uses it and is ahead.
+    """
+    return (
+        x.dtype == dy.dtype == weight.dtype == torch.bfloat16
+        and dilation == (1, 1)
+        and x.shape[1] // groups % 16 == 0
+        and dy.shape[1] // groups % 8 == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and isa() == "avx512_bf16"
+        and not _has_amx()
+        and kernels() is not None
+    )
+
+
+@functools.cache
+def _has_amx() -> bool:
+    return "amx_bf16" in read_node().flags
+
+
+@torch.library.custom_op("knltrain::conv_weight_grad", mutates_args=())
+def conv_weight_grad(
+    x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
+) -> Tensor:
+    """The gradient of a convolution's weights: the sum over images and pixels of dy times the x that it met.
+
+    Args:
+        x: N x C x H x W, bf16, channels-last.
+        dy: N x K x H' x W', likewise.
+        weight_shape: K, C/groups, R, S.
+        stride: down and across, in pixels.
+        padding: zeros around x, in pixels.
+        groups: of channels; each has a multiple of 16 in and of 8 out.
+
+    Returns:
+        K x C/groups x R x S, bf16, channels-last; summed in float32.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device.
+    """
+    _check(x, dy, weight_shape, stride, padding, groups)
+    module = kernels()
+    if x.numel() and dy.numel() and module is not None:
+        dw = x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
+        if module.conv_weight_grad(
+            address(x),
+            address(dy),
+            address(dw),
+            list(x.shape),
+            list(dy.shape),
+            weight_shape[2:],
+            stride,
+            padding,
+            groups,
+            True,
+            torch.get_num_threads(),
+        ):
+            return dw
+    weight = x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
+    dw = torch.ops.aten.convolution_backward(
+        dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (False, True, False)
+    )[1]
+    return dw.contiguous(memory_format=torch.channels_last)
+
+
+@conv_weight_grad.register_fake
+def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
+    return x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
+
+
+def _check(
+    x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
+) -> None:
+    for name, tensor in (("x", x), ("dy", dy)):
+        check(name, tensor, (torch.bfloat16,))
+        if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; "
+                             "it must be N x C x H x W, channels-last")  # fmt: skip
+    outputs, inputs, *kernel = weight_shape
+    if groups < 1 or x.shape[1] != inputs * groups or outputs % groups or inputs % 16 or outputs // groups % 8:
+        raise ValueError(f"weight of shape {tuple(weight_shape)} in {groups} groups does not go with x of "
+                         f"{x.shape[1]} channels; groups must have a multiple of 16 in and of 8 out")  # fmt: skip
+    if min(stride) < 1 or min(padding) < 0:
+        raise ValueError(f"stride {stride} must be positive and padding {padding} not negative")
+    expected = [x.shape[0], outputs] + [
+        (size + 2 * pad - length) // step + 1
+        for size, pad, length, step in zip(x.shape[2:], padding, kernel, stride, strict=True)
+    ]
+    if list(dy.shape) != expected:
+        raise ValueError(f"dy has shape {tuple(dy.shape)}; this convolution's output has {tuple(expected)}")
