@@ -13,8 +13,8 @@ namespace knltrain {
 namespace KNLTRAIN_ISA {
 namespace {
 
-constexpr int64_t kBlock = 128;  // rows summed in float32
-
+constexpr int64_t kBlock = 128;    // rows summed in float32
+constexpr int64_t kAhead = 1536;  // bytes: the processor's own prefetching does not keep up with two passes
 
 struct Span {
     int64_t begin, end;
@@ -33,6 +33,10 @@ struct Scratch {
           c(b + p.channels) {}
 };
 
+template <class T> inline void fetch_ahead(const T *p) {
+    _mm_prefetch(reinterpret_cast<const char *>(p) + kAhead, _MM_HINT_T0);
+}
+
 // Adds the float32 sums of a block of rows to the float64 ones, and clears them.
 void flush(float *block, double *total, int64_t channels) {
     for (int64_t ch = 0; ch < channels; ++ch) {
@@ -41,26 +45,24 @@ void flush(float *block, double *total, int64_t channels) {
     }
 }
 
-// Sums body's two vectors over a task's rows: body(offset into x, channel, count, first, second).
-template <class Body> inline void sum_rows(const BatchNorm &p, int task, Body &&body) {
+// The sums over a task's rows of two vectors a channel: body(offset, channel, count, first, second) adds to them.
+template <class Body> inline void sum_rows(const BatchNorm &p, int task, Body body) {
     const Scratch s(p);
     const int64_t channels = p.channels;
     double *first = s.first + task * channels, *second = s.second + task * channels;
-    // Each task needs float32 sums of its own, and the next stage's coefficients are not computed yet: a small stack
-    // buffer serves any number of channels, one panel of them after the other.
+    // On the task's own stack, where no other task's sums share a line of the cache: one panel of channels after the
+    // other serves any number of them.
     constexpr int64_t kPanel = 4096;
-    float block_first[kPanel], block_second[kPanel];
+    float panel_first[kPanel] = {}, panel_second[kPanel] = {};
+    float *block_first = panel_first, *block_second = panel_second;
     const Span rows = part(p.rows, task, p.tasks);
     for (int64_t from = 0; from < channels; from += kPanel) {
         const int64_t width = channels - from < kPanel ? channels - from : kPanel;
-        for (int64_t ch = 0; ch < width; ++ch) {
-            first[from + ch] = second[from + ch] = 0;
-            block_first[ch] = block_second[ch] = 0;
-        }
+        for (int64_t ch = from; ch < from + width; ++ch) first[ch] = second[ch] = 0;
         for (int64_t begin = rows.begin; begin < rows.end; begin += kBlock) {
             const int64_t end = begin + kBlock < rows.end ? begin + kBlock : rows.end;
             for (int64_t row = begin; row < end; ++row) {
-                each_vector(width, [&](int64_t ch, auto count) {
+                each_vector(width, [=](int64_t ch, auto count) KNLTRAIN_INLINE {
                     vec one = load_first(block_first + ch, count), two = load_first(block_second + ch, count);
                     body(row * channels + from + ch, from + ch, count, one, two);
                     store_first(block_first + ch, one, count);
@@ -79,15 +81,17 @@ double total(const double *sums, int64_t channel, const BatchNorm &p) {
     return value;
 }
 
-// Calls body(offset, channel, count) for all vectors of a task's rows, the last block of rows first.
-template <class Body> inline void transform_rows(const BatchNorm &p, int task, Body &&body) {
+// body(offset, channel, count) for every vector of a task's rows, the last block of rows first.
+template <class Body> inline void transform_rows(const BatchNorm &p, int task, Body body) {
     const Span rows = part(p.rows, task, p.tasks);
+    const int64_t channels = p.channels;
     for (int64_t end = rows.end; end > rows.begin; end -= kBlock)
         for (int64_t row = end - kBlock > rows.begin ? end - kBlock : rows.begin; row < end; ++row)
-            each_vector(p.channels, [&](int64_t ch, auto count) { body(row * p.channels + ch, ch, count); });
+            each_vector(channels, [=](int64_t ch, auto count)
+                                      KNLTRAIN_INLINE { body(row * channels + ch, ch, count); });
 }
 
-template <class T> void forward(const BatchNorm &p) {
+template <class T, bool with_residual, bool with_relu> void forward(const BatchNorm &p) {
     const T *x = static_cast<const T *>(p.x);
     const T *residual = static_cast<const T *>(p.residual);
     T *y = static_cast<T *>(p.y);
@@ -97,7 +101,8 @@ template <class T> void forward(const BatchNorm &p) {
     if (p.training) {
         for (int64_t ch = 0; ch < p.channels; ++ch) shift[ch] = to_float(x[ch]);
         auto sums = [&](int task) {
-            sum_rows(p, task, [&](int64_t at, int64_t ch, auto count, vec &first, vec &second) {
+            sum_rows(p, task, [=](int64_t at, int64_t ch, auto count, vec &first, vec &second) KNLTRAIN_INLINE {
+                fetch_ahead(x + at);
                 const vec d = load_first(x + at, count) - load_first(shift + ch, count);
                 first += d;
                 second = fma(d, d, second);
@@ -114,18 +119,20 @@ template <class T> void forward(const BatchNorm &p) {
         }
         scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
     }
+    const float *mean = p.mean, *bias = p.bias;
     auto apply = [&](int task) {
-        transform_rows(p, task, [&](int64_t at, int64_t ch, auto count) {
-            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
-            vec z = fma(d, load_first(scale + ch, count), load_first(p.bias + ch, count));
-            if (residual != nullptr) z += load_first(residual + at, count);
-            store_first(y + at, p.relu ? relu(z) : z, count);
+        transform_rows(p, task, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
+            fetch_ahead(x + at);
+            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
+            vec z = fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
+            if (with_residual) z += load_first(residual + at, count);
+            store_first(y + at, with_relu ? relu(z) : z, count);
         });
     };
     each_task(p.tasks, apply);
 }
 
-template <class T> void backward(const BatchNorm &p) {
+template <class T, bool with_residual, bool with_relu> void backward(const BatchNorm &p) {
     const T *x = static_cast<const T *>(p.x);
     const T *y = static_cast<const T *>(p.y);
     const T *dy = static_cast<const T *>(p.dy);
@@ -133,23 +140,26 @@ template <class T> void backward(const BatchNorm &p) {
     T *dresidual = static_cast<T *>(p.dresidual);
     const Scratch s(p);
     float *scale = s.a, *of_x = s.b, *constant = s.c;
+    const float *mean = p.mean, *bias = p.bias;
 
     for (int64_t ch = 0; ch < p.channels; ++ch)
         scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
-    // dy where the result was positive; d is x - mean.
-    auto through_relu = [&](int64_t at, int64_t ch, auto count, vec d) {
+    // dy where the result was positive; d is x - mean. With a shortcut the sign is the result's, else it follows from x.
+    auto through_relu = [=](int64_t at, int64_t ch, auto count, vec d) KNLTRAIN_INLINE {
         const vec gradient = load_first(dy + at, count);
-        if (!p.relu) return gradient;
-        const vec z = y != nullptr ? load_first(y + at, count)
-                                   : fma(d, load_first(scale + ch, count), load_first(p.bias + ch, count));
+        if (!with_relu) return gradient;
+        const vec z = with_residual ? load_first(y + at, count)
+                                    : fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
         return where_positive(z, gradient);
     };
     auto sums = [&](int task) {
-        sum_rows(p, task, [&](int64_t at, int64_t ch, auto count, vec &first, vec &second) {
-            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
+        sum_rows(p, task, [=](int64_t at, int64_t ch, auto count, vec &first, vec &second) KNLTRAIN_INLINE {
+            fetch_ahead(x + at);
+            fetch_ahead(dy + at);
+            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
             const vec dz = through_relu(at, ch, count, d);
             // Kept for the second pass, which then need not read y and dy again.
-            if (dresidual != nullptr) store_first(dresidual + at, dz, count);
+            if (with_residual) store_first(dresidual + at, dz, count);
             first += dz;
             second = fma(dz, d, second);
         });
@@ -163,16 +173,33 @@ template <class T> void backward(const BatchNorm &p) {
         constant[ch] = float(-p.weight[ch] * inverse * (sum_dz / double(p.rows)));
         of_x[ch] = float(-p.weight[ch] * inverse * inverse * inverse * (sum_dz_d / double(p.rows)));
     }
+    const bool training = p.training;
     auto apply = [&](int task) {
-        transform_rows(p, task, [&](int64_t at, int64_t ch, auto count) {
+        transform_rows(p, task, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
+            fetch_ahead(x + at);
+            fetch_ahead((with_residual ? dresidual : dy) + at);
             const vec a = load_first(scale + ch, count), b = load_first(of_x + ch, count);
-            const vec d = load_first(x + at, count) - load_first(p.mean + ch, count);
-            const vec dz = dresidual != nullptr ? load_first(dresidual + at, count) : through_relu(at, ch, count, d);
+            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
+            const vec dz = with_residual ? load_first(dresidual + at, count) : through_relu(at, ch, count, d);
             const vec whole_gradient = fma(a, dz, fma(b, d, load_first(constant + ch, count)));
-            store_first(dx + at, p.training ? whole_gradient : a * dz, count);
+            store_first(dx + at, training ? whole_gradient : a * dz, count);
         });
     };
     each_task(p.tasks, apply);
+}
+
+template <class T> void forward(const BatchNorm &p) {
+    if (p.residual != nullptr)
+        p.relu ? forward<T, true, true>(p) : forward<T, true, false>(p);
+    else
+        p.relu ? forward<T, false, true>(p) : forward<T, false, false>(p);
+}
+
+template <class T> void backward(const BatchNorm &p) {
+    if (p.dresidual != nullptr)
+        p.relu ? backward<T, true, true>(p) : backward<T, true, false>(p);
+    else
+        p.relu ? backward<T, false, true>(p) : backward<T, false, false>(p);
 }
 
 }  // namespace

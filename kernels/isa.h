@@ -16,6 +16,9 @@
 #define KNLTRAIN_CONCAT_(a, b) a##b
 #define KNLTRAIN_CONCAT(a, b) KNLTRAIN_CONCAT_(a, b)
 
+// For the innermost parts, which a call would cost more than they do; on a lambda, after its parameters.
+#define KNLTRAIN_INLINE __attribute__((always_inline))
+
 namespace knltrain {
 namespace KNLTRAIN_ISA {
 
@@ -54,8 +57,12 @@ static inline vec load(const bf16 *p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
     return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
 }
-// To nearest, ties to even; NaN stays NaN. In integers: vcvtneps2bf16 would flush denormals to zero.
+// To nearest, ties to even; NaN stays NaN.
 static inline __m256i round_to_bf16(vec a) {
+#if defined(__AVX512BF16__)
+    // One instruction in the place of eight. It takes denormals, numbers below 1.2e-38, for zero.
+    return (__m256i)_mm512_cvtneps_pbh(a.v);
+#endif
     const __m512i bits = _mm512_castps_si512(a.v);
     const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
     __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, odd), _mm512_set1_epi32(0x7fff));
@@ -179,7 +186,7 @@ static inline float to_float(bf16 x) {
 struct whole {
     constexpr operator int() const { return vec::lanes; }
 };
-template <class Body> static inline __attribute__((always_inline)) void each_vector(int64_t n, Body &&body) {
+template <class Body> static inline KNLTRAIN_INLINE void each_vector(int64_t n, Body &&body) {
     int64_t at = 0;
     for (; at + vec::lanes <= n; at += vec::lanes) body(at, whole{});
     if (at < n) body(at, int(n - at));

@@ -20,7 +20,7 @@ struct BatchNorm {
     const void *x, *residual;  // residual may be null
     const float *weight, *bias;
     float *mean, *var;  // biased; written by the forward pass in training
-    void *y;            // backward: read if not null, else the sign of the result is computed from x
+    void *y;            // backward: read where there is a dresidual and a ReLU, else the sign follows from x
     const void *dy;
     void *dx, *dresidual;  // dresidual may be null
     float *dweight, *dbias;

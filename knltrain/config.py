@@ -125,7 +125,9 @@ class RunConfig:
     )
     precision: Precision = _field("auto", "auto: bf16 where the processor computes in it, else fp32")
     force_bf16: bool = _field(False, "allow bf16 on a processor without AVX512_BF16 or AMX (slow)")
-    engine: EngineName = _field("auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused")
+    engine: EngineName = _field(
+        "auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused"
+    )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
     workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")

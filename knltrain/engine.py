@@ -1,4 +1,4 @@
-"""How a step executes: plain PyTorch, torch.compile, or Intel's extension.
+"""How a step executes: native kernels, plain PyTorch, torch.compile, or Intel's extension.
 
 An engine takes a model and its optimizer and gives back the pair that trains, and the context in which a forward pass
 runs. State dicts keep their keys and their float32 weights whatever the engine.
@@ -12,14 +12,18 @@ import logging
 import shutil
 import warnings
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from knltrain.config import EngineName, Precision
 from knltrain.errors import ConfigError
+from knltrain.models.fused import fuse
+from knltrain.node.measured import stored_engine
 from knltrain.node.topology import Node
+from knltrain.ops.native import why_not
+from knltrain.optim import MasterOptimizer
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -29,16 +33,18 @@ class Engine:
     """A model and an optimizer, ready to train.
 
     Attributes:
-        name: eager, compile or ipex.
-        precision: bf16 (autocast, float32 weights to the optimizer) or fp32.
+        name: fused, eager, compile or ipex.
+        precision: bf16 (float32 weights to the optimizer) or fp32.
         model: in channels-last memory format.
         optimizer: of the model's float32 weights.
+        masters: the float32 weights, by name, of which the model has bf16 working copies.
     """
 
     name: str
     precision: str
     model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: MasterOptimizer
+    masters: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -52,7 +58,7 @@ class Engine:
     def state_dict(self) -> dict[str, Tensor]:
         """The model's float32 weights and its buffers, under the model's own names."""
         state: dict[str, Tensor] = self.model.state_dict()
-        return state
+        return {name: self.masters.get(name, tensor) for name, tensor in state.items()}
 
 
 def autocast(precision: str) -> AbstractContextManager[object]:
@@ -76,12 +82,38 @@ def choose_precision(asked: Precision, node: Node, *, force: bool) -> str:
     return asked
 
 
-def choose_engine(asked: EngineName) -> str:
-    """Resolves ``auto`` to eager, and refuses an engine whose parts are missing.
+def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, threads: int) -> str:
+    """Resolves ``auto``, and refuses an engine whose parts are missing.
+
+    ``auto`` is what ``knltrain tune`` found to be the fastest for this model on this kind of node, or else fused where
+    its kernels run, or else eager.
+
+    Args:
+        asked: what the configuration says.
+        model: as the configuration names it.
+        precision: as :func:`choose_precision` resolved it.
+        node: where it is to run.
+        threads: compute threads of a rank.
 
     Raises:
-        ConfigError: no compiler for torch.compile, no IPEX, or an IPEX made for another torch.
+        ConfigError: no kernels for fused, no compiler for torch.compile, no IPEX, or an IPEX made for another torch.
     """
+    if asked != "auto":
+        _refuse_missing_parts(asked)
+        return asked
+    measured = stored_engine(model, precision, node, threads)
+    if measured is not None:
+        try:
+            _refuse_missing_parts(measured)
+            return measured
+        except ConfigError as error:
+            warnings.warn(f"the fastest engine by `knltrain tune` is {measured}, but: {error}", stacklevel=2)
+    return "eager" if why_not() else "fused"
+
+
+def _refuse_missing_parts(asked: str) -> None:
+    if asked == "fused" and (reason := why_not()):
+        raise ConfigError(f"engine fused: no native kernels: {reason}; or use --engine eager")
     if asked == "compile" and not (shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError("engine compile: torch.compile needs g++ or clang++ on the PATH; install one or use eager")
     if asked == "ipex":
@@ -96,10 +128,9 @@ def choose_engine(asked: EngineName) -> str:
                 f"engine ipex: intel-extension-for-pytorch {theirs} does not load with torch {ours}; "
                 "pip install 'knltrain[intel]' in an environment of its own, or use --engine eager"
             )
-    return "eager" if asked == "auto" else asked
 
 
-def build_engine(name: str, precision: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Engine:
+def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer) -> Engine:
     """Prepares a model and its optimizer for training.
 
     Args:
@@ -109,17 +140,42 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: torch.o
         optimizer: of the model's parameters; changed in place.
     """
     model.train()
-    if name == "compile":
+    masters = {}
+    if name == "fused":
+        fuse(model)
+        if precision == "bf16":
+            masters = _use_working_copies(model, optimizer)
+    elif name == "compile":
         # In place, so that names in state dicts stay as they are.
         model.compile()
     elif name == "ipex":
         model, optimizer = _ipex_optimize(model, optimizer, DTYPES[precision])
-    return Engine(name, precision, model, optimizer)
+    return Engine(name, precision, model, optimizer, masters)
+
+
+def _use_working_copies(model: nn.Module, optimizer: MasterOptimizer) -> dict[str, Tensor]:
+    """Replaces the weights of convolutions and dense layers by bf16 copies that the optimizer keeps up to date.
+
+    Returns:
+        The float32 weights, which are the optimizer's, by their names in the model.
+    """
+    copies: dict[Tensor, nn.Parameter] = {}
+    masters = {}
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.Conv2d | nn.Linear):
+            continue
+        for name, master in list(module.named_parameters(recurse=False)):
+            if master not in copies:
+                copies[master] = nn.Parameter(master.detach().to(torch.bfloat16), master.requires_grad)
+            setattr(module, name, copies[master])
+            masters[f"{path}.{name}" if path else name] = master.detach()
+    optimizer.use_working_copies(copies)
+    return masters
 
 
 def _ipex_optimize(
-    model: nn.Module, optimizer: torch.optim.Optimizer, dtype: torch.dtype
-) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model: nn.Module, optimizer: MasterOptimizer, dtype: torch.dtype
+) -> tuple[nn.Module, MasterOptimizer]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its imports use interfaces that Python has deprecated since
         import intel_extension_for_pytorch as ipex
@@ -128,9 +184,7 @@ def _ipex_optimize(
         level = logger.level
         logger.setLevel(logging.ERROR)  # it announces the deprecation of options that nobody set
         try:
-            for group in optimizer.param_groups:
-                group.pop("fused", None)  # its own fused step takes the place of torch's
-            optimized: tuple[nn.Module, torch.optim.Optimizer] = ipex.optimize(
+            optimized: tuple[nn.Module, MasterOptimizer] = ipex.optimize(
                 model, dtype=dtype, optimizer=optimizer, inplace=True
             )
         finally:

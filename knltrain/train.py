@@ -99,7 +99,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             after an epoch: average batch-norm statistics, evaluate, write a checkpoint
     """
     config, engine, group = run.config, run.engine, run.group
-    model, clock = data_parallel(engine.model, config.comm, group.world_size)
+    model, clock = data_parallel(engine.model, config.comm, group.world_size, engine.optimizer.carried)
     last_step = run.last_step
     started = time.perf_counter()
     batches = run.train_loader.training(run.share, run.progress.step, last_step)
@@ -122,6 +122,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                         logits = model(images)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                     (loss / run.share.accumulate).backward()
+                if micro < run.share.accumulate - 1:
+                    engine.optimizer.carry()
                 loss_sum += loss.item()
             loss_sum, stops = group.sum(loss_sum, stop.requested)
             mean_loss = loss_sum / run.share.accumulate / group.world_size
@@ -213,7 +215,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
     threads = threads_per_rank(node, ranks.local_size)
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
-    engine_name = choose_engine(config.engine)
+    engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
     share = share_of(config, ranks.rank, ranks.size)
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     with contextlib.ExitStack() as cleanup:

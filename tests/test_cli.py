@@ -11,6 +11,7 @@ import pytest
 from click.testing import CliRunner
 
 from knltrain.cli import main
+from knltrain.ops.native import why_not
 
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
@@ -24,7 +25,25 @@ FIELDS = """
 FLAGS = {
     "train": {"recipe", "config", "json", "help", *FIELDS.split()},
     "eval": {"json", "help", "data", "precision", "force-bf16", "workers"},
-    "bench": {"json", "help", "model", "batch", "image-size", "precision", "engine", "steps", "force-bf16"},
+    "bench": {
+        "json",
+        "help",
+        "recipe",
+        "model",
+        "batch",
+        "image-size",
+        "precision",
+        "force-bf16",
+        "engine",
+        "steps",
+        "data",
+        "compare",
+        "profile",
+        "batches",
+        "threads",
+        "out",
+    },
+    "tune": {"json", "help", "model", "batch", "precision", "steps"},
     "recipes": {"json", "help"},
 }
 
@@ -56,6 +75,23 @@ def invoke(*arguments):
         (["eval", "/nowhere", "--data", "synthetic"], 1, "/nowhere: no checkpoint"),
         (["bench", "--model", "lenet"], 2, "no 'lenet'"),
         (["bench", "--precision", "fp16"], 2, "fp16"),
+        (["bench", "--recipe", "cifar-2"], 2, "did you mean cifar-2k?"),
+        (["bench", "--data", "/nowhere"], 1, "/nowhere/train: no such folder"),
+        (["bench", "--compare", "--model", "lenet"], 2, "no 'lenet'"),
+        (["bench", "--batches", "8", "--model", "lenet"], 2, "no 'lenet'"),
+        (["bench", "--compare", "--profile"], 2, "--compare with --profile"),
+        (["bench", "--profile", "--threads", "1"], 2, "--profile with --threads"),
+        (["bench", "--compare", "--batches", "2", "--threads", "1"], 2, "--compare with --batches --threads"),
+        (["bench", "--compare", "--data", "shapes"], 2, "--compare with --data"),
+        (["bench", "--profile", "--data", "shapes"], 2, "--profile with --data"),
+        (["bench", "--compare", "--engine", "eager"], 2, "--compare with --engine"),
+        (["bench", "--profile", "--engine", "compile"], 2, "compile merges the layers"),
+        (["bench", "--batch", "8", "--batches", "8"], 2, "--batch with --batches"),
+        (["bench", "--out", "somewhere"], 2, "--out"),
+        (["bench", "--batches", "8,,16"], 2, "--batches 8,,16: give positive numbers"),
+        (["bench", "--threads", "0"], 2, "--threads 0: give positive numbers"),
+        (["bench", "--threads", "1,100000"], 2, "100000 threads: this process may use"),
+        (["tune", "--model", "lenet"], 2, "no 'lenet'"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):
@@ -131,8 +167,23 @@ def test_bench(precision):
     step = measured["step_s"]
     assert step["min"] <= step["quartile1"] <= step["median"] <= step["quartile3"] <= step["max"]
     assert measured["images_per_s"] == pytest.approx(16 / step["median"])
-    assert measured["engine"] == "eager"
+    assert measured["engine"] == ("eager" if why_not() else "fused")
     assert measured["versions"]["torch"]
+
+
+def test_bench_takes_a_recipe(image_folder):
+    result = invoke("bench", "--recipe", "cifar-2k", "--data", image_folder, "--batch", 8, "--steps", 2, "--json")
+    assert result.exit_code == 0, result.stderr
+    measured = json.loads(result.stdout.splitlines()[-1])
+    expected = {"model": "alexnet_bn_small", "image_size": 32, "batch": 8, "augment": "pad-crop-flip"}
+    assert measured.items() >= expected.items()
+    assert "waiting for data" in result.stderr
+
+
+def test_bench_warns_of_what_changes_nothing():
+    result = invoke("bench", "--model", "alexnet_bn_small", "--batch", 2, "--steps", 1, "--force-bf16", "true")
+    assert result.exit_code == 0, result.stderr
+    assert "force-bf16 has no effect" in result.output
 
 
 def test_the_module_is_the_command(knltrain):

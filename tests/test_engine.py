@@ -14,11 +14,15 @@ from knltrain.optim import build_optimizer
 OLD_CPU = Node("Old CPU", frozenset({"avx2"}), (0,), ((0,),), 1)
 
 
+def choose(asked, node=None):
+    return choose_engine(asked, model="alexnet_bn_small", precision="bf16", node=node or read_node(), threads=2)
+
+
 def engines():
     names = ["eager"]
-    for name in ("compile", "ipex"):
+    for name in ("fused", "compile", "ipex"):
         try:
-            choose_engine(name)
+            choose(name)
             names.append(name)
         except ConfigError:
             pass
@@ -50,7 +54,7 @@ SGD = OptimConfig(name="sgd", variant="nesterov", lr=0.05)
 CASES = [
     *(
         (name, precision, optim)
-        for name in ("eager", "ipex")
+        for name in ("fused", "eager", "ipex")
         for precision in ("fp32", "bf16")
         for optim in (LARS, SGD)
     ),
@@ -99,12 +103,30 @@ def test_bf16_without_hardware_is_refused_unless_forced():
 def test_missing_parts_are_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"g\+\+"):
-        choose_engine("compile")
+        choose("compile")
     if "ipex" in engines():
         monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
         with pytest.raises(ConfigError, match=r"does not load with torch 2\.13\.0"):
-            choose_engine("ipex")
+            choose("ipex")
     else:
         with pytest.raises(ConfigError, match="not installed"):
-            choose_engine("ipex")
-    assert choose_engine("auto") == "eager"
+            choose("ipex")
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: "they were not built; install g++")
+    with pytest.raises(ConfigError, match=r"engine fused: .*not built; install g\+\+.*--engine eager"):
+        choose("fused")
+
+
+def test_auto_is_what_tune_measured_or_the_kernels_or_eager(monkeypatch):
+    monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: None)
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: None)
+    assert choose("auto") == "fused"
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: "no compiler")
+    assert choose("auto") == "eager"
+    monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: "eager")
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: None)
+    assert choose("auto") == "eager"
+    # What was the fastest once may be gone now.
+    monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: "compile")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.warns(UserWarning, match="tune.* is compile, but"):
+        assert choose("auto") == "fused"

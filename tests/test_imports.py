@@ -15,15 +15,33 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"train", "evaluate", "bench"},
+    {"train", "evaluate", "bench", "tune"},
     {"engine", "checkpoint", "metrics"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},
-    {"errors", "__init__"},
+    {"errors", "__init__", "_kernels"},
 ]
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
-NEIGHBOURS = {("models", "ops"), ("optim", "ops"), ("data", "ops"), ("recipes", "config"), ("schedule", "config")}
-WITHOUT_TORCH = ["config", "recipes", "schedule", "node.topology", "node.affinity", "node.ranks", "node.memory", "cli"]
+NEIGHBOURS = {
+    ("tune", "bench"),
+    ("models", "ops"),
+    ("optim", "ops"),
+    ("data", "ops"),
+    ("recipes", "config"),
+    ("schedule", "config"),
+}
+WITHOUT_TORCH = [
+    "config",
+    "recipes",
+    "schedule",
+    "node.topology",
+    "node.affinity",
+    "node.ranks",
+    "node.memory",
+    "node.cache",
+    "node.measured",
+    "cli",
+]
 
 
 def room(module):

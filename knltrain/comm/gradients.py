@@ -35,13 +35,17 @@ class GradientClock:
         return seconds
 
 
-def data_parallel(model: nn.Module, config: CommConfig, world_size: int) -> tuple[nn.Module, GradientClock]:
+def data_parallel(
+    model: nn.Module, config: CommConfig, world_size: int, carried: dict[Tensor, Tensor]
+) -> tuple[nn.Module, GradientClock]:
     """Wraps a model so that its gradients are the mean over the ranks; alone, returns the model itself.
 
     Args:
         model: with equal weights on every rank, or rank 0's are taken.
         config: bucket size, and the type in which gradients travel.
         world_size: ranks.
+        carried: by parameter, float32 sums of the gradients of a step's earlier micro-batches; they join the last
+            one's before it travels.
     """
     clock = GradientClock()
     if world_size == 1:
@@ -54,6 +58,9 @@ def data_parallel(model: nn.Module, config: CommConfig, world_size: int) -> tupl
 
     def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            if parameter in carried:
+                gradient.copy_(carried.pop(parameter).add_(gradient))
         sent = buffer.div_(world_size).to(wire)
         state.started()
 

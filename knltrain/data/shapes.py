@@ -6,7 +6,6 @@ them apart. They are written as JPEG files in ImageFolder layout, made once, int
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from knltrain.data.augment import Pixels
 from knltrain.data.folder import DataError
 from knltrain.data.order import random_bits
+from knltrain.node.cache import cache_folder
 
 SHAPES = ("cross", "disc", "ring", "square", "triangle")
 TEXTURES = ("plain", "striped")
@@ -27,13 +27,6 @@ SIZE = 48
 # Part of the folder's name: pictures drawn by other rules belong into another folder.
 _VERSION = 1
 _NUM_DRAWS = 16
-
-
-def cache_folder() -> Path:
-    """Where things made on first use are kept: $KNLTRAIN_CACHE, or knltrain in the user's cache folder."""
-    if "KNLTRAIN_CACHE" in os.environ:
-        return Path(os.environ["KNLTRAIN_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain"
 
 
 def shapes_folder() -> Path:

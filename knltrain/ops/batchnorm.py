@@ -62,9 +62,7 @@ def batch_norm_act(
     else:
         if running_mean is None or running_var is None:
             raise ValueError("without training there must be running statistics")
-        y, _, _ = torch.ops.knltrain.batch_norm_act(
-            x, residual, weight, bias, running_mean, running_var, relu, eps
-        )
+        y, _, _ = torch.ops.knltrain.batch_norm_act(x, residual, weight, bias, running_mean, running_var, relu, eps)
     result: Tensor = y
     return result
 

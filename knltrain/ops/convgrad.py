@@ -122,11 +122,11 @@ def conv_weight_grad(
     _check(x, dy, weight_shape, stride, padding, groups)
     module = kernels()
     if x.numel() and dy.numel() and module is not None:
-        dw = x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
+        ours = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
         if module.conv_weight_grad(
             address(x),
             address(dy),
-            address(dw),
+            address(ours),
             list(x.shape),
             list(dy.shape),
             weight_shape[2:],
@@ -136,9 +136,9 @@ def conv_weight_grad(
             True,
             torch.get_num_threads(),
         ):
-            return dw
-    weight = x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
-    dw = torch.ops.aten.convolution_backward(
+            return ours
+    weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
+    dw: Tensor = torch.ops.aten.convolution_backward(
         dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (False, True, False)
     )[1]
     return dw.contiguous(memory_format=torch.channels_last)
@@ -146,12 +146,10 @@ def conv_weight_grad(
 
 @conv_weight_grad.register_fake
 def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
-    return x.new_empty(weight_shape).contiguous(memory_format=torch.channels_last)
+    return torch.empty(weight_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def _check(
-    x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
-) -> None:
+def _check(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> None:
     for name, tensor in (("x", x), ("dy", dy)):
         check(name, tensor, (torch.bfloat16,))
         if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from knltrain.config import OptimConfig
+from knltrain.optim.base import MasterOptimizer
 from knltrain.optim.groups import parameter_groups
 from knltrain.optim.lars import LARS
+from knltrain.optim.sgd import SGD
 
-__all__ = ["LARS", "build_optimizer", "parameter_groups"]
+__all__ = ["LARS", "SGD", "MasterOptimizer", "build_optimizer", "parameter_groups"]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
     """Builds the optimizer of a model, its parameters grouped by module type.
 
-    SGD is torch's own, fused. It keeps the learning rate outside the momentum buffer, which is what the momentum
+    SGD keeps the learning rate outside the momentum buffer, which is what the momentum
     correction of Goyal et al. 2017, remark 2, restores where the rate is inside: with it, nothing needs correcting.
     """
     if config.name == "sgd":
-        return torch.optim.SGD(
+        return SGD(
             parameter_groups(model, weight_decay=config.weight_decay, decay_on=config.decay_on),
             lr=config.lr,
             momentum=config.momentum,
             nesterov=config.variant == "nesterov",
-            fused=True,
         )
     return LARS(
         parameter_groups(

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from knltrain.ops.lars import lars_step
+from knltrain.ops.optimizers import lars_step
+from knltrain.optim.base import MasterOptimizer
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(MasterOptimizer):
     """LARS (You, Gitman and Ginsburg, arXiv 1708.03888): every layer's step is a fixed fraction of its weights' norm.
 
-    The formulas are in :func:`knltrain.ops.lars.lars_step`. The published variants are settings of it:
+    The formulas are in :func:`knltrain.ops.optimizers.lars_step`. The published variants are settings of it:
 
     * ``paper``: every parameter adapted, the default here;
     * ``mlperf``: groups of batch norm and biases get ``adapt=False`` and ``weight_decay=0``
@@ -35,6 +36,9 @@ class LARS(torch.optim.Optimizer):
 
     Raises:
         ValueError: a number out of its range, or ``maximize``.
+
+    The norm of a layer's weights is carried over from the update that wrote them. Writing to weights in any way that
+    PyTorch keeps count of makes it be computed anew; writing through ``.data`` does not.
     """
 
     def __init__(
@@ -69,44 +73,40 @@ class LARS(torch.optim.Optimizer):
             "clip": clip,
         }
         super().__init__(params, defaults)
+        # Of each parameter: its version after the last update, and the sum of its squares.
+        self._squares: dict[Tensor, tuple[int, float]] = {}
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient.
-
-        Args:
-            closure: evaluates the model again and returns the loss.
-
-        Raises:
-            RuntimeError: a gradient is sparse.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [parameter for parameter in group["params"] if parameter.grad is not None]
-            if not params:
-                continue
-            lars_step(
-                params,
-                [parameter.grad for parameter in params],
-                [self._momentum_buffer(parameter) for parameter in params],
-                lr=float(group["lr"]),
-                momentum=group["momentum"],
-                weight_decay=group["weight_decay"],
-                trust_coefficient=group["trust_coefficient"],
-                eps=group["eps"],
-                adapt=group["adapt"],
-                clip=group["clip"],
-            )
-        return loss
-
-    def _momentum_buffer(self, parameter: Tensor) -> Tensor:
-        if parameter.grad is not None and parameter.grad.is_sparse:
-            raise RuntimeError("LARS does not take sparse gradients")
-        state: dict[str, Any] = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        buffer: Tensor = state["momentum_buffer"]
-        return buffer
+    def _update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        copies: list[Tensor],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        # A norm that the update before found is good as long as nothing has written to the weights since.
+        squares = torch.tensor(
+            [
+                square if version == parameter._version else math.nan
+                for parameter in params
+                for version, square in [self._squares.get(parameter, (-1, math.nan))]
+            ],
+            dtype=torch.float64,
+        )
+        lars_step(
+            params,
+            grads,
+            buffers,
+            copies,
+            squares,
+            lr=[float(group["lr"]) for group in groups],
+            momentum=[group["momentum"] for group in groups],
+            weight_decay=[group["weight_decay"] for group in groups],
+            trust_coefficient=[group["trust_coefficient"] for group in groups],
+            eps=[group["eps"] for group in groups],
+            adapt=[group["adapt"] for group in groups],
+            clip=[group["clip"] for group in groups],
+        )
+        self._squares = {
+            parameter: (parameter._version, square) for parameter, square in zip(params, squares.tolist(), strict=True)
+        }

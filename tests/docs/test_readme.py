@@ -21,6 +21,10 @@ SHORTER = {
     "knltrain train --config": "--global-batch 16 --local-batch 16 --max-steps 1",
     "torchrun": "--global-batch 8 --max-steps 1 --image-size 67 --augment.resize 77",
     "mpiexec": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
+    "knltrain bench --batches": "--batches 2,4 --steps 1 --image-size 64",
+    "knltrain bench --recipe": "--batch 2 --steps 1",
+    "knltrain bench --model alexnet_bn --batch 128 --compare": "--model alexnet_bn_small --batch 4 --steps 1",
+    "knltrain tune": "--model alexnet_bn_small --batch 4 --steps 1",
     "knltrain bench": "--batch 2 --steps 1 --image-size 96",
 }
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
@@ -66,9 +70,9 @@ def test_command(command, folder):
         pytest.skip("no g++ here")
     words += shlex.split(next((more for start, more in SHORTER.items() if command.startswith(start)), ""))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        words, cwd=folder, capture_output=True, text=True, timeout=280, env={**os.environ, "PATH": path}
-    )
+    # What tune stores decides what auto means; it must not reach other tests.
+    environment = {**os.environ, "PATH": path, "KNLTRAIN_CACHE": str(folder / "cache")}
+    result = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=280, env=environment)
     assert result.returncode == 0, result.stderr
 
 

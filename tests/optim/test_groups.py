@@ -1,9 +1,8 @@
-import torch
 from torch import nn
 
 from knltrain.config import OptimConfig
 from knltrain.models import build_model
-from knltrain.optim import build_optimizer, parameter_groups
+from knltrain.optim import SGD, build_optimizer, parameter_groups
 
 
 def test_resnet_downsample_norms_are_norms():
@@ -41,4 +40,4 @@ def test_paper_adapts_and_decays_everything():
     assert all(group["adapt"] and group["weight_decay"] == 0.1 for group in optimizer.param_groups)
     assert not any(group["clip"] for group in optimizer.param_groups)
     assert build_optimizer(model, OptimConfig(variant="larc")).param_groups[0]["clip"]
-    assert isinstance(build_optimizer(model, OptimConfig(name="sgd", variant="nesterov")), torch.optim.SGD)
+    assert isinstance(build_optimizer(model, OptimConfig(name="sgd", variant="nesterov")), SGD)

@@ -1,0 +1,135 @@
+"""How the speed of a step depends on its batch and on the number of threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from knltrain.bench.process import Process
+from knltrain.bench.step import summary
+from knltrain.bench.tables import new_table, shown
+from knltrain.config import EngineName, RunConfig
+from knltrain.console import Console
+from knltrain.engine import choose_engine, choose_precision
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.metrics import write_json
+from knltrain.models import model_of
+from knltrain.node.affinity import threads_per_rank
+from knltrain.node.topology import read_node
+from knltrain.provenance import provenance
+
+
+def sweep(
+    config: RunConfig, console: Console, *, batches: Sequence[int], threads: Sequence[int], steps: int, out: Path
+) -> dict[str, Any]:
+    """Times training steps at every batch with every number of threads, each point in a process of its own.
+
+    Args:
+        config: as :func:`knltrain.bench.bench` takes it, but for the batch.
+        console: where to show the table while it fills.
+        batches: images a step; empty: the configuration's.
+        threads: compute threads; empty: what a single rank on this node takes.
+        steps: how many steps are timed at a point.
+        out: folder of sweep.json and sweep.png.
+
+    Returns:
+        ``points``, by threads and then by batch: what ``bench`` gives for each, or the ``reason`` why it gave nothing.
+
+    Raises:
+        ConfigError: this machine cannot do what was asked for.
+        KnltrainError: no point was measured.
+    """
+    node = read_node()
+    batches = batches or [config.global_batch]
+    threads = threads or [threads_per_rank(node, local_size=1)]
+    if max(threads) > len(node.cpus):
+        raise ConfigError(f"{max(threads)} threads: this process may use {len(node.cpus)} logical CPUs")
+    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    engine = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=max(threads))
+    config = dataclasses.replace(config, engine=typing.cast(EngineName, engine))  # one engine, whatever the threads
+    with torch.device("meta"):  # a network that cannot be built is refused once, not at every point
+        model_of(config, num_classes=1)
+    out.mkdir(parents=True, exist_ok=True)
+    title = f"{config.model}, {config.image_size} px, {precision}, engine {engine}; {node.cpu_model}"
+    waiting = ["waiting for data"] if config.data else []
+    numbers = ["threads", "batch", "img/s", "step, ms", "quartiles", *waiting, "memory, MiB"]
+    table = new_table(title, numbers=numbers)
+    points = []
+    with shown(console) as show:
+        for count in threads:
+            for batch in batches:
+                point = _measure(dataclasses.replace(config, global_batch=batch), count, steps)
+                points.append(point)
+                if "reason" in point:
+                    console.line(f"{count} threads, batch {batch}: {point['reason']}")
+                table.add_row(*_cells(point))
+                show(table)
+    result = {"steps": steps, "points": points, **provenance(node)}
+    write_json(out / "sweep.json", result)
+    measured = [point for point in points if "step_s" in point]
+    if not measured:
+        raise KnltrainError(f"no point could be measured; the reasons are in {out}/sweep.json")
+    draw(measured, out / "sweep.png", title)
+    return {**result, "out": str(out)}
+
+
+def _measure(config: RunConfig, threads: int, steps: int) -> dict[str, Any]:
+    point: dict[str, Any] = {"threads": threads, "batch": config.global_batch}
+    try:
+        with Process(config, threads) as process:
+            times, peak = process.measure(steps)
+            return {**process.settings, "warmup_s": process.warmup_s, **summary(times, process.settings),
+                    "peak_rss_mb": peak}  # fmt: skip
+    except KnltrainError as error:
+        return {**point, "reason": str(error)}
+
+
+def _cells(point: dict[str, Any]) -> list[str]:
+    cells = [str(point["threads"]), str(point["batch"])]
+    if "reason" in point:
+        return [*cells, "not measured"]
+    step = {key: f"{1e3 * value:.1f}" for key, value in point["step_s"].items()}
+    waiting = [f"{point['data_fraction']:.1%}"] if "data_fraction" in point else []
+    return [*cells, f"{point['images_per_s']:.1f}", step["median"], f"{step['quartile1']}-{step['quartile3']}",
+            *waiting, f"{point['peak_rss_mb']:.0f}"]  # fmt: skip
+
+
+def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draws images/s of the median step, with the quartiles as whiskers, to a PNG.
+
+    One line for each number of threads over the batch; over the threads where there is only one batch.
+
+    Args:
+        points: with ``threads``, ``batch``, ``images_per_s`` and ``step_s``.
+        path: where to.
+        title: above the picture.
+    """
+    one_batch = len({point["batch"] for point in points}) == 1
+    x, line = ("threads", "batch") if one_batch else ("batch", "threads")
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for value in sorted({point[line] for point in points}):
+        row = sorted((point for point in points if point[line] == value), key=lambda point: point[x])
+        rates = [point["images_per_s"] for point in row]
+        below = [rate - point["batch"] / point["step_s"]["quartile3"] for rate, point in zip(rates, row, strict=True)]
+        above = [point["batch"] / point["step_s"]["quartile1"] - rate for rate, point in zip(rates, row, strict=True)]
+        label = f"{value} thread{'s' if value > 1 else ''}" if line == "threads" else f"batch {value}"
+        axes.errorbar([point[x] for point in row], rates, (below, above), fmt="o-", ms=4, capsize=3, label=label)
+    ticks = sorted({point[x] for point in points})
+    if x == "batch" and ticks[0] * 4 <= ticks[-1]:
+        axes.set_xscale("log", base=2)
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.minorticks_off()
+    axes.set(xlabel="images a step" if x == "batch" else "threads", ylabel="images/s", ylim=(0, None))
+    axes.set_title(title, fontsize=9)
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

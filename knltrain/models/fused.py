@@ -1,0 +1,117 @@
+"""Layers on the native kernels, put in the place of torch's by module type.
+
+A module changes its class and nothing else: parameters, buffers, hooks and names in state dicts stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from knltrain.models import resnet
+from knltrain.ops.batchnorm import batch_norm_act
+from knltrain.ops.convgrad import conv2d
+
+
+class FusedConv2d(nn.Conv2d):
+    """nn.Conv2d with a faster weight gradient in bf16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:  # an image in float32, in evaluation
+            x = x.to(self.weight.dtype)
+        return conv2d(
+            x,
+            self.weight,
+            self.bias,
+            stride=cast("tuple[int, int]", self.stride),
+            padding=cast("tuple[int, int]", self.padding),
+            dilation=cast("tuple[int, int]", self.dilation),
+            groups=self.groups,
+        )
+
+
+class FusedBatchNorm2d(nn.BatchNorm2d):
+    """nn.BatchNorm2d with what follows it: ``norm(x, residual=shortcut, relu=True)``."""
+
+    # Whether a ReLU that followed in a Sequential is part of this layer.
+    followed_by_relu = False
+
+    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+        if self.training and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        return batch_norm_act(
+            _channels_last(x),
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            residual=None if residual is None else _channels_last(residual),
+            relu=relu or self.followed_by_relu,
+            training=self.training,
+            momentum=cast("float", self.momentum),
+            eps=self.eps,
+        )
+
+
+def _bottleneck(self: nn.Module, x: Tensor) -> Tensor:
+    shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
+    x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
+    x = self.bn2(self.conv2(x), relu=True)  # type: ignore[operator]
+    y: Tensor = self.bn3(self.conv3(x), residual=shortcut, relu=True)  # type: ignore[operator]
+    return y
+
+
+def _basic_block(self: nn.Module, x: Tensor) -> Tensor:
+    shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
+    x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
+    y: Tensor = self.bn2(self.conv2(x), residual=shortcut, relu=True)  # type: ignore[operator]
+    return y
+
+
+def _resnet(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.maxpool(self.bn1(self.conv1(x), relu=True))  # type: ignore[operator]
+    for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        x = stage(x)  # type: ignore[operator]
+    logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[operator]
+    return logits
+
+
+def fuse(model: nn.Module) -> None:
+    """Puts fused layers in the place of a model's, in place.
+
+    Convolutions, batch norms, and the blocks of ResNets, ours and torchvision's; in a Sequential, a ReLU joins the
+    batch norm before it. Layers with settings that the kernels do not have stay as they are.
+    """
+    for module in list(model.modules()):
+        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+            module.__class__ = FusedConv2d
+        elif (
+            type(module) is nn.BatchNorm2d
+            and module.affine
+            and module.track_running_stats
+            and module.momentum is not None
+        ):
+            module.__class__ = FusedBatchNorm2d
+    for module in model.modules():
+        if isinstance(module, nn.Sequential):
+            for layer, following in zip(module, list(module)[1:], strict=False):
+                if isinstance(layer, FusedBatchNorm2d) and type(following) is nn.ReLU:
+                    layer.followed_by_relu = True
+                    following.__class__ = nn.Identity  # type: ignore[assignment]
+    forwards = {resnet.Bottleneck: _bottleneck, resnet.ResNet: _resnet}
+    theirs = sys.modules.get("torchvision.models.resnet")
+    if theirs is not None:
+        forwards |= {theirs.Bottleneck: _bottleneck, theirs.BasicBlock: _basic_block, theirs.ResNet: _resnet}
+    for module in model.modules():
+        forward = forwards.get(type(module))
+        norms = [child for child in module.children() if isinstance(child, nn.BatchNorm2d)]
+        if forward is not None and all(isinstance(norm, FusedBatchNorm2d) for norm in norms):
+            module.__class__ = type(f"Fused{type(module).__name__}", (type(module),), {"forward": forward})
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)

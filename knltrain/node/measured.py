@@ -1,0 +1,108 @@
+"""What ``knltrain tune`` measured on this kind of node, and which engine won.
+
+The file is a list of measurements: settings, and what came out of them. A measurement is of use where its settings
+are those asked for; settings that a later version adds do not hide what this one wrote.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import knltrain
+from knltrain.errors import KnltrainError
+from knltrain.node.cache import cache_folder
+from knltrain.node.topology import Node
+
+
+def measured_file() -> Path:
+    """Where the measurements are."""
+    return cache_folder() / "measured.json"
+
+
+def settings_of(model: str, precision: str, node: Node, threads: int) -> dict[str, object]:
+    """What a measurement depends on: it says nothing about a node or a program that differs in one of these."""
+    return {
+        "model": model,
+        "precision": precision,
+        "cpu": node.cpu_model,
+        "isa": node.isa,
+        "threads": threads,
+        # Not torch.__version__: a login node asks without loading torch.
+        "torch": importlib.metadata.version("torch"),
+        "knltrain": knltrain.__version__,
+    }
+
+
+def stored_engine(model: str, precision: str, node: Node, threads: int) -> str | None:
+    """Returns the engine that was the fastest in these settings when ``knltrain tune`` measured them last, or None.
+
+    A file that cannot be read, or that something else wrote, is ignored with a warning.
+
+    Args:
+        model: as a configuration names it.
+        precision: bf16 or fp32.
+        node: where it is to run.
+        threads: compute threads of a rank.
+    """
+    settings = settings_of(model, precision, node, threads)
+    found = [one["fastest"] for one in _read() if settings.items() <= one["settings"].items()]
+    return str(found[-1]) if found else None
+
+
+def check_writable() -> None:
+    """Sees that :func:`store` will be able to write, before anything is measured.
+
+    Raises:
+        KnltrainError: the cache folder cannot be written.
+    """
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise KnltrainError(f"{folder}: {error.strerror}; set KNLTRAIN_CACHE to a folder that can be written") from None
+
+
+def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
+    """Adds a measurement, in place of an older one with the same settings. The file is whole at every moment.
+
+    Args:
+        settings: those of :func:`settings_of`, and others that tell measurements apart.
+        result: what was measured; ``fastest`` names the engine.
+
+    Returns:
+        The file.
+    """
+    kept = [one for one in _read() if one["settings"] != settings]
+    text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
+    path = measured_file()
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
+        aside.write(text)
+    os.replace(aside.name, path)
+    return path
+
+
+def _read() -> list[dict[str, Any]]:
+    path = measured_file()
+    try:
+        measurements = json.loads(path.read_text("utf-8"))
+        if isinstance(measurements, list) and all(
+            isinstance(one["settings"], dict) and isinstance(one["fastest"], str) for one in measurements
+        ):
+            return measurements
+        problem = "not what knltrain tune writes"
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        problem = str(error.strerror)
+    except (ValueError, TypeError, KeyError):
+        problem = "damaged, or not what knltrain tune writes"
+    warnings.warn(f"{path}: {problem}; ignored. `knltrain tune` writes it anew", stacklevel=3)
+    return []

@@ -1,0 +1,242 @@
+"""The updates of LARS and of SGD: a whole parameter list in one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from knltrain.ops.native import address, check, kernels
+
+_WEIGHTS = (torch.float32, torch.float64)  # the kernels take float32; float64 is for checking formulas
+# A task's smallest part of the list, in parameters.
+_MIN_PARAMETERS_A_TASK = 16384
+
+
+def lars_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    squares: Tensor,
+    *,
+    lr: list[float],
+    momentum: list[float],
+    weight_decay: list[float],
+    trust_coefficient: list[float],
+    eps: list[float],
+    adapt: list[bool],
+    clip: list[bool],
+) -> None:
+    """Updates parameters and momentum buffers in place; each tensor is a layer of its own, with its own numbers.
+
+    With w a parameter, g its gradient and v its momentum buffer::
+
+        rate = lr * lam          lam = trust_coefficient |w| / (|g| + weight_decay |w| + eps)
+        v    = momentum v + rate (g + weight_decay w)
+        w    = w - v
+
+    which is Algorithm 1 of You, Gitman and Ginsburg (arXiv 1708.03888): learning rate and trust ratio act inside the
+    momentum buffer, and weight decay acts in the denominator as well as in the step. With ``clip`` (LARC) the decay is
+    left out of the denominator and rate = min(lr, lam). Where |w| or |g| is zero, and where ``adapt`` is false,
+    rate = lr.
+
+    Args:
+        params: float32.
+        grads: float32 or bf16, of the parameters' shapes.
+        momentum_buffers: float32, of the parameters' shapes.
+        copies: bf16 copies of the parameters, overwritten with the new ones; empty tensors where there is none.
+        squares: float64, one number a parameter: its sum of squares as the update before left it, or NaN where that is
+            not known. Overwritten with the new ones.
+        lr: learning rate of each parameter; and so on.
+        momentum: fraction of the buffer that stays.
+        weight_decay: L2 coefficient.
+        trust_coefficient: eta.
+        eps: added to the denominator.
+        adapt: whether the trust ratio is used.
+        clip: LARC.
+
+    Raises:
+        ValueError: a wrong type, shape or device.
+    """
+    torch.ops.knltrain.lars_step(
+        params,
+        grads,
+        momentum_buffers,
+        copies,
+        squares,
+        lr,
+        momentum,
+        weight_decay,
+        trust_coefficient,
+        eps,
+        adapt,
+        clip,
+    )
+
+
+def sgd_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    *,
+    lr: list[float],
+    momentum: list[float],
+    weight_decay: list[float],
+    nesterov: list[bool],
+) -> None:
+    """Updates parameters and momentum buffers in place.
+
+    With w a parameter, g its gradient and v its momentum buffer::
+
+        g' = g + weight_decay w
+        v  = momentum v + g'
+        w  = w - lr v                     or, with nesterov, w - lr (g' + momentum v)
+
+    as torch.optim.SGD has it (dampening 0): the learning rate stays outside the buffer.
+
+    Args:
+        params: float32.
+        grads: float32 or bf16, of the parameters' shapes.
+        momentum_buffers: float32, of the parameters' shapes.
+        copies: bf16 copies of the parameters, overwritten with the new ones; empty tensors where there is none.
+        lr: learning rate of each parameter; and so on.
+        momentum: fraction of the buffer that stays.
+        weight_decay: L2 coefficient.
+        nesterov: look ahead along the buffer.
+
+    Raises:
+        ValueError: a wrong type, shape or device.
+    """
+    torch.ops.knltrain.sgd_step(params, grads, momentum_buffers, copies, lr, momentum, weight_decay, nesterov)
+
+
+@torch.library.custom_op("knltrain::lars_step", mutates_args={"params", "momentum_buffers", "copies", "squares"})
+def _lars(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    squares: Tensor,
+    lr: list[float],
+    momentum: list[float],
+    weight_decay: list[float],
+    trust_coefficient: list[float],
+    eps: list[float],
+    adapt: list[bool],
+    clip: list[bool],
+) -> None:
+    numbers = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip)
+    _check(params, grads, momentum_buffers, copies, numbers)
+    check("squares", squares, (torch.float64,), (len(params),))
+    module = kernels()
+    if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
+        module.lars_step(
+            *_addresses(params, grads, momentum_buffers, copies),
+            address(squares),
+            *_sizes(params, grads),
+            *numbers,
+            _tasks(params),
+        )
+        return
+    for index, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        rate = lr[index]
+        if adapt[index]:
+            weight_norm = float(torch.linalg.vector_norm(param, dtype=torch.float64))
+            grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
+            if weight_norm != 0 and grad_norm != 0:  # a norm that is no number makes the rate no number
+                decay_norm = 0.0 if clip[index] else weight_decay[index] * weight_norm
+                lam = trust_coefficient[index] * weight_norm / (grad_norm + decay_norm + eps[index])
+                rate = (rate if lam > rate else lam) if clip[index] else rate * lam
+        buffer.mul_(momentum[index]).add_(grad, alpha=rate)
+        if weight_decay[index]:
+            buffer.add_(param, alpha=rate * weight_decay[index])
+        param.sub_(buffer)
+    squares.fill_(torch.nan)
+    _copy(params, copies)
+
+
+@torch.library.custom_op("knltrain::sgd_step", mutates_args={"params", "momentum_buffers", "copies"})
+def _sgd(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    lr: list[float],
+    momentum: list[float],
+    weight_decay: list[float],
+    nesterov: list[bool],
+) -> None:
+    numbers = (lr, momentum, weight_decay, nesterov)
+    _check(params, grads, momentum_buffers, copies, numbers)
+    module = kernels()
+    if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
+        module.sgd_step(
+            *_addresses(params, grads, momentum_buffers, copies), *_sizes(params, grads), *numbers, _tasks(params)
+        )
+        return
+    for index, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
+        full = torch.add(grad, param, alpha=weight_decay[index]) if weight_decay[index] else grad
+        buffer.mul_(momentum[index]).add_(full)
+        if nesterov[index]:
+            full = torch.add(full, buffer, alpha=momentum[index])
+        param.sub_(full if nesterov[index] else buffer, alpha=lr[index])
+    _copy(params, copies)
+
+
+def _copy(params: list[Tensor], copies: list[Tensor]) -> None:
+    for param, copy in zip(params, copies, strict=True):
+        if copy.numel():
+            copy.copy_(param)
+
+
+def _check(
+    params: list[Tensor],
+    grads: list[Tensor],
+    momentum_buffers: list[Tensor],
+    copies: list[Tensor],
+    numbers: tuple[list[float] | list[bool], ...],
+) -> None:
+    if any(len(entry) != len(params) for entry in (grads, momentum_buffers, copies, *numbers)):
+        raise ValueError(f"there are {len(params)} parameters; every other list must be as long")
+    for index, param in enumerate(params):
+        shape = tuple(param.shape)
+        check(f"params[{index}]", param, _WEIGHTS)
+        check(f"grads[{index}]", grads[index], (param.dtype, torch.bfloat16), shape)
+        check(f"momentum_buffers[{index}]", momentum_buffers[index], (param.dtype,), shape)
+        if copies[index].numel() or not param.numel():
+            check(f"copies[{index}]", copies[index], (torch.bfloat16,), shape)
+
+
+def _kernel_takes(
+    params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], copies: list[Tensor]
+) -> bool:
+    """Whether parameters are float32, and each and its companions dense and laid out alike: one index for them all."""
+    for param, *companions in zip(params, grads, momentum_buffers, copies, strict=True):
+        if param.dtype != torch.float32:
+            return False
+        if not (param.is_contiguous() or param.is_contiguous(memory_format=torch.channels_last)):
+            return False
+        if any(tensor.numel() and not _alike(param, tensor) for tensor in companions):
+            return False
+    return True
+
+
+def _alike(one: Tensor, other: Tensor) -> bool:
+    # The stride of an axis of length one means nothing.
+    return one.stride() == other.stride() or all(
+        length == 1 or ours == theirs
+        for length, ours, theirs in zip(one.shape, one.stride(), other.stride(), strict=True)
+    )
+
+
+def _addresses(*lists: list[Tensor]) -> list[list[int]]:
+    return [[tensor.data_ptr() if tensor.numel() else 0 for tensor in entry] for entry in lists]
+
+
+def _sizes(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], list[bool]]:
+    return [param.numel() for param in params], [grad.dtype == torch.bfloat16 for grad in grads]
+
+
+def _tasks(params: list[Tensor]) -> int:
+    return max(1, min(torch.get_num_threads(), sum(param.numel() for param in params) // _MIN_PARAMETERS_A_TASK))

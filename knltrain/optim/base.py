@@ -1,0 +1,92 @@
+"""What LARS and SGD share: float32 parameters whose network may work with bf16 copies of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterOptimizer(torch.optim.Optimizer):
+    """An optimizer of float32 parameters, some of which have a bf16 working copy that the network computes with.
+
+    The gradient of such a parameter is its copy's, and each step writes both. Gradients of several micro-batches are
+    summed in float32 by :meth:`carry`.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, defaults)
+        self.working_copies: dict[Tensor, nn.Parameter] = {}
+        self.carried: dict[Tensor, Tensor] = {}
+
+    def use_working_copies(self, copies: Mapping[Tensor, nn.Parameter]) -> None:
+        """Takes gradients from, and writes new weights to, bf16 ``copies`` of parameters."""
+        self.working_copies.update(copies)
+
+    def carry(self) -> None:
+        """Adds the copies' gradients to float32 sums and clears them, between the micro-batches of a step."""
+        for copy in self.working_copies.values():
+            if copy.grad is None:
+                continue
+            if copy in self.carried:
+                self.carried[copy].add_(copy.grad)
+            else:
+                self.carried[copy] = copy.grad.float()
+            copy.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clears the gradients of parameters and copies."""
+        super().zero_grad(set_to_none)
+        self.carried.clear()
+        for copy in self.working_copies.values():
+            copy.grad = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the model again and returns the loss.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        params, grads, buffers, copies, groups = [], [], [], [], []
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                copy = self.working_copies.get(parameter)
+                grad = parameter.grad if copy is None else copy.grad
+                if grad is None:
+                    continue
+                if grad.is_sparse:
+                    raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
+                if copy is not None and copy in self.carried:
+                    grad = self.carried.pop(copy).add_(grad)
+                state: dict[str, Any] = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                params.append(parameter)
+                grads.append(grad)
+                buffers.append(state["momentum_buffer"])
+                copies.append(parameter.new_empty(0, dtype=torch.bfloat16) if copy is None else copy.detach())
+                groups.append(group)
+        if params:
+            self._update(params, grads, buffers, copies, groups)
+        return loss
+
+    def _update(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor],
+        buffers: list[Tensor],
+        copies: list[Tensor],
+        groups: list[dict[str, Any]],
+    ) -> None:
+        """Updates parameters, buffers and copies; ``groups`` has each parameter's group."""
+        raise NotImplementedError

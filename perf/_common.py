@@ -1,0 +1,182 @@
+"""What the measuring scripts share: their options, the training step they run, and where their results go."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+import click
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.table import Table
+
+from knltrain.config import EngineName, Precision, RunConfig, override
+from knltrain.console import Console
+from knltrain.errors import ConfigError, KnltrainError
+
+if TYPE_CHECKING:
+    from knltrain.bench.step import StepTime, TrainingStep
+    from knltrain.comm.gradients import GradientClock
+    from knltrain.comm.group import Group
+    from knltrain.engine import Engine
+
+WARMUP_STEPS = 3
+# What the networks are published with, as `knltrain bench` has it.
+_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
+
+Command = Callable[..., None]
+
+
+def output_options(command: Command) -> Command:
+    """The options that every script has: ``--out``, ``--json`` and ``--quick``; errors become one line."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KnltrainError as error:
+            click.echo(f"{Path(sys.argv[0]).name}: {error}", err=True)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+
+    wrapped = click.option(
+        "--quick", is_flag=True, help="A small setting that takes seconds: shows that the script works, not how fast."
+    )(wrapped)
+    wrapped = click.option(
+        "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr."
+    )(wrapped)
+    return click.option("--out", metavar="DIR", help="Folder for JSON and PNG; default SCRIPT-DATE-TIME here.")(wrapped)
+
+
+def step_options(command: Command) -> Command:
+    """The options that say which training step is run, as `knltrain bench` names them."""
+    for option in (
+        click.option("--steps", type=click.IntRange(min=1), help="Steps measured; default 5, with --quick 2."),
+        click.option("--engine", type=click.Choice(get_args(EngineName)), default="auto", show_default=True),
+        click.option("--precision", type=click.Choice(get_args(Precision)), default="auto", show_default=True),
+        click.option("--image-size", type=click.IntRange(min=8), help="Pixels; default as knltrain bench."),
+        click.option("--batch", type=click.IntRange(min=1), help="Images a step and rank; default 32, with --quick 8."),
+        click.option("--model", help="Network; default resnet50, with --quick alexnet_bn_small."),
+    ):
+        command = option(command)
+    return command
+
+
+def step_config(
+    *,
+    model: str | None,
+    batch: int | None,
+    image_size: int | None,
+    precision: str,
+    engine: str,
+    quick: bool,
+    data: str | None = None,
+) -> RunConfig:
+    """The configuration of the step that the options ask for; ``--quick`` changes defaults only.
+
+    Raises:
+        ConfigError: a value that is not possible.
+    """
+    model = model or ("alexnet_bn_small" if quick else "resnet50")
+    fields = {
+        "model": model,
+        "global_batch": batch or (8 if quick else 32),
+        "image_size": image_size or _IMAGE_SIZE.get(model, 224),
+        "precision": precision,
+        "engine": engine,
+        "data": data or "",
+    }
+    return override(RunConfig(), fields)
+
+
+@dataclass
+class RankStep:
+    """The training step of `knltrain bench`, on one rank or on several, each with a batch of its own.
+
+    Attributes:
+        bench: the step.
+        group: all ranks.
+        clock: time of gradients on the wire.
+    """
+
+    bench: TrainingStep
+    group: Group
+    clock: GradientClock
+
+    @property
+    def engine(self) -> Engine:
+        """Model and optimizer."""
+        return self.bench.engine
+
+    def __call__(self) -> StepTime:
+        """Runs the step, as a region for a profiler, and returns its time."""
+        from torch.profiler import record_function
+
+        with record_function("step"):
+            return self.bench()
+
+    def describe(self) -> dict[str, Any]:
+        """What was measured and where, for the JSON file."""
+        from knltrain.provenance import provenance
+
+        return {**self.bench.settings, "world_size": self.group.world_size, **provenance(self.bench.node)}
+
+    def __str__(self) -> str:
+        ranks, node = self.group.world_size, self.bench.node
+        return f"{self.bench}{f', {ranks} ranks' if ranks > 1 else ''}; {node.cpu_model}, {node.isa}"
+
+
+def build_step(config: RunConfig) -> RankStep:
+    """Builds model, engine and input, and takes part in the group if a launcher started several ranks.
+
+    Raises:
+        ConfigError: the engine, precision or model cannot run here.
+        KnltrainError: the ranks do not find each other, or the data cannot be used.
+    """
+    from knltrain.bench.step import TrainingStep
+    from knltrain.comm.gradients import data_parallel
+    from knltrain.comm.group import Group
+    from knltrain.node.affinity import threads_per_rank
+    from knltrain.node.ranks import discover
+    from knltrain.node.topology import read_node
+
+    ranks = discover()
+    step = TrainingStep(config, threads_per_rank(read_node(), ranks.local_size))
+    group = Group(ranks)
+    engine = step.engine
+    engine.model, clock = data_parallel(engine.model, config.comm, group.world_size, engine.optimizer.carried)
+    return RankStep(step, group, clock)
+
+
+def out_folder(out: str | None) -> Path:
+    """The folder for results, made: DIR as given, or one named after the script and the time."""
+    folder = Path(out or f"{Path(sys.argv[0]).stem}-{datetime.now():%Y%m%d-%H%M%S}")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {folder}: {error.strerror}") from None
+    return folder
+
+
+def show(console: Console, *tables: Table) -> None:
+    """Prints tables, in their full width where nobody's terminal bounds it."""
+    if not console.rich.is_terminal:
+        console.rich.width = 140
+    for table in tables:
+        console.rich.print(table, soft_wrap=False)
+
+
+def finish(result: Mapping[str, Any], figure: Figure, folder: Path, console: Console, *, as_json: bool) -> None:
+    """Writes SCRIPT.json and SCRIPT.png to the folder, says so, and prints the JSON where it was asked for."""
+    path = folder / Path(sys.argv[0]).stem
+    path.with_suffix(".json").write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    FigureCanvasAgg(figure)
+    figure.savefig(path.with_suffix(".png"), dpi=120)
+    console.line(f"{path}.json, {path.name}.png")
+    if as_json:
+        click.echo(json.dumps(result))

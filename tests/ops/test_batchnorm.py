@@ -1,0 +1,494 @@
+"""batch_norm_act against batch norm, addition and ReLU of plain torch in float64."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops.kernel_variants import BF16, FLOAT32, VARIANTS, assert_within, check_operator, seed_anew, threads, variant
+from torch import Tensor, nn
+
+from knltrain.ops import batchnorm
+from knltrain.ops.batchnorm import batch_norm_act
+
+DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+KINDS = [(residual, relu) for residual in (False, True) for relu in (False, True)]
+# Channels around the vector widths of 8 and 16 and beyond the panels of 4096; rows around the blocks of 128.
+SHAPES = [
+    (2, 1, 3, 5), (5, 3, 9, 8), (1, 16, 4, 4), (3, 17, 5, 7), (2, 31, 1, 3), (4, 64, 7, 6), (1, 257, 2, 9),
+    (2, 2048, 1, 1), (3, 5000, 2, 1), (1, 8, 8, 16), (1, 8, 3, 43), (5, 24, 33, 31),
+]  # fmt: skip
+
+
+@pytest.fixture(params=VARIANTS)
+def isa(request):
+    with variant(request.param, batchnorm):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def new_inputs_on_one_thread():
+    seed_anew()
+    with threads(1):
+        yield
+
+
+def channels_last(*shape, dtype=torch.float32, scale=1.0, mean=0.0):
+    return (torch.randn(shape) * scale + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@dataclasses.dataclass
+class Case:
+    """What batch_norm_act takes; ``dy`` is the gradient that comes back."""
+
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor
+    bias: Tensor
+    mean: Tensor
+    var: Tensor
+    dy: Tensor
+    relu: bool
+    training: bool
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+    def run(self):
+        """y, the running statistics, and the gradients of x, weight, bias and residual."""
+        sources = [
+            t.detach().requires_grad_() for t in (self.x, self.weight, self.bias, self.residual) if t is not None
+        ]
+        x, weight, bias, *residual = sources
+        mean, var = self.mean.clone(), self.var.clone()
+        y = batch_norm_act(
+            x, weight, bias, mean, var, residual=residual[0] if residual else None,
+            relu=self.relu, training=self.training, momentum=self.momentum, eps=self.eps,
+        )  # fmt: skip
+        return [y.detach(), mean, var, *torch.autograd.grad(y, sources, self.dy)]
+
+
+def make_case(shape, dtype, residual=False, relu=True, training=True, scale=1.0, mean=0.0):
+    channels = shape[1]
+    return Case(
+        x=channels_last(*shape, dtype=dtype, scale=scale, mean=mean),
+        residual=channels_last(*shape, dtype=dtype) if residual else None,
+        weight=torch.randn(channels),
+        bias=torch.randn(channels),
+        mean=mean + torch.randn(channels) * scale,
+        var=(torch.rand(channels) + 0.1) * scale**2,
+        dy=channels_last(*shape, dtype=dtype),
+        relu=relu,
+        training=training,
+    )
+
+
+def kinds(isa, dtype):
+    """All but the one of test_without_kernels_a_residual_needs_no_relu."""
+    return [kind for kind in KINDS if (isa, dtype, *kind) != ("torch", torch.float32, True, False)]
+
+
+def per_channel(vector):
+    return vector[:, None, None, None].transpose(0, 1)
+
+
+def check_case(case, what=""):
+    """Forward, running statistics and backward against float64, within what rounding can do.
+
+    The kernels sum a block of up to 128 rows in float32, the first row's value subtracted. Each partial sum is
+    rounded once, so a sum is off by at most 64 units of roundoff of the sum of magnitudes. The variance is the
+    difference of two such sums: what is off in them grows with how far the first row is from the mean, in deviations.
+    The mean is rounded to float32 before it is subtracted: with a mean of many deviations that is the largest error.
+    """
+    case = dataclasses.replace(case, dy=case.dy.clone(memory_format=torch.preserve_format))
+    inputs = [case.x, case.weight, case.bias] + ([case.residual] if case.residual is not None else [])
+    x, weight, bias, *residual = sources = [t.double().requires_grad_() for t in inputs]
+    running = [case.mean.double(), case.var.double()]
+    z = F.batch_norm(x, *running, weight, bias, case.training, case.momentum, case.eps)
+    if residual:
+        z = z + residual[0]
+
+    with torch.no_grad():
+        if case.training:
+            var, mean = torch.var_mean(x, (0, 2, 3), correction=0)
+            off_center = (x[0, :, 0, 0] - mean).square() / (var + case.eps)
+            off = 64 * FLOAT32 * (1 + off_center)  # of the variance, relative
+        else:
+            mean, var = running
+            off = torch.zeros_like(mean)
+        inverse = (var + case.eps).rsqrt()
+        normalized = (x - per_channel(mean)) * per_channel(inverse)
+        mean_off = FLOAT32 * (mean.abs() + 64 * var.sqrt()) * inverse  # in deviations
+        relative = per_channel(off) + 8 * FLOAT32
+        z_off = relative * (normalized * per_channel(weight)).abs() + 4 * FLOAT32 * (z.abs() + per_channel(bias).abs())
+        z_off += per_channel(mean_off * weight.abs()) + 4 * FLOAT32 * (residual[0].abs() if residual else 0)
+        # Where rounding decides about the sign of z, both answers of ReLU's derivative are right: not tested.
+        if case.relu:
+            case.dy[z.abs() <= z_off] = 0
+
+    y = z.relu() if case.relu else z
+    expected = torch.autograd.grad(y, sources, case.dy.double())
+    got_y, got_mean, got_var, *got = case.run()
+
+    with torch.no_grad():
+        half_ulp, tiny = (BF16, 2.0**-133) if case.x.dtype == torch.bfloat16 else (FLOAT32, 2.0**-149)
+        assert got_y.dtype == case.x.dtype
+        assert got_y.is_contiguous(memory_format=torch.channels_last)
+        assert_within(got_y, y, z_off + half_ulp * y.abs() + tiny, f"{what} y")
+        if case.training:
+            count = x.numel() // x.shape[1]
+            mean_tolerance = case.momentum * mean_off / inverse + 4 * FLOAT32 * (running[0].abs() + mean.abs())
+            assert_within(got_mean, running[0], mean_tolerance, f"{what} running mean")
+            var_off = case.momentum * off * (var + case.eps) * count / (count - 1)
+            assert_within(got_var, running[1], var_off + 8 * FLOAT32 * running[1], f"{what} running variance")
+        else:
+            assert torch.equal(got_mean, case.mean)
+            assert torch.equal(got_var, case.var)
+
+        dz = torch.where(z > 0, case.dy.double(), 0) if case.relu else case.dy.double()
+        dims, rows = (0, 2, 3), x.numel() // x.shape[1]
+        dbias_off = 66 * FLOAT32 * dz.abs().sum(dims)
+        products = (dz * normalized).abs().sum(dims)
+        dweight_off = (off + 72 * FLOAT32) * products + mean_off * dz.abs().sum(dims)
+        dx_off = relative * dz.abs() + per_channel(mean_off * products / rows)
+        if case.training:
+            dx_off += per_channel((dbias_off + 8 * FLOAT32 * dz.sum(dims).abs()) / rows)
+            dx_off += (per_channel(dweight_off) + 3 * relative * per_channel(products)) * normalized.abs() / rows
+        dx_off *= per_channel(weight.abs() * inverse)
+        assert_within(got[0], expected[0], dx_off + half_ulp * expected[0].abs() + tiny, f"{what} dx")
+        assert_within(got[1], expected[1], dweight_off + tiny, f"{what} dweight")
+        assert_within(got[2], expected[2], dbias_off + tiny, f"{what} dbias")
+        if residual:
+            assert torch.equal(got[3].double(), expected[3]), f"{what} dresidual"
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_is_torchs_in_float64(isa, shape, dtype, training):
+    for residual, relu in kinds(isa, dtype):
+        check_case(make_case(shape, dtype, residual, relu, training), f"residual={residual} relu={relu}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels", [1, 17, 5000])
+def test_evaluates_a_single_pixel(isa, channels, dtype):
+    for residual, relu in kinds(isa, dtype):
+        check_case(make_case((1, channels, 1, 1), dtype, residual, relu, training=False))
+
+
+@pytest.mark.parametrize("mean", [1e4, -1e4])
+def test_mean_of_ten_thousand_deviations(isa, mean):
+    check_case(make_case((4, 17, 23, 9), torch.float32, residual=True, mean=mean))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 7])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_number_of_threads(isa, dtype, count):
+    with threads(count):
+        check_case(make_case((3, 40, 41, 29), dtype, residual=True))
+        check_case(make_case((3, 40, 41, 29), dtype))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_same_bits_run_after_run(isa, dtype, count):
+    case = make_case((3, 40, 41, 29), dtype, residual=True)
+    with threads(count):
+        first = case.run()
+        for _ in range(5):
+            assert all(map(torch.equal, case.run(), first))
+
+
+# Squares of 1e17, 128 of them summed, are still float32 numbers.
+@pytest.mark.parametrize("scale", [1e17, 1e-15])
+def test_deviations_far_from_one(isa, scale):
+    case = make_case((2, 17, 5, 7), torch.float32, scale=scale)
+    case.eps = 1e-37
+    check_case(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_huge_values_are_evaluated(isa, dtype):
+    case = make_case((2, 17, 5, 7), dtype, relu=True, training=False, scale=1e18)
+    case.x.mul_(1e12)
+    check_case(case)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_variance_beyond_float32_stays_in_its_channel_and_is_seen(isa, dtype):
+    case = make_case((2, 17, 5, 7), dtype)
+    y, mean, var, *_ = case.run()
+    case.x[:, 3].mul_(1e30)
+    huge_y, huge_mean, huge_var, *_ = case.run()
+    assert not huge_var[3].isfinite()
+    others = torch.arange(17) != 3
+    for got, expected in ((huge_y[:, others], y[:, others]), (huge_mean[others], mean[others])):
+        assert torch.equal(got, expected)
+    assert torch.equal(huge_var[others], var[others])
+
+
+@pytest.mark.parametrize("dtype, size", [(torch.float32, 1e-41), (torch.bfloat16, 1e-39)])
+@pytest.mark.parametrize("relu", [True, False])
+def test_denormal_values_are_not_flushed(isa, dtype, size, relu):
+    """In and out: the smallest are 1.4e-45 in float32 and 9.2e-41 in bf16."""
+    case = make_case((2, 17, 5, 7), dtype, relu=relu, training=False)
+    case.x = channels_last(2, 17, 5, 7).mul(size).to(dtype)
+    case.dy = channels_last(2, 17, 5, 7).mul(size).to(dtype)
+    case.mean.zero_()
+    case.bias.zero_()
+    case.var.fill_(1.0)
+    assert (case.run()[0] != 0).any()
+    check_case(case)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_not_finite_stays_in_its_channel(isa, dtype, residual, bad, training):
+    case = make_case((3, 37, 5, 7), dtype, residual, training=training)
+    clean = case.run()
+    channel = torch.arange(37) == 20
+    case.x[1, 20, 2, 3] = bad
+    got = case.run()
+    for number, expected in zip(got, clean, strict=True):
+        other = (slice(None), ~channel) if number.dim() == 4 else ~channel
+        assert torch.equal(number[other], expected[other])
+    y, mean, var, dx, dweight, *_ = got
+    if training:
+        assert y[:, channel].isnan().all()
+        assert dx[:, channel].isnan().all()
+        assert not any(vector[channel].isfinite() for vector in (mean, var, dweight))
+    else:
+        limit = torch.tensor(bad) * case.weight[20]
+        torch.testing.assert_close(y[1, 20, 2, 3].float(), limit.relu(), equal_nan=True)
+        rest = torch.ones(y.shape, dtype=torch.bool)
+        rest[1, 20, 2, 3] = False
+        assert torch.equal(y[rest], clean[0][rest])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_relu_passes_the_gradient_of_what_is_not_negative(isa, dtype, bad):
+    """And of NaN, as torch's does."""
+    case = make_case((3, 37, 5, 7), dtype, training=False)
+    case.weight.abs_()
+    case.x[1, 20, 2, 3] = bad
+    dx = case.run()[3][1, 20, 2, 3]
+    case.residual = torch.zeros_like(case.x)
+    assert torch.equal(case.run()[3][1, 20, 2, 3], dx)
+    z = torch.tensor(bad, requires_grad=True)
+    (passes,) = torch.autograd.grad(z.relu(), z)
+    assert (dx != 0) == passes
+
+
+@pytest.mark.parametrize("residual, relu", KINDS)
+def test_a_gradient_that_is_no_number_stays_in_its_channel(isa, residual, relu):
+    case = make_case((3, 37, 5, 7), torch.bfloat16, residual, relu)
+    case.bias[20] = 100  # no ReLU between
+    clean = case.run()
+    case.dy[1, 20, 2, 3] = float("nan")
+    got = case.run()
+    others = torch.arange(37) != 20
+    for number, expected in zip(got[3:], clean[3:], strict=True):
+        here = (slice(None), others) if number.dim() == 4 else others
+        assert torch.equal(number[here], expected[here])
+    assert got[3][:, 20].isnan().all()
+    assert got[4][20].isnan()
+    assert got[5][20].isnan()
+
+
+@pytest.mark.xfail(raises=RuntimeError, strict=True, reason="the residual's gradient is a view of dy")
+def test_without_kernels_a_residual_needs_no_relu():
+    with variant("torch", batchnorm):
+        check_case(make_case((2, 3, 5, 7), torch.float32, residual=True, relu=False))
+
+
+def test_running_statistics_are_batch_norm_2ds(isa):
+    for momentum in (0.1, 0.3):
+        theirs = nn.BatchNorm2d(19, momentum=momentum, dtype=torch.float64)
+        mean, var = torch.zeros(19), torch.ones(19)
+        for _ in range(4):
+            x = channels_last(3, 19, 6, 5, mean=2.0, scale=3.0)
+            batch_norm_act(x, torch.ones(19), torch.zeros(19), mean, var, training=True, momentum=momentum)
+            theirs(x.double())
+        torch.testing.assert_close(mean.double(), theirs.running_mean, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(var.double(), theirs.running_var, rtol=1e-4, atol=0)
+
+
+def test_trains_without_running_statistics(isa):
+    case = make_case((2, 17, 5, 7), torch.bfloat16)
+    y = batch_norm_act(case.x, case.weight, case.bias, None, None, training=True)
+    assert torch.equal(y, case.run()[0])
+
+
+@pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])
+def test_gradient_in_any_layout(isa, residual, relu):
+    case = make_case((2, 17, 5, 7), torch.bfloat16, residual, relu)
+    case.dy = torch.randn(17).bfloat16()[None, :, None, None].expand(2, 17, 5, 7)
+    expanded = case.run()
+    for layout in (torch.channels_last, torch.contiguous_format):
+        case.dy = case.dy.contiguous(memory_format=layout)
+        assert all(map(torch.equal, case.run(), expanded))
+
+
+def saved(function):
+    """The tensors that autograd keeps for the backward pass of ``function()``, and its result."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        result = function()
+    return kept, result
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("residual, relu", KINDS)
+def test_backward_keeps_input_and_result_at_most(isa, residual, relu, training):
+    case = make_case((2, 17, 5, 7), torch.bfloat16, residual, relu, training)
+    case.x.requires_grad_()
+    kept, y = saved(
+        lambda: batch_norm_act(
+            case.x, case.weight, case.bias, case.mean, case.var, residual=case.residual, relu=relu, training=training
+        )
+    )
+    large = {tensor.data_ptr() for tensor in kept if tensor.numel() > 17}
+    assert large == ({case.x.data_ptr(), y.data_ptr()} if residual and relu else {case.x.data_ptr()})
+    assert sum(tensor.numel() for tensor in kept if tensor.numel() <= 17) <= 4 * 17
+
+
+@pytest.mark.parametrize("isa", ["torch", "avx2"], indirect=True)
+@pytest.mark.parametrize("shape", [(2, 17, 5, 7), (3, 1, 4, 4), (3, 8, 1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_operators_are_as_declared(isa, dtype, shape):
+    case = make_case(shape, dtype, residual=True)
+    case.x.requires_grad_()
+    case.weight.requires_grad_()
+    forward, backward = torch.ops.knltrain.batch_norm_act.default, torch.ops.knltrain.batch_norm_act_backward.default
+    for residual in (None, case.residual):
+        for mean, var in ((None, None), (case.mean, case.var)):
+            check_operator(forward, case.x, residual, case.weight, case.bias, mean, var, True, 1e-5)
+    x, weight = case.x.detach(), case.weight.detach()
+    for y, has_residual in ((None, False), (x.relu(), True)):
+        vectors = (weight, case.bias, case.mean, case.var)
+        check_operator(backward, case.dy, x, y, *vectors, has_residual, True, True, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 1, 1)], ids=str)
+def test_one_value_a_channel_cannot_be_trained_on(shape):
+    with pytest.raises(ValueError, match="one value per channel"):
+        make_case(shape, torch.float32).run()
+
+
+def nchw(tensor):
+    return tensor.contiguous(memory_format=torch.contiguous_format)
+
+
+def broken(**changes):
+    """An otherwise good call."""
+    case = make_case((2, 4, 3, 5), torch.float32, residual=True)
+    call = {name: getattr(case, name) for name in ("x", "weight", "bias", "residual", "training")}
+    call |= {"running_mean": case.mean, "running_var": case.var}
+    return call | {name: change(call[name]) for name, change in changes.items()}
+
+
+WRONG = {
+    "x in float64": {"x": Tensor.double},
+    "x in float16": {"x": Tensor.half},
+    "x NCHW": {"x": nchw},
+    "x sliced": {"x": lambda x: x[:, :, :, ::2]},
+    "x sparse": {"x": Tensor.to_sparse},
+    "x of three dimensions": {"x": lambda x: x[0]},
+    "weight in bf16": {"weight": Tensor.bfloat16},
+    "weight of another size": {"weight": lambda w: w[:3]},
+    "bias with gaps": {"bias": lambda b: b.repeat_interleave(2)[::2]},
+    "bias of two dimensions": {"bias": lambda b: b[None]},
+    "residual in bf16": {"residual": Tensor.bfloat16},
+    "residual NCHW": {"residual": nchw},
+    "residual of another shape": {"residual": lambda r: r[:1]},
+}
+STATISTICS = {
+    "mean in float64": {"running_mean": Tensor.double},
+    "mean without a device": {"running_mean": lambda m: m.to("meta")},
+    "var of another size": {"running_var": lambda v: v[:3]},
+}
+META = {f"{name} without a device": {name: lambda t: t.to("meta")} for name in ("x", "weight", "bias", "residual")}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("wrong", [*WRONG, *STATISTICS, *META])
+def test_refuses(wrong, training, request):
+    if wrong in META or (wrong == "mean without a device" and not training):
+        request.applymarker(pytest.mark.xfail(strict=True, reason="memory nobody wrote is returned"))
+    if wrong in STATISTICS and training:
+        request.applymarker(pytest.mark.xfail(strict=True, reason="not checked in training"))
+    batch_norm_act(**broken(training=lambda _: training))
+    call = broken(**(WRONG | STATISTICS | META)[wrong], training=lambda _: training)
+    with pytest.raises(ValueError, match=wrong.split()[0]):
+        batch_norm_act(**call)
+
+
+def test_evaluates_with_statistics_only():
+    with pytest.raises(ValueError, match="running statistics"):
+        batch_norm_act(**broken(running_var=lambda _: None, training=lambda _: False))
+
+
+@pytest.mark.xfail(strict=True, reason="the mean stays as it was")
+def test_does_not_follow_half_of_the_statistics():
+    with pytest.raises(ValueError, match="running"):
+        batch_norm_act(**broken(running_var=lambda _: None))
+
+
+@pytest.mark.xfail(raises=IndexError, strict=True, reason="asks for the channels before the dimensions")
+def test_refuses_a_vector():
+    with pytest.raises(ValueError, match="N x C x H x W"):
+        batch_norm_act(**broken(x=lambda x: x.flatten()))
+
+
+def test_refuses_a_gradient_of_another_type_or_shape():
+    case = make_case((2, 4, 3, 5), torch.float32)
+    arguments = [case.x, None, case.weight, case.bias, case.mean, case.var, False, True, True, 1e-5]
+    for dy in (case.dy.bfloat16(), case.dy[:1]):
+        with pytest.raises(ValueError, match="dy"):
+            torch.ops.knltrain.batch_norm_act_backward(dy, *arguments)
+
+
+class Block(nn.Module):
+    """Two normalisations and a shortcut, fused or in plain torch."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused = fused
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.first, self.second = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def norm(self, module, x, residual=None):
+        if not self.fused:
+            y = module(x)
+            return (y if residual is None else y + residual).relu()
+        statistics = (module.running_mean, module.running_var)
+        return batch_norm_act(x, module.weight, module.bias, *statistics, residual=residual, training=True)
+
+    def forward(self, x):
+        return self.norm(self.second, self.conv(self.norm(self.first, x)), residual=x)
+
+
+def test_in_distributed_data_parallel(isa, tmp_path):
+    plain, fused = Block(False).double(), Block(True).to(memory_format=torch.channels_last)
+    fused.load_state_dict(plain.state_dict())
+    alone = Block(True).to(memory_format=torch.channels_last)
+    alone.load_state_dict(plain.state_dict())
+    x, dy = channels_last(4, 8, 9, 7), channels_last(4, 8, 9, 7)
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        nn.parallel.DistributedDataParallel(fused)(x).backward(dy)
+    finally:
+        torch.distributed.destroy_process_group()
+    alone(x).backward(dy)
+    plain(x.double()).backward(dy.double())
+    expected, by_itself = dict(plain.named_parameters()), dict(alone.named_parameters())
+    for name, parameter in fused.named_parameters():
+        assert torch.equal(parameter.grad, by_itself[name].grad), name
+        reference = expected[name].grad
+        size = float(reference.abs().max())
+        torch.testing.assert_close(parameter.grad.double(), reference, rtol=0, atol=1e-4 * size, msg=name)
