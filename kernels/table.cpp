@@ -6,10 +6,16 @@ namespace KNLTRAIN_ISA {
 void batch_norm_forward(const BatchNorm &);
 void batch_norm_backward(const BatchNorm &);
 bool conv_weight_grad(const ConvWeightGrad &);
+void max_pool_forward(const MaxPool &);
+void max_pool_backward(const MaxPool &);
 void lars_step(const ParameterList &);
 void sgd_step(const ParameterList &);
 
-extern const Kernels kernels{batch_norm_forward, batch_norm_backward, conv_weight_grad, lars_step, sgd_step};
+extern const Kernels kernels{
+    batch_norm_forward, batch_norm_backward, conv_weight_grad,
+    max_pool_forward, max_pool_backward,
+    lars_step, sgd_step,
+};
 
 }  // namespace KNLTRAIN_ISA
 }  // namespace knltrain
