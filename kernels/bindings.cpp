@@ -142,6 +142,28 @@ NB_MODULE(_kernels, m) {
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
+        "local_response_norm_forward",
+        [](Address x, Address y, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16, int tasks) {
+            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
+            ResponseNorm p{};
+            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
+            p.x = at<void>(x), p.y = at<void>(y), p.scratch = scratch.data(), p.tasks = tasks;
+            chosen->local_response_norm_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "local_response_norm_backward",
+        [](Address dy, Address x, Address dx, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16,
+           int tasks) {
+            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
+            ResponseNorm p{};
+            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
+            p.dy = at<void>(dy), p.x = at<void>(x), p.dx = at<void>(dx);
+            p.scratch = scratch.data(), p.tasks = tasks;
+            chosen->local_response_norm_backward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
         "max_pool_forward",
         [](Address x, Address y, Address winner, const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel,
            const Sizes &stride, const Sizes &padding, bool is_bf16, bool relu, int tasks) {

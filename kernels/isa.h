@@ -49,6 +49,15 @@ static inline vec relu(vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}
 static inline vec where_positive(vec y, vec a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
 }
+static inline vec square_root(vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// 1 / sqrt(a) for a > 0, to the last digit or two; 0 for infinity.
+static inline vec inverse_square_root(vec a) {
+    const __m512 guess = _mm512_rsqrt14_ps(a.v);
+    // A step of Newton's, but not at infinity, where it would be NaN.
+    const __m512 error = _mm512_fnmadd_ps(_mm512_mul_ps(a.v, guess), guess, _mm512_set1_ps(1));
+    const __mmask16 finite = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+    return {_mm512_mask_fmadd_ps(guess, finite, _mm512_mul_ps(error, _mm512_set1_ps(0.5f)), guess)};
+}
 static inline lane_mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
 // Where a > b, or a is NaN.
 static inline lane_mask beats(vec a, vec b) {
@@ -116,6 +125,8 @@ static inline vec relu(vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}
 static inline vec where_positive(vec y, vec a) {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)};
 }
+static inline vec square_root(vec a) { return {_mm256_sqrt_ps(a.v)}; }
+static inline vec inverse_square_root(vec a) { return {_mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(a.v))}; }
 static inline lane_mask equal(vec a, vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
 static inline lane_mask beats(vec a, vec b) {
     return _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
