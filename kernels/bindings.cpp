@@ -69,10 +69,20 @@ struct OwnedList {
     }
 };
 
+using Sizes = std::vector<int64_t>;
 using Addresses = std::vector<Address>;
 using Numbers = std::vector<float>;
 
 template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
+
+MaxPool max_pool(const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel, const Sizes &stride,
+                 const Sizes &padding, bool is_bf16) {
+    MaxPool p{};
+    p.images = x_shape[0], p.channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
+    p.out_h = y_shape[2], p.out_w = y_shape[3], p.kernel_h = kernel[0], p.kernel_w = kernel[1];
+    p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1], p.is_bf16 = is_bf16;
+    return p;
+}
 
 }  // namespace
 
@@ -129,6 +139,46 @@ NB_MODULE(_kernels, m) {
             p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
             p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.to_bf16 = to_bf16, p.tasks = tasks;
             return chosen->conv_weight_grad(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "local_response_norm_forward",
+        [](Address x, Address y, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16, int tasks) {
+            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
+            ResponseNorm p{};
+            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
+            p.x = at<void>(x), p.y = at<void>(y), p.scratch = scratch.data(), p.tasks = tasks;
+            chosen->local_response_norm_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "local_response_norm_backward",
+        [](Address dy, Address x, Address dx, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16,
+           int tasks) {
+            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
+            ResponseNorm p{};
+            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
+            p.dy = at<void>(dy), p.x = at<void>(x), p.dx = at<void>(dx);
+            p.scratch = scratch.data(), p.tasks = tasks;
+            chosen->local_response_norm_backward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "max_pool_forward",
+        [](Address x, Address y, Address winner, const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel,
+           const Sizes &stride, const Sizes &padding, bool is_bf16, bool relu, int tasks) {
+            MaxPool p = max_pool(x_shape, y_shape, kernel, stride, padding, is_bf16);
+            p.x = at<void>(x), p.y = at<void>(y), p.winner = at<uint8_t>(winner), p.relu = relu, p.tasks = tasks;
+            chosen->max_pool_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "max_pool_backward",
+        [](Address dy, Address winner, Address dx, const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel,
+           const Sizes &stride, const Sizes &padding, bool is_bf16, int tasks) {
+            MaxPool p = max_pool(x_shape, y_shape, kernel, stride, padding, is_bf16);
+            p.dy = at<void>(dy), p.winner = at<uint8_t>(winner), p.dx = at<void>(dx), p.tasks = tasks;
+            chosen->max_pool_backward(p);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(

@@ -52,6 +52,21 @@ static inline vec relu(vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}
 static inline vec where_positive(vec y, vec a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
 }
+static inline vec square_root(vec a) { return {_mm512_sqrt_ps(a.v)}; }
+// 1 / sqrt(a) for a > 0, to the last digit or two; 0 for infinity.
+static inline vec inverse_square_root(vec a) {
+    const __m512 guess = _mm512_rsqrt14_ps(a.v);
+    // A step of Newton's, but not at infinity, where it would be NaN.
+    const __m512 error = _mm512_fnmadd_ps(_mm512_mul_ps(a.v, guess), guess, _mm512_set1_ps(1));
+    const __mmask16 finite = _mm512_cmp_ps_mask(a.v, _mm512_set1_ps(__builtin_inff()), _CMP_NEQ_UQ);
+    return {_mm512_mask_fmadd_ps(guess, finite, _mm512_mul_ps(error, _mm512_set1_ps(0.5f)), guess)};
+}
+static inline lane_mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+// Where a > b, or a is NaN.
+static inline lane_mask beats(vec a, vec b) {
+    return _mm512_kor(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q));
+}
+static inline vec select(lane_mask mask, vec yes, vec no) { return {_mm512_mask_mov_ps(no.v, mask, yes.v)}; }
 
 static inline vec load(const bf16 *p) {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
@@ -81,6 +96,10 @@ static inline vec load(const uint8_t *p) {
     const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
     return {_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes))};
 }
+// Whole numbers 0 to 255 as bytes.
+static inline void store(uint8_t *p, vec a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 
 static inline vec load_first(const float *p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
 static inline void store_first(float *p, vec a, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, a.v); }
@@ -98,6 +117,7 @@ struct vec {
     static constexpr int lanes = 8;
     __m256 v;
 };
+using lane_mask = __m256;
 
 static inline vec splat(float x) { return {_mm256_set1_ps(x)}; }
 static inline vec zero() { return {_mm256_setzero_ps()}; }
@@ -112,6 +132,13 @@ static inline vec relu(vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}
 static inline vec where_positive(vec y, vec a) {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)};
 }
+static inline vec square_root(vec a) { return {_mm256_sqrt_ps(a.v)}; }
+static inline vec inverse_square_root(vec a) { return {_mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(a.v))}; }
+static inline lane_mask equal(vec a, vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
+static inline lane_mask beats(vec a, vec b) {
+    return _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
+}
+static inline vec select(lane_mask mask, vec yes, vec no) { return {_mm256_blendv_ps(no.v, yes.v, mask)}; }
 
 static inline vec load(const bf16 *p) {
     const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
@@ -131,6 +158,11 @@ static inline void stream(bf16 *p, vec a) { _mm_stream_si128(reinterpret_cast<__
 static inline vec load(const uint8_t *p) {
     const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i *>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes))};
+}
+static inline void store(uint8_t *p, vec a) {
+    const __m256i wide = _mm256_cvtps_epi32(a.v);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(p), _mm_packus_epi16(half, half));
 }
 
 static inline vec load_first(const float *p, int n) {
@@ -170,6 +202,11 @@ static inline void store_first(bf16 *p, vec a, int n) {
     bf16 copy[vec::lanes];
     store(copy, a);
     memcpy(p, copy, n * sizeof(bf16));
+}
+static inline void store_first(uint8_t *p, vec a, int n) {
+    uint8_t copy[vec::lanes];
+    store(copy, a);
+    memcpy(p, copy, n);
 }
 
 // One rounding for single numbers, the same as the vectors'.

@@ -37,6 +37,35 @@ struct ConvWeightGrad {
     int tasks;
 };
 
+// The largest of each window, then an optional ReLU. Every window has an element inside the image.
+struct MaxPool {
+    int64_t images, channels, in_h, in_w, out_h, out_w;
+    int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;  // kernel_h * kernel_w <= 255
+    bool is_bf16;  // x, y, dy and dx: bf16, or else float32
+    bool relu;
+    int tasks;
+    const void *x;  // N x H x W x C, as all the others
+    void *y;
+    uint8_t *winner;  // of y's shape: which element of the window y is, row by row; 255 where ReLU stops the gradient
+    const void *dy;
+    void *dx;
+};
+
+// Local response normalisation: every row divided by (1 + alpha / size * the squares of `size` channels around)^(3/4).
+struct ResponseNorm {
+    int64_t rows, channels;
+    int64_t size;  // odd
+    float alpha;
+    bool is_bf16;  // x, y, dy and dx: bf16, or else float32
+    int tasks;
+    const void *x;
+    void *y;
+    const void *dy;
+    void *dx;
+    float *scratch;  // tasks * kResponseNormRows * 3 * (channels + size) numbers
+};
+constexpr int kResponseNormRows = 8;
+
 // What an optimizer updates: parameters, and the chunks they are cut into, in order.
 struct Parameter {
     float *weight, *buffer;
@@ -63,6 +92,10 @@ struct Kernels {
     void (*batch_norm_forward)(const BatchNorm &);
     void (*batch_norm_backward)(const BatchNorm &);
     bool (*conv_weight_grad)(const ConvWeightGrad &);  // false: not in this instruction set, or no memory
+    void (*local_response_norm_forward)(const ResponseNorm &);
+    void (*local_response_norm_backward)(const ResponseNorm &);
+    void (*max_pool_forward)(const MaxPool &);
+    void (*max_pool_backward)(const MaxPool &);
     void (*lars_step)(const ParameterList &);
     void (*sgd_step)(const ParameterList &);
 };

@@ -6,10 +6,19 @@ namespace KNLTRAIN_ISA {
 void batch_norm_forward(const BatchNorm &);
 void batch_norm_backward(const BatchNorm &);
 bool conv_weight_grad(const ConvWeightGrad &);
+void local_response_norm_forward(const ResponseNorm &);
+void local_response_norm_backward(const ResponseNorm &);
+void max_pool_forward(const MaxPool &);
+void max_pool_backward(const MaxPool &);
 void lars_step(const ParameterList &);
 void sgd_step(const ParameterList &);
 
-extern const Kernels kernels{batch_norm_forward, batch_norm_backward, conv_weight_grad, lars_step, sgd_step};
+extern const Kernels kernels{
+    batch_norm_forward, batch_norm_backward, conv_weight_grad,
+    local_response_norm_forward, local_response_norm_backward,
+    max_pool_forward, max_pool_backward,
+    lars_step, sgd_step,
+};
 
 }  // namespace KNLTRAIN_ISA
 }  // namespace knltrain

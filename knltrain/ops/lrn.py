@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knltrain.ops.native import address, check, kernels, tasks_for
+
 # The formula's exponent, 3/4, is part of the code: x^(-3/4) as two reciprocal roots is several times faster than pow.
 BETA = 0.75
 
@@ -19,36 +21,112 @@ def local_response_norm(x: Tensor, *, size: int = 5, alpha: float = 1e-4) -> Ten
     bf16 sum loses its small part.
 
     Args:
-        x: N x C x H x W, best channels-last.
+        x: N x C x H x W, bf16 or float32, best channels-last.
         size: channels that a channel is normalised by, itself in the middle; odd.
         alpha: strength.
 
     Returns:
-        Of the shape and type of ``x``.
+        Of the shape, type and layout of ``x``.
+
+    Raises:
+        ValueError: a wrong type, shape or device, or a window without a middle.
     """
-    with torch.autocast("cpu", enabled=False):
-        y: Tensor = _LocalResponseNorm.apply(x, size, alpha)  # type: ignore[no-untyped-call]
+    y: Tensor = torch.ops.knltrain.local_response_norm(x, size, alpha)
     return y
 
 
-class _LocalResponseNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.size, ctx.alpha = size, alpha
-        wide = x.float()
-        return wide.mul(_power(_denominator(wide, size, alpha))).to(x.dtype)
+@torch.library.custom_op("knltrain::local_response_norm", mutates_args=())
+def _forward(x: Tensor, size: int, alpha: float) -> Tensor:
+    _check(x, size)
+    module = _kernels_for(x)
+    if module is None:
+        return _forward_in_torch(x, size, alpha)
+    y = torch.empty_like(x)
+    module.local_response_norm_forward(
+        address(x),
+        address(y),
+        x.numel() // x.shape[1],
+        x.shape[1],
+        size,
+        alpha,
+        x.dtype == torch.bfloat16,
+        tasks_for(x.numel()),
+    )
+    return y
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        # With d = 1 + alpha/size * window(x²): dx = g d^-b - 2 alpha b / size * x * window(g x d^-b / d).
-        (x,) = ctx.saved_tensors
-        wide, grad = x.float(), grad.float()
-        denominator = _denominator(wide, ctx.size, ctx.alpha)
-        scaled = grad * _power(denominator)
-        others = _window(scaled.mul(wide).div_(denominator), ctx.size)
-        others.mul_(wide).mul_(2 * ctx.alpha * BETA / ctx.size)
-        return scaled.sub_(others).to(x.dtype), None, None
+
+@_forward.register_fake
+def _(x: Tensor, size: int, alpha: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@torch.library.custom_op("knltrain::local_response_norm_backward", mutates_args=())
+def _backward(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
+    _check(x, size)
+    check("dy", dy, (x.dtype,), tuple(x.shape))
+    module = _kernels_for(x)
+    if module is None:
+        return _backward_in_torch(dy, x, size, alpha)
+    dy = dy.contiguous(memory_format=torch.channels_last)
+    dx = torch.empty_like(x)
+    module.local_response_norm_backward(
+        address(dy),
+        address(x),
+        address(dx),
+        x.numel() // x.shape[1],
+        x.shape[1],
+        size,
+        alpha,
+        x.dtype == torch.bfloat16,
+        tasks_for(x.numel()),
+    )
+    return dx
+
+
+@_backward.register_fake
+def _(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, int, float], output: Tensor) -> None:
+    x, ctx.size, ctx.alpha = inputs
+    ctx.save_for_backward(x)
+
+
+def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+    (x,) = ctx.saved_tensors
+    return torch.ops.knltrain.local_response_norm_backward(dy, x, ctx.size, ctx.alpha), None, None
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _check(x: Tensor, size: int) -> None:
+    check("x", x, (torch.bfloat16, torch.float32))
+    if x.dim() != 4:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it must be N x C x H x W")
+    if size < 1 or size % 2 == 0:
+        raise ValueError(f"a window of {size} channels has no middle; size must be odd")
+
+
+def _kernels_for(x: Tensor) -> Any | None:
+    """The native kernels, where there are any and they read x as it lies in memory."""
+    return kernels() if x.numel() and x.is_contiguous(memory_format=torch.channels_last) else None
+
+
+def _forward_in_torch(x: Tensor, size: int, alpha: float) -> Tensor:
+    wide = x.float()
+    return torch.empty_like(x).copy_(wide.mul(_power(_denominator(wide, size, alpha))))
+
+
+def _backward_in_torch(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
+    # With d = 1 + alpha/size * window(x²): dx = dy d^-b - 2 alpha b / size * x * window(dy x d^-b / d).
+    wide, wide_dy = x.float(), dy.float()
+    denominator = _denominator(wide, size, alpha)
+    scaled = wide_dy * _power(denominator)
+    others = _window(scaled.mul(wide).div_(denominator), size)
+    others.mul_(wide).mul_(2 * alpha * BETA / size)
+    return torch.empty_like(x).copy_(scaled.sub_(others))
 
 
 def _denominator(x: Tensor, size: int, alpha: float) -> Tensor:
