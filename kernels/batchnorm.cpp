@@ -13,7 +13,12 @@ namespace knltrain {
 namespace KNLTRAIN_ISA {
 namespace {
 
+// What a task writes beyond this is no longer in its share of the caches when it is needed: the stores go around them
+// and save the read that a store to an uncached line begins with.
+constexpr int64_t kStreamBytes = 8 << 20;
 constexpr int64_t kBlock = 128;    // rows summed in float32
+constexpr int kRows = 4;           // rows that share a load and a store of their sums, where rows are short:
+constexpr int64_t kShortRow = 128;  // channels; several long rows at once are too many streams to fetch ahead
 constexpr int64_t kAhead = 1536;  // bytes: the processor's own prefetching does not keep up with two passes
 
 struct Span {
@@ -36,6 +41,10 @@ struct Scratch {
 template <class T> inline void fetch_ahead(const T *p) {
     _mm_prefetch(reinterpret_cast<const char *>(p) + kAhead, _MM_HINT_T0);
 }
+
+template <int n> struct rows_at_once {
+    static constexpr int value = n;
+};
 
 // Adds the float32 sums of a block of rows to the float64 ones, and clears them.
 void flush(float *block, double *total, int64_t channels) {
@@ -61,14 +70,18 @@ template <class Body> inline void sum_rows(const BatchNorm &p, int task, Body bo
         for (int64_t ch = from; ch < from + width; ++ch) first[ch] = second[ch] = 0;
         for (int64_t begin = rows.begin; begin < rows.end; begin += kBlock) {
             const int64_t end = begin + kBlock < rows.end ? begin + kBlock : rows.end;
-            for (int64_t row = begin; row < end; ++row) {
+            auto add_rows = [=](int64_t row, auto together) KNLTRAIN_INLINE {
                 each_vector(width, [=](int64_t ch, auto count) KNLTRAIN_INLINE {
                     vec one = load_first(block_first + ch, count), two = load_first(block_second + ch, count);
-                    body(row * channels + from + ch, from + ch, count, one, two);
+                    for (int r = 0; r < decltype(together)::value; ++r)
+                        body((row + r) * channels + from + ch, from + ch, count, one, two);
                     store_first(block_first + ch, one, count);
                     store_first(block_second + ch, two, count);
                 });
-            }
+            };
+            int64_t row = begin;
+            for (; channels <= kShortRow && row + kRows <= end; row += kRows) add_rows(row, rows_at_once<kRows>{});
+            for (; row < end; ++row) add_rows(row, rows_at_once<1>{});
             flush(block_first, first + from, width);
             flush(block_second, second + from, width);
         }
@@ -81,10 +94,24 @@ double total(const double *sums, int64_t channel, const BatchNorm &p) {
     return value;
 }
 
-// body(offset, channel, count) for every vector of a task's rows, the last block of rows first.
-template <class Body> inline void transform_rows(const BatchNorm &p, int task, Body body) {
+// A whole vector, to be stored around the caches.
+struct around_caches : whole {};
+template <class T> inline void put(T *p, vec a, int n) { store_first(p, a, n); }
+template <class T> inline void put(T *p, vec a, whole) { store(p, a); }
+template <class T> inline void put(T *p, vec a, around_caches) { stream(p, a); }
+
+// body(offset, channel, count) for every vector of a task's rows, the last block of rows first, unless the caches do not
+// hold so much anyway.
+template <class T, class Body> inline void transform_rows(const BatchNorm &p, int task, const T *target, Body body) {
     const Span rows = part(p.rows, task, p.tasks);
     const int64_t channels = p.channels;
+    const bool aligned = channels % vec::lanes == 0 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+    if (aligned && (rows.end - rows.begin) * channels * int64_t(sizeof(T)) > kStreamBytes) {
+        for (int64_t row = rows.begin; row < rows.end; ++row)
+            for (int64_t ch = 0; ch < channels; ch += vec::lanes) body(row * channels + ch, ch, around_caches{});
+        _mm_sfence();
+        return;
+    }
     for (int64_t end = rows.end; end > rows.begin; end -= kBlock)
         for (int64_t row = end - kBlock > rows.begin ? end - kBlock : rows.begin; row < end; ++row)
             each_vector(channels, [=](int64_t ch, auto count)
@@ -121,12 +148,12 @@ template <class T, bool with_residual, bool with_relu> void forward(const BatchN
     }
     const float *mean = p.mean, *bias = p.bias;
     auto apply = [&](int task) {
-        transform_rows(p, task, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
+        transform_rows(p, task, y, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
             fetch_ahead(x + at);
             const vec d = load_first(x + at, count) - load_first(mean + ch, count);
             vec z = fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
             if (with_residual) z += load_first(residual + at, count);
-            store_first(y + at, with_relu ? relu(z) : z, count);
+            put(y + at, with_relu ? relu(z) : z, count);
         });
     };
     each_task(p.tasks, apply);
@@ -175,14 +202,14 @@ template <class T, bool with_residual, bool with_relu> void backward(const Batch
     }
     const bool training = p.training;
     auto apply = [&](int task) {
-        transform_rows(p, task, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
+        transform_rows(p, task, dx, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
             fetch_ahead(x + at);
             fetch_ahead((with_residual ? dresidual : dy) + at);
             const vec a = load_first(scale + ch, count), b = load_first(of_x + ch, count);
             const vec d = load_first(x + at, count) - load_first(mean + ch, count);
             const vec dz = with_residual ? load_first(dresidual + at, count) : through_relu(at, ch, count, d);
             const vec whole_gradient = fma(a, dz, fma(b, d, load_first(constant + ch, count)));
-            store_first(dx + at, training ? whole_gradient : a * dz, count);
+            put(dx + at, training ? whole_gradient : a * dz, count);
         });
     };
     each_task(p.tasks, apply);
