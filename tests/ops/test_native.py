@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.kernel_variants import threads
+from ops.checks import threads
 
 from knltrain.errors import ConfigError
 from knltrain.ops import native

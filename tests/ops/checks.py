@@ -1,40 +1,12 @@
-"""What the tests of the native kernels share: every variant, thread counts, and inputs that are new each time."""
+"""What the tests of native kernels share: thread counts, new inputs each time, and how close is close enough."""
 
 import contextlib
 import os
 
-import pytest
 import torch
-
-from knltrain.ops import native
-
-VARIANTS = ("torch", "avx2", "avx512f", "avx512", "avx512_bf16")
 
 # Unit roundoffs: float32 has 24 significant bits, bf16 has 8.
 FLOAT32, BF16 = 2.0**-24, 2.0**-8
-
-
-@contextlib.contextmanager
-def variant(name, *modules):
-    """The operations of ``modules`` compute with one variant, or with torch alone; skips what does not run here."""
-    with pytest.MonkeyPatch.context() as patch:
-        if name == "torch":
-            for module in modules:
-                patch.setattr(module, "kernels", lambda: None)
-            yield
-            return
-        if native.why_not() is not None:
-            pytest.skip(f"no native kernels: {native.why_not()}")
-        module = native.kernels()
-        if name not in module.supported_isas():
-            pytest.skip(f"this processor does not run {name}")
-        patch.setenv("KNLTRAIN_ISA", name)
-        module.use_isa(name)
-        try:
-            yield
-        finally:
-            patch.undo()
-            module.use_isa(native.isa())
 
 
 @contextlib.contextmanager

@@ -1,0 +1,158 @@
+"""The engine fused: what it changes in a model, what it must not change, and that it trains as float32 does."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from knltrain.config import OptimConfig, RunConfig
+from knltrain.engine import build_engine
+from knltrain.models import fused, model_of
+from knltrain.models.fused import fuse
+from knltrain.ops.native import why_not
+from knltrain.optim import SGD, build_optimizer
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
+
+PLAIN_SGD = OptimConfig(name="sgd", variant="heavy-ball", lr=0.005, weight_decay=1e-4)
+MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet50", 64)]
+THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32)]
+
+
+def channels_last(*shape):
+    return torch.randn(shape).contiguous(memory_format=torch.channels_last)
+
+
+def engine_of(name, image_size, precision, *, engine="fused", dropout=None):
+    torch.manual_seed(0)
+    model = model_of(RunConfig(model=name, image_size=image_size, dropout=dropout), 10)
+    return build_engine(engine, precision, model, build_optimizer(model, PLAIN_SGD))
+
+
+def losses(name, image_size, precision, engine, *, steps, batch):
+    made = engine_of(name, image_size, precision, engine=engine, dropout=0.0 if name == "alexnet_bn" else None)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(10, (64,), generator=generator)
+    images = torch.randn(64, 3, image_size, image_size, generator=generator) + 0.3 * labels.view(-1, 1, 1, 1)
+    values = []
+    for step in range(steps):
+        chosen = torch.arange(step * batch, (step + 1) * batch) % 64
+        made.optimizer.zero_grad(set_to_none=True)
+        with made.autocast():
+            logits = made.model(images[chosen].to(made.dtype, memory_format=torch.channels_last))
+        loss = F.cross_entropy(logits.float(), labels[chosen])
+        loss.backward()
+        made.optimizer.step()
+        values.append(loss.item())
+    return torch.tensor(values)
+
+
+@pytest.mark.parametrize("name, image_size", [("resnet50", 64), ("alexnet_bn", 67)])
+def test_fifty_steps_stay_in_the_band_of_bf16_autocast(name, image_size):
+    """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure."""
+    run = {"steps": 50, "batch": 8}
+    reference = losses(name, image_size, "fp32", "eager", **run)
+    assert reference[-8:].mean() < 0.9 * reference[:8].mean()
+    autocast = (losses(name, image_size, "bf16", "eager", **run) - reference).abs().mean()
+    ours = (losses(name, image_size, "bf16", "fused", **run) - reference).abs().mean()
+    assert ours < 1.5 * autocast, f"{ours:.4f} from float32, autocast {autocast:.4f}"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("name, image_size", MODELS + THEIRS)
+def test_state_dicts_stay_what_they_were(name, image_size, precision, request):
+    if name.startswith("torchvision:"):
+        request.getfixturevalue("torchvision")
+    torch.manual_seed(0)
+    before = model_of(RunConfig(model=name, image_size=image_size), 10).state_dict()
+    after = engine_of(name, image_size, precision).state_dict()
+    assert list(after) == list(before)
+    for key, tensor in before.items():
+        assert after[key].dtype == tensor.dtype, key
+        assert torch.equal(after[key], tensor), key
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name, image_size", MODELS + THEIRS)
+def test_computes_what_the_plain_model_computes(name, image_size, training, request):
+    if name.startswith("torchvision:"):
+        request.getfixturevalue("torchvision")
+    plain, ours = (engine_of(name, image_size, "fp32", engine=engine).model.train(training)
+                   for engine in ("eager", "fused"))  # fmt: skip
+    images = channels_last(4, 3, image_size, image_size)
+    results = []
+    for model in (plain, ours):
+        torch.manual_seed(0)
+        logits = model(images)
+        logits.square().sum().backward()
+        results.append((logits.detach(), [parameter.grad for parameter in model.parameters()]))
+    (expected, expected_grads), (logits, grads) = results
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        # A ReLU that flips at a rounding error moves a gradient; a wrong one is off by its own size.
+        assert (grad - other).norm() <= 0.1 * other.norm() + 1e-6
+    for buffer, other in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_the_kernels_do_not_have_stay_as_they_are():
+    layers = [
+        nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect"),
+        nn.Conv2d(3, 8, 3, padding="same"),
+        nn.BatchNorm2d(8, affine=False),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.BatchNorm2d(8, track_running_stats=False),
+        nn.MaxPool2d(2, dilation=2),
+        nn.MaxPool2d(2, return_indices=True),
+        nn.Sequential(nn.ReLU(), nn.BatchNorm2d(8, affine=False), nn.ReLU()),
+    ]
+    model = nn.ModuleList(layers)
+    before = [type(module) for module in model.modules()]
+    fuse(model)
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_a_relu_joins_its_neighbour_once():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(), nn.MaxPool2d(2))
+    fuse(model)
+    kinds = [type(module) for module in model]
+    assert kinds == [
+        fused.FusedBatchNorm2d, nn.Identity, fused.FusedMaxPool2d, nn.Identity, fused.FusedMaxPool2d
+    ]  # fmt: skip
+    assert (model[0].followed_by_relu, model[2].with_relu, model[4].with_relu) == (True, False, True)
+
+
+def test_the_network_works_with_bf16_copies_of_the_optimizers_weights():
+    engine = engine_of("resnet50", 64, "bf16")
+    for _ in range(2):
+        engine.optimizer.zero_grad(set_to_none=True)
+        engine.model(channels_last(2, 3, 64, 64).bfloat16()).float().square().sum().backward()
+        engine.optimizer.step()
+    masters = {id(parameter) for group in engine.optimizer.param_groups for parameter in group["params"]}
+    state = engine.state_dict()
+    for name, parameter in engine.model.named_parameters():
+        if name in engine.masters:
+            assert parameter.dtype == parameter.grad.dtype == torch.bfloat16
+            assert torch.equal(parameter, engine.masters[name].to(torch.bfloat16)), name
+            assert state[name].dtype == torch.float32
+        else:
+            assert parameter.dtype == torch.float32
+            assert id(parameter) in masters, name
+    assert len(engine.masters) == 55  # 53 convolutions, and the classifier's weight and bias
+
+
+def test_gradients_of_micro_batches_are_summed_in_float32():
+    layer = nn.Linear(1, 1, bias=False)
+    layer.weight.data.fill_(0.0)
+    optimizer = SGD(layer.parameters(), lr=1.0)
+    copy = nn.Parameter(layer.weight.detach().bfloat16())
+    optimizer.use_working_copies({layer.weight: copy})
+    for gradient in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
+        optimizer.carry()
+        copy.grad = torch.full_like(copy, gradient)
+    optimizer.step()
+    assert layer.weight.item() == -258.0
+    assert copy.item() == -258.0
+    optimizer.zero_grad()
+    assert copy.grad is None
+    assert not optimizer.carried
