@@ -6,6 +6,7 @@ namespace KNLTRAIN_ISA {
 void batch_norm_forward(const BatchNorm &);
 void batch_norm_backward(const BatchNorm &);
 bool conv_weight_grad(const ConvWeightGrad &);
+void crop_flip_normalize(const Crops &);
 void local_response_norm_forward(const ResponseNorm &);
 void local_response_norm_backward(const ResponseNorm &);
 void max_pool_forward(const MaxPool &);
@@ -15,6 +16,7 @@ void sgd_step(const ParameterList &);
 
 extern const Kernels kernels{
     batch_norm_forward, batch_norm_backward, conv_weight_grad,
+    crop_flip_normalize,
     local_response_norm_forward, local_response_norm_backward,
     max_pool_forward, max_pool_backward,
     lars_step, sgd_step,
