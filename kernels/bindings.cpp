@@ -165,6 +165,23 @@ NB_MODULE(_kernels, m) {
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
+        "dropout_forward",
+        [](Address x, Address y, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
+           bool is_bf16, bool relu, int tasks) {
+            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, at<void>(x), at<void>(y), {}, {}};
+            chosen->dropout_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "dropout_backward",
+        [](Address dy, Address y, Address dx, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
+           bool is_bf16, bool relu, int tasks) {
+            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, {}, at<void>(y), at<void>(dy),
+                      at<void>(dx)};
+            chosen->dropout_backward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
         "local_response_norm_forward",
         [](Address x, Address y, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16, int tasks) {
             std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));

@@ -83,6 +83,20 @@ inline int64_t crop_scratch(const Crops &p) {
     return p.out_w * (p.taps_w + 1) + p.taps_h + 3 * p.in_w + 3 * p.out_w + 2;
 }
 
+// An optional ReLU; then each number is zero or scaled, as its random bits say. They follow from key and position.
+struct Dropout {
+    int64_t count;
+    uint32_t key[2];
+    float threshold, scale;  // of 2^24, how many are dropped; what the others are multiplied by
+    bool is_bf16;            // x, y, dy and dx: bf16, or else float32
+    bool relu;
+    int tasks;
+    const void *x;
+    void *y;  // backward: read with ReLU
+    const void *dy;
+    void *dx;
+};
+
 // What an optimizer updates: parameters, and the chunks they are cut into, in order.
 struct Parameter {
     float *weight, *buffer;
@@ -110,6 +124,8 @@ struct Kernels {
     void (*batch_norm_backward)(const BatchNorm &);
     bool (*conv_weight_grad)(const ConvWeightGrad &);  // false: not in this instruction set, or no memory
     void (*crop_flip_normalize)(const Crops &);
+    void (*dropout_forward)(const Dropout &);
+    void (*dropout_backward)(const Dropout &);
     void (*local_response_norm_forward)(const ResponseNorm &);
     void (*local_response_norm_backward)(const ResponseNorm &);
     void (*max_pool_forward)(const MaxPool &);
