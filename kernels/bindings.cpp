@@ -4,6 +4,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -75,6 +76,11 @@ using Numbers = std::vector<float>;
 
 template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
 
+// The most source pixels that one output pixel is made of, where `length` pixels become `out` and there are `in`.
+int64_t taps(double length, int64_t out, int64_t in) {
+    return std::min(in, 2 * int64_t(std::ceil(std::max(1.0, length / double(out)))) + 1);
+}
+
 MaxPool max_pool(const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel, const Sizes &stride,
                  const Sizes &padding, bool is_bf16) {
     MaxPool p{};
@@ -139,6 +145,40 @@ NB_MODULE(_kernels, m) {
             p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
             p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.to_bf16 = to_bf16, p.tasks = tasks;
             return chosen->conv_weight_grad(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "crop_flip_normalize",
+        [](Address pixels, Address boxes, Address flips, Address out, int64_t images, int64_t in_h, int64_t in_w,
+           int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift, bool is_bf16, int tasks) {
+            Crops p{};
+            p.pixels = at<uint8_t>(pixels), p.boxes = at<double>(boxes), p.flips = at<bool>(flips), p.out = at<void>(out);
+            p.images = images, p.in_h = in_h, p.in_w = in_w, p.out_h = out_h, p.out_w = out_w;
+            p.scale = scale.data(), p.shift = shift.data(), p.is_bf16 = is_bf16, p.tasks = tasks;
+            for (int64_t i = 0; p.boxes != nullptr && i < images; ++i) {
+                p.taps_h = std::max(p.taps_h, taps(p.boxes[4 * i + 2], out_h, in_h));
+                p.taps_w = std::max(p.taps_w, taps(p.boxes[4 * i + 3], out_w, in_w));
+            }
+            std::vector<float> scratch(tasks * crop_scratch(p));
+            p.scratch = scratch.data();
+            chosen->crop_flip_normalize(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "dropout_forward",
+        [](Address x, Address y, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
+           bool is_bf16, bool relu, int tasks) {
+            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, at<void>(x), at<void>(y), {}, {}};
+            chosen->dropout_forward(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "dropout_backward",
+        [](Address dy, Address y, Address dx, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
+           bool is_bf16, bool relu, int tasks) {
+            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, {}, at<void>(y), at<void>(dy),
+                      at<void>(dx)};
+            chosen->dropout_backward(p);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(

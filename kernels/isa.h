@@ -62,6 +62,7 @@ static inline vec inverse_square_root(vec a) {
     return {_mm512_mask_fmadd_ps(guess, finite, _mm512_mul_ps(error, _mm512_set1_ps(0.5f)), guess)};
 }
 static inline lane_mask equal(vec a, vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+static inline lane_mask not_below(vec a, vec b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GE_OQ); }
 // Where a > b, or a is NaN.
 static inline lane_mask beats(vec a, vec b) {
     return _mm512_kor(_mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ), _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q));
@@ -135,6 +136,7 @@ static inline vec where_positive(vec y, vec a) {
 static inline vec square_root(vec a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline vec inverse_square_root(vec a) { return {_mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(a.v))}; }
 static inline lane_mask equal(vec a, vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ); }
+static inline lane_mask not_below(vec a, vec b) { return _mm256_cmp_ps(a.v, b.v, _CMP_GE_OQ); }
 static inline lane_mask beats(vec a, vec b) {
     return _mm256_or_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ), _mm256_cmp_ps(a.v, a.v, _CMP_UNORD_Q));
 }

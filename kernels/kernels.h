@@ -66,6 +66,37 @@ struct ResponseNorm {
 };
 constexpr int kResponseNormRows = 8;
 
+// A box of each image, resampled to one size with a triangle filter, and normalised: pixel * scale + shift.
+struct Crops {
+    int64_t images, in_h, in_w, out_h, out_w;
+    const uint8_t *pixels;  // N x H x W x 3
+    const double *boxes;    // N times top, left, height, width in pixels; null: the whole image, of the output's size
+    const bool *flips;      // N; null: none
+    const float *scale, *shift;  // 3 each
+    void *out;                   // N x out_h x out_w x 3
+    bool is_bf16;                // out: bf16, or else float32
+    int64_t taps_h, taps_w;      // room for the weights of one output row or column
+    int tasks;
+    float *scratch;  // tasks * crop_scratch() numbers
+};
+inline int64_t crop_scratch(const Crops &p) {
+    return p.out_w * (p.taps_w + 1) + p.taps_h + 3 * p.in_w + 3 * p.out_w + 2;
+}
+
+// An optional ReLU; then each number is zero or scaled, as its random bits say. They follow from key and position.
+struct Dropout {
+    int64_t count;
+    uint32_t key[2];
+    float threshold, scale;  // of 2^24, how many are dropped; what the others are multiplied by
+    bool is_bf16;            // x, y, dy and dx: bf16, or else float32
+    bool relu;
+    int tasks;
+    const void *x;
+    void *y;  // backward: read with ReLU
+    const void *dy;
+    void *dx;
+};
+
 // What an optimizer updates: parameters, and the chunks they are cut into, in order.
 struct Parameter {
     float *weight, *buffer;
@@ -92,6 +123,9 @@ struct Kernels {
     void (*batch_norm_forward)(const BatchNorm &);
     void (*batch_norm_backward)(const BatchNorm &);
     bool (*conv_weight_grad)(const ConvWeightGrad &);  // false: not in this instruction set, or no memory
+    void (*crop_flip_normalize)(const Crops &);
+    void (*dropout_forward)(const Dropout &);
+    void (*dropout_backward)(const Dropout &);
     void (*local_response_norm_forward)(const ResponseNorm &);
     void (*local_response_norm_backward)(const ResponseNorm &);
     void (*max_pool_forward)(const MaxPool &);

@@ -6,6 +6,9 @@ namespace KNLTRAIN_ISA {
 void batch_norm_forward(const BatchNorm &);
 void batch_norm_backward(const BatchNorm &);
 bool conv_weight_grad(const ConvWeightGrad &);
+void crop_flip_normalize(const Crops &);
+void dropout_forward(const Dropout &);
+void dropout_backward(const Dropout &);
 void local_response_norm_forward(const ResponseNorm &);
 void local_response_norm_backward(const ResponseNorm &);
 void max_pool_forward(const MaxPool &);
@@ -15,6 +18,8 @@ void sgd_step(const ParameterList &);
 
 extern const Kernels kernels{
     batch_norm_forward, batch_norm_backward, conv_weight_grad,
+    crop_flip_normalize,
+    dropout_forward, dropout_backward,
     local_response_norm_forward, local_response_norm_backward,
     max_pool_forward, max_pool_backward,
     lars_step, sgd_step,
