@@ -210,7 +210,7 @@ bool conv_weight_grad(const ConvWeightGrad &shape) {
 
     const int64_t fit = kBlockBytes / (4 * (group_in * p.stride_h * p.stride_w + count));
     const int64_t pixels = fit < kPixels ? fit > 256 ? fit : 256 : kPixels;
-    if (p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1) {
+    if (p.kernel_h == 1 && p.kernel_w == 1 && p.stride_h == 1 && p.stride_w == 1 && p.pad_h == 0 && p.pad_w == 0) {
         // Rows mean nothing to such a kernel: they are made as long as a block.
         const int64_t area = p.in_h * p.in_w;
         p.in_w = least(area, pixels);

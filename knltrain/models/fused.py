@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from knltrain.models import resnet
 from knltrain.ops.batchnorm import batch_norm_act
 from knltrain.ops.convgrad import conv2d
+from knltrain.ops.dropout import dropout
 from knltrain.ops.pool import max_pool2d
 
 
@@ -74,6 +75,15 @@ class FusedMaxPool2d(nn.MaxPool2d):
         )
 
 
+class FusedDropout(nn.Dropout):
+    """nn.Dropout on the kernel, with the ReLU that stood before it in a Sequential."""
+
+    with_relu = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return dropout(x, self.p, training=self.training, relu=self.with_relu)
+
+
 def _bottleneck(self: nn.Module, x: Tensor) -> Tensor:
     shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
     x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
@@ -100,9 +110,9 @@ def _resnet(self: nn.Module, x: Tensor) -> Tensor:
 def fuse(model: nn.Module) -> None:
     """Puts fused layers in the place of a model's, in place.
 
-    Convolutions, batch norms, max pools, and the blocks of ResNets, ours and torchvision's; in a Sequential, a ReLU
-    joins the batch norm before it or the max pool after it. Layers with settings that the kernels do not have stay as
-    they are.
+    Convolutions, batch norms, max pools, dropout, and the blocks of ResNets, ours and torchvision's; in a Sequential, a
+    ReLU joins the batch norm before it, or the max pool or dropout after it. Layers with settings that the kernels do
+    not have stay as they are.
     """
     for module in list(model.modules()):
         if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
@@ -116,13 +126,15 @@ def fuse(model: nn.Module) -> None:
             module.__class__ = FusedBatchNorm2d
         elif type(module) is nn.MaxPool2d and module.dilation in (1, (1, 1)) and not module.return_indices:
             module.__class__ = FusedMaxPool2d
+        elif type(module) is nn.Dropout:
+            module.__class__ = FusedDropout
     for module in model.modules():
         if isinstance(module, nn.Sequential):
             for before, after in zip(module, list(module)[1:], strict=False):
                 if isinstance(before, FusedBatchNorm2d) and type(after) is nn.ReLU:
                     before.followed_by_relu = True
                     after.__class__ = nn.Identity  # type: ignore[assignment]
-                elif type(before) is nn.ReLU and isinstance(after, FusedMaxPool2d):
+                elif type(before) is nn.ReLU and isinstance(after, FusedMaxPool2d | FusedDropout):
                     after.with_relu = True
                     before.__class__ = nn.Identity  # type: ignore[assignment]
     forwards = {resnet.Bottleneck: _bottleneck, resnet.ResNet: _resnet}

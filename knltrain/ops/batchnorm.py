@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from knltrain.ops.native import address, check, kernels, tasks_for
+from knltrain.ops.native import address, check, check_devices, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
 
@@ -51,6 +51,10 @@ def batch_norm_act(
     Raises:
         ValueError: a wrong type, layout, shape or device; or training with one value per channel.
     """
+    check_devices(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var)
+    _check(x, running_mean=running_mean, running_var=running_var)
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("the running statistics go together: give running_mean and running_var, or neither")
     if training:
         if x.numel() == x.shape[1]:
             raise ValueError(f"one value per channel has no variance: {tuple(x.shape)} cannot be trained on")
@@ -138,6 +142,8 @@ def _backward(
     """The gradients of x, residual (empty without one), weight and bias; ``y`` is needed with a residual and a ReLU."""
     dy = dy.contiguous(memory_format=torch.channels_last)
     _check(x, weight=weight, bias=bias, mean=mean, var=var, dy=dy, y=y)
+    if has_residual and relu and y is None:
+        raise ValueError("with a residual and a ReLU, the gradient needs y")
     module = kernels()
     if module is None or x.numel() == 0:
         return _backward_in_torch(dy, x, y, weight, bias, mean, var, has_residual, training, relu, eps)
@@ -273,7 +279,7 @@ def _backward_in_torch(
     # dx = weight / sqrt(var + eps) * (dz - mean(dz) - xhat mean(dz xhat)), arXiv 1502.03167, section 3.
     inverse = (var + eps).rsqrt()
     normalized = (_rows(x) - mean) * inverse
-    dz = _rows(dy)
+    dz = _rows(dy).clone()  # what an operator returns may not be a view of what it was given
     if relu:
         z = _rows(y) if y is not None else normalized * weight + bias
         dz = dz.masked_fill(z <= 0, 0.0)

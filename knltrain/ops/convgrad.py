@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from knltrain.node.topology import read_node
-from knltrain.ops.native import address, check, isa, kernels
+from knltrain.ops.native import address, check, check_devices, isa, kernels
 
 
 def conv2d(
@@ -99,9 +100,13 @@ def _has_amx() -> bool:
     return "amx_bf16" in read_node().flags
 
 
-@torch.library.custom_op("knltrain::conv_weight_grad", mutates_args=())
 def conv_weight_grad(
-    x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
+    x: Tensor,
+    dy: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
 ) -> Tensor:
     """The gradient of a convolution's weights: the sum over images and pixels of dy times the x that it met.
 
@@ -119,6 +124,15 @@ def conv_weight_grad(
     Raises:
         ValueError: a wrong type, layout, shape or device.
     """
+    check_devices(x=x, dy=dy)
+    dw: Tensor = torch.ops.knltrain.conv_weight_grad(x, dy, weight_shape, stride, padding, groups)
+    return dw
+
+
+@torch.library.custom_op("knltrain::conv_weight_grad", mutates_args=())
+def _conv_weight_grad(
+    x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
+) -> Tensor:
     _check(x, dy, weight_shape, stride, padding, groups)
     module = kernels()
     if x.numel() and dy.numel() and module is not None:
@@ -144,7 +158,7 @@ def conv_weight_grad(
     return dw.contiguous(memory_format=torch.channels_last)
 
 
-@conv_weight_grad.register_fake
+@_conv_weight_grad.register_fake
 def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
     return torch.empty(weight_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
@@ -159,6 +173,8 @@ def _check(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], pa
     if groups < 1 or x.shape[1] != inputs * groups or outputs % groups or inputs % 16 or outputs // groups % 8:
         raise ValueError(f"weight of shape {tuple(weight_shape)} in {groups} groups does not go with x of "
                          f"{x.shape[1]} channels; groups must have a multiple of 16 in and of 8 out")  # fmt: skip
+    if min(kernel) < 1:
+        raise ValueError(f"weight has shape {tuple(weight_shape)}: a kernel without elements")
     if min(stride) < 1 or min(padding) < 0:
         raise ValueError(f"stride {stride} must be positive and padding {padding} not negative")
     expected = [x.shape[0], outputs] + [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import logging
 import os
 from types import ModuleType
@@ -43,7 +44,7 @@ def kernels() -> Any | None:
 @functools.cache
 def _load() -> tuple[ModuleType | None, str]:
     try:
-        from knltrain import _kernels  # type: ignore[attr-defined]
+        _kernels = importlib.import_module("knltrain._kernels")
     except ModuleNotFoundError:
         return None, "they were not built; install g++ or clang++, then install knltrain again"
     except ImportError as error:
@@ -98,14 +99,24 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def check_devices(**tensors: Tensor | None) -> None:
+    """Refuses tensors that are not on the CPU, before torch picks an implementation by where they are.
+
+    Raises:
+        ValueError: one is not on the CPU.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device.type != "cpu":
+            raise ValueError(f"{name} is on {tensor.device}; the kernels read CPU memory")
+
+
 def check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None) -> None:
     """Refuses a tensor that a kernel cannot read.
 
     Raises:
         ValueError: not on the CPU, another type, or another shape.
     """
-    if tensor.device.type != "cpu":
-        raise ValueError(f"{name} is on {tensor.device}; the kernels read CPU memory")
+    check_devices(**{name: tensor})
     if tensor.layout != torch.strided:
         raise ValueError(f"{name} is {tensor.layout}; the kernels read dense tensors")
     if tensor.dtype not in dtypes:
