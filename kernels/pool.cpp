@@ -1,4 +1,4 @@
-// Max pooling of channels-last images. Backward, every pixel of x asks the windows it is in whether it was their largest:
+// Max pooling of channels-last images. Backward, every pixel of x asks the windows it is in whether it was the largest:
 // nothing is added to memory, so nothing needs to be zeroed before, and the order of addition is always the same.
 #include "isa.h"
 #include "kernels.h"
@@ -33,6 +33,20 @@ struct Place {
     float element;
 };
 
+// Calls body(channel, vectors, width) for all channels, four vectors at a time and then one: four hide instructions'
+// latency, and share the walk over the window. Both are constants, but for the width of a shorter last vector.
+struct one {
+    constexpr operator int() const { return 1; }
+};
+struct four {
+    constexpr operator int() const { return 4; }
+};
+template <class Body> inline __attribute__((always_inline)) void each_block(int64_t channels, Body &&body) {
+    int64_t ch = 0;
+    for (; ch + 4 * vec::lanes <= channels; ch += 4 * vec::lanes) body(ch, four{}, whole{});
+    each_vector(channels - ch, [&](int64_t more, auto width) { body(ch + more, one{}, width); });
+}
+
 template <class T> void forward(const MaxPool &p) {
     const T *x = static_cast<const T *>(p.x);
     T *y = static_cast<T *>(p.y);
@@ -55,22 +69,32 @@ template <class T> void forward(const MaxPool &p) {
                 }
                 const int64_t origin = ((image * p.in_h + top) * p.in_w + left) * p.channels;
                 const int64_t to = (row * p.out_w + col) * p.channels;
-                each_vector(p.channels, [&](int64_t ch, auto width) {
-                    vec largest = load_first(x + (origin + places[0].offset + ch), width);
-                    vec winner = splat(places[0].element);
+                each_block(p.channels, [&](int64_t ch, auto vectors, auto width) {
+                    constexpr int kVectors = decltype(vectors){};
+                    vec largest[kVectors], winner[kVectors];
+                    for (int v = 0; v < kVectors; ++v) {
+                        largest[v] = load_first(x + (origin + places[0].offset + ch) + v * vec::lanes, width);
+                        winner[v] = splat(places[0].element);
+                    }
                     for (int n = 1; n < count; ++n) {
-                        const vec value = load_first(x + (origin + places[n].offset + ch), width);
-                        // The first of equal ones wins, and the last NaN, as in torch.
-                        const lane_mask larger = beats(value, largest);
-                        largest = select(larger, value, largest);
-                        winner = select(larger, splat(places[n].element), winner);
+                        const T *values = x + (origin + places[n].offset + ch);
+                        const vec element = splat(places[n].element);
+                        for (int v = 0; v < kVectors; ++v) {
+                            const vec value = load_first(values + v * vec::lanes, width);
+                            // The first of equal ones wins, and the last NaN, as in torch.
+                            const lane_mask larger = beats(value, largest[v]);
+                            largest[v] = select(larger, value, largest[v]);
+                            winner[v] = select(larger, element, winner[v]);
+                        }
                     }
-                    if (p.relu) {
-                        winner = select(beats(largest, zero()), winner, splat(kNobody));
-                        largest = relu(largest);
+                    for (int v = 0; v < kVectors; ++v) {
+                        if (p.relu) {
+                            winner[v] = select(beats(largest[v], zero()), winner[v], splat(kNobody));
+                            largest[v] = relu(largest[v]);
+                        }
+                        store_first(y + to + ch + v * vec::lanes, largest[v], width);
+                        store_first(p.winner + to + ch + v * vec::lanes, winner[v], width);
                     }
-                    store_first(y + to + ch, largest, width);
-                    store_first(p.winner + to + ch, winner, width);
                 });
             }
         }
@@ -93,17 +117,25 @@ template <class T> void backward(const MaxPool &p) {
                 int count = 0;
                 for (int64_t i = h.begin; i < h.end; ++i)
                     for (int64_t j = w.begin; j < w.end; ++j)
-                        places[count++] = {((image * p.out_h + i) * p.out_w + j) * p.channels,
-                                           float((from_top - i * p.stride_h) * p.kernel_w + from_left - j * p.stride_w)};
+                        places[count++] = {
+                            ((image * p.out_h + i) * p.out_w + j) * p.channels,
+                            float((from_top - i * p.stride_h) * p.kernel_w + from_left - j * p.stride_w),
+                        };
                 const int64_t to = (row * p.in_w + col) * p.channels;
-                each_vector(p.channels, [&](int64_t ch, auto width) {
-                    vec sum = zero();
+                each_block(p.channels, [&](int64_t ch, auto vectors, auto width) {
+                    constexpr int kVectors = decltype(vectors){};
+                    vec sum[kVectors];
+                    for (int v = 0; v < kVectors; ++v) sum[v] = zero();
                     for (int n = 0; n < count; ++n) {
-                        const vec gradient = load_first(dy + places[n].offset + ch, width);
-                        const vec winner = load_first(p.winner + places[n].offset + ch, width);
-                        sum += select(equal(winner, splat(places[n].element)), gradient, zero());
+                        const int64_t from = places[n].offset + ch;
+                        const vec element = splat(places[n].element);
+                        for (int v = 0; v < kVectors; ++v) {
+                            const vec gradient = load_first(dy + from + v * vec::lanes, width);
+                            const vec winner = load_first(p.winner + from + v * vec::lanes, width);
+                            sum[v] += select(equal(winner, element), gradient, zero());
+                        }
                     }
-                    store_first(dx + to + ch, sum, width);
+                    for (int v = 0; v < kVectors; ++v) store_first(dx + to + ch + v * vec::lanes, sum[v], width);
                 });
             }
         }
