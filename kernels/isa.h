@@ -211,6 +211,17 @@ static inline void store_first(uint8_t *p, vec a, int n) {
     memcpy(p, copy, n);
 }
 
+// Numbers that bf16 holds as they are: written without the instruction that rounds, and takes denormals for zero.
+template <class T, class N> static inline void store_exact(T *p, vec a, N n) { store_first(p, a, n); }
+#if defined(__AVX512BF16__)
+template <class N> static inline void store_exact(bf16 *p, vec a, N n) {
+    bf16 copy[vec::lanes];
+    const __m512i upper = _mm512_srli_epi32(_mm512_castps_si512(a.v), 16);
+    _mm256_storeu_si256(reinterpret_cast<__m256i *>(copy), _mm512_cvtepi32_epi16(upper));
+    memcpy(p, copy, n * sizeof(bf16));
+}
+#endif
+
 // One rounding for single numbers, the same as the vectors'.
 static inline float to_float(float x) { return x; }
 static inline float to_float(bf16 x) {

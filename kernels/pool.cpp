@@ -92,7 +92,7 @@ template <class T> void forward(const MaxPool &p) {
                             winner[v] = select(beats(largest[v], zero()), winner[v], splat(kNobody));
                             largest[v] = relu(largest[v]);
                         }
-                        store_first(y + to + ch + v * vec::lanes, largest[v], width);
+                        store_exact(y + to + ch + v * vec::lanes, largest[v], width);
                         store_first(p.winner + to + ch + v * vec::lanes, winner[v], width);
                     }
                 });
