@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from knltrain.console import Console
 from knltrain.models import build_model
 from knltrain.node.topology import read_node
-from knltrain.ops.crops import MEAN, STD, normalize
+from knltrain.ops.crops import MEAN, STD, crop_flip_normalize
 from knltrain.ops.optimizers import lars_step
 from knltrain.provenance import provenance
 
@@ -29,7 +29,7 @@ _OURS, _OTHERS = "#c1440e", "#8a99a8"
 # (4), weight and momentum written (8), and the weight's bf16 copy (2).
 LARS_BYTES = 26
 # A pixel value read and written as bf16.
-NORMALIZE_BYTES = 3
+CROP_BYTES = 3
 
 Maker = Callable[[list[nn.Parameter]], Callable[[], object]]
 
@@ -124,19 +124,26 @@ def measure_lars(model: str, copy_gb_per_s: float, console: Console, *, rounds: 
     return [_row(f"LARS step, {model}", name, s, num_bytes, copy_gb_per_s) for name, s in seconds.items()] + rows
 
 
-def measure_normalize(copy_gb_per_s: float, *, batch: int, image_size: int, rounds: int) -> list[dict[str, Any]]:
-    """Times a batch of pixels made into the network's bf16 input; rows as of :func:`measure_lars`."""
-    pixels = torch.randint(256, (batch, image_size, image_size, 3), dtype=torch.uint8)
+def measure_crops(copy_gb_per_s: float, *, batch: int, image_size: int, rounds: int) -> list[dict[str, Any]]:
+    """Times a batch of pixels made into the network's bf16 input; rows as of :func:`measure_lars`.
+
+    Crops at random places, half of them mirrored, of images an eighth wider and higher. torch's has no crop to make.
+    """
+    border = image_size // 8
+    pixels = torch.randint(256, (batch, image_size + border, image_size + border, 3), dtype=torch.uint8)
+    boxes = torch.cat([torch.randint(border + 1, (batch, 2)), torch.full((batch, 2), image_size)], dim=1).float()
+    flips = torch.arange(batch) % 2 == 0
     out = torch.empty(batch, 3, image_size, image_size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+    cut = pixels[:, :image_size, :image_size].contiguous()
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
 
     def in_torch() -> Tensor:
-        images = (pixels.float() / 255 - mean) / std
+        images = (cut.float() / 255 - mean) / std
         return images.permute(0, 3, 1, 2).to(torch.bfloat16, memory_format=torch.channels_last)
 
-    seconds = _in_turn({"knltrain": lambda: normalize(pixels, out), "torch": in_torch}, rounds)
-    num_bytes = NORMALIZE_BYTES * pixels.numel()
-    what = f"normalize, {batch} x {image_size} px"
+    seconds = _in_turn({"knltrain": lambda: crop_flip_normalize(pixels, boxes, flips, out), "torch": in_torch}, rounds)
+    num_bytes = CROP_BYTES * out.numel()
+    what = f"crop, flip, normalize, {batch} x {image_size} px"
     return [_row(what, name, s, num_bytes, copy_gb_per_s) for name, s in seconds.items()]
 
 
@@ -144,7 +151,7 @@ def measure_kernels(copy_gb_per_s: float, console: Console, *, rounds: int, quic
     """Times the memory-bound kernels beside others' of the same purpose."""
     models = ("alexnet_bn_small",) if quick else ("resnet50", "alexnet")
     # The input first: IPEX, which the LARS steps import, puts itself in the place of some of torch's operators.
-    rows = measure_normalize(copy_gb_per_s, batch=64, image_size=32 if quick else 224, rounds=rounds)
+    rows = measure_crops(copy_gb_per_s, batch=128, image_size=32 if quick else 224, rounds=rounds)
     for model in models:
         rows += measure_lars(model, copy_gb_per_s, console, rounds=rounds)
     return {"kernels": rows, "threads": torch.get_num_threads(), **provenance(read_node())}

@@ -2,8 +2,8 @@
 #
 #   make_environment FOLDER REQUIREMENT...
 #
-# The requirements and pyproject.toml are remembered in FOLDER; as long as they stay as they are, a second call does
-# nothing. Prints what it does.
+# The requirements, pyproject.toml and the kernels are remembered in FOLDER; as long as they stay as they are, a second
+# call does nothing. Prints what it does.
 
 make_environment() {
     local folder=$1
@@ -18,7 +18,7 @@ make_environment() {
         "$python" -m venv "$folder"
     fi
     local wanted stamp
-    wanted=$(cat pyproject.toml; printf '%s\n' "$@")
+    wanted=$(cat pyproject.toml; cat kernels/* | cksum; printf '%s\n' "$@")
     stamp=$folder/.installed-$(printf '%s' "$*" | cksum | cut -d' ' -f1)
     if [ -f "$stamp" ] && [ "$wanted" = "$(cat "$stamp")" ]; then
         echo "$folder is up to date: nothing to install"

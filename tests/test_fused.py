@@ -77,7 +77,8 @@ def test_state_dicts_stay_what_they_were(name, image_size, precision, request):
 def test_computes_what_the_plain_model_computes(name, image_size, training, request):
     if name.startswith("torchvision:"):
         request.getfixturevalue("torchvision")
-    plain, ours = (engine_of(name, image_size, "fp32", engine=engine).model.train(training)
+    dropout = None if "resnet" in name else 0.0  # the kernel drops others than torch does
+    plain, ours = (engine_of(name, image_size, "fp32", engine=engine, dropout=dropout).model.train(training)
                    for engine in ("eager", "fused"))  # fmt: skip
     images = channels_last(4, 3, image_size, image_size)
     results = []

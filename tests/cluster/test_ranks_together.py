@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_jpeg
 from safetensors.torch import load_file
 
@@ -47,8 +46,9 @@ def weights(out):
 
 
 def assert_equal_within_rounding(got, expected):
+    """By norms: a ReLU that flips at a rounding error moves single weights. Three steps move a layer by 6e-3 of it."""
     for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
+        assert (got[name] - tensor).norm() <= 2e-4 * tensor.norm(), name
 
 
 @pytest.fixture(scope="module")
