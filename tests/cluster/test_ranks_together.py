@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import write_jpeg
 from safetensors.torch import load_file
 
