@@ -34,6 +34,7 @@ from knltrain.node.affinity import threads_per_rank
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb, resident_mb
 from knltrain.node.ranks import discover
 from knltrain.node.topology import read_node
+from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.provenance import provenance
 from knltrain.schedule import learning_rate, total_steps
@@ -260,7 +261,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
                 "threads": threads, "workers": workers, "backend": group.backend, "local_batch": share.local_batch,
                 "accumulate": share.accumulate, "steps": steps, "precision": precision, "engine": engine.name,
-                "malloc": malloc}  # fmt: skip
+                "kernels": isa(), "malloc": malloc}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), resume_from)
         log = None
         if group.is_first:

@@ -24,6 +24,7 @@ from knltrain.models import model_of
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb
 from knltrain.node.topology import read_node
+from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.provenance import provenance
 
@@ -83,6 +84,7 @@ class TrainingStep:
             "engine": name,
             "optimizer": f"{config.optim.name}/{config.optim.variant}",
             "threads": self.threads,
+            "kernels": isa(),
             "malloc": malloc,
         }
         if dataset:
