@@ -4,6 +4,7 @@
 // Parameters are cut into chunks of fixed size. A sum of squares is the sum of its chunks' sums, in order and in
 // float64, so it is the same for any number of tasks; and the sum over the weights just written is what a pass over them
 // would find at the next step, bit for bit, which is why that pass is not made.
+#include <float.h>
 #include <math.h>
 
 #include "isa.h"
@@ -102,8 +103,9 @@ float rate_of(const Parameter &p, double weight_squares, double gradient_squares
     if (!p.adapt || weight == 0 || gradient == 0) return p.lr;
     const double decay = p.clip ? 0 : double(p.weight_decay) * weight;
     const double ratio = double(p.trust_coefficient) * weight / (gradient + decay + double(p.eps));
-    if (p.clip) return float(ratio > p.lr ? p.lr : ratio);
-    return float(p.lr * ratio);
+    const double rate = p.clip ? (ratio > p.lr ? p.lr : ratio) : p.lr * ratio;
+    // A gradient that is nearly nothing would ask for more than float32 holds.
+    return rate > double(FLT_MAX) ? FLT_MAX : float(rate);
 }
 
 }  // namespace

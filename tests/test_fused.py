@@ -14,7 +14,6 @@ from knltrain.optim import SGD, build_optimizer
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
-PLAIN_SGD = OptimConfig(name="sgd", variant="heavy-ball", lr=0.005, weight_decay=1e-4)
 MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet50", 64)]
 THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32)]
 
@@ -23,14 +22,16 @@ def channels_last(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def engine_of(name, image_size, precision, *, engine="fused", dropout=None):
+def engine_of(name, image_size, precision, *, engine="fused", dropout=None, lr=0.005):
+    optim = OptimConfig(name="sgd", variant="heavy-ball", lr=lr, weight_decay=1e-4)
     torch.manual_seed(0)
     model = model_of(RunConfig(model=name, image_size=image_size, dropout=dropout), 10)
-    return build_engine(engine, precision, model, build_optimizer(model, PLAIN_SGD))
+    return build_engine(engine, precision, model, build_optimizer(model, optim))
 
 
-def losses(name, image_size, precision, engine, *, steps, batch):
-    made = engine_of(name, image_size, precision, engine=engine, dropout=0.0 if name == "alexnet_bn" else None)
+def losses(name, image_size, precision, engine, *, steps, batch, lr):
+    dropout = 0.0 if name == "alexnet_bn" else None
+    made = engine_of(name, image_size, precision, engine=engine, dropout=dropout, lr=lr)
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(10, (64,), generator=generator)
     images = torch.randn(64, 3, image_size, image_size, generator=generator) + 0.3 * labels.view(-1, 1, 1, 1)
@@ -47,10 +48,10 @@ def losses(name, image_size, precision, engine, *, steps, batch):
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("name, image_size", [("resnet50", 64), ("alexnet_bn", 67)])
-def test_fifty_steps_stay_in_the_band_of_bf16_autocast(name, image_size):
+@pytest.mark.parametrize("name, image_size, lr", [("resnet50", 64, 0.002), ("alexnet_bn", 67, 0.005)])
+def test_fifty_steps_stay_in_the_band_of_bf16_autocast(name, image_size, lr):
     """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure."""
-    run = {"steps": 50, "batch": 8}
+    run = {"steps": 50, "batch": 16, "lr": lr}
     reference = losses(name, image_size, "fp32", "eager", **run)
     assert reference[-8:].mean() < 0.9 * reference[:8].mean()
     autocast = (losses(name, image_size, "bf16", "eager", **run) - reference).abs().mean()
@@ -89,9 +90,11 @@ def test_computes_what_the_plain_model_computes(name, image_size, training, requ
         results.append((logits.detach(), [parameter.grad for parameter in model.parameters()]))
     (expected, expected_grads), (logits, grads) = results
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-4)
+    whole = torch.stack([grad.norm() for grad in expected_grads]).norm()
     for grad, other in zip(grads, expected_grads, strict=True):
-        # A ReLU that flips at a rounding error moves a gradient; a wrong one is off by its own size.
-        assert (grad - other).norm() <= 0.1 * other.norm() + 1e-6
+        # A ReLU that flips at a rounding error moves a gradient; a wrong one is off by its own size. The gradient of a
+        # bias before a batch norm is nothing but rounding.
+        assert (grad - other).norm() <= 0.1 * other.norm() + 1e-5 * whole
     for buffer, other in zip(ours.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-5)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from knltrain.ops.native import address, check, kernels
 
 _WEIGHTS = (torch.float32, torch.float64)  # the kernels take float32; float64 is for checking formulas
+_LARGEST = torch.finfo(torch.float32).max  # a gradient that is nearly nothing would ask for a larger rate still
 # A task's smallest part of the list, in parameters.
 _MIN_PARAMETERS_A_TASK = 16384
 
@@ -148,6 +149,7 @@ def _lars(
                 decay_norm = 0.0 if clip[index] else weight_decay[index] * weight_norm
                 lam = trust_coefficient[index] * weight_norm / (grad_norm + decay_norm + eps[index])
                 rate = (rate if lam > rate else lam) if clip[index] else rate * lam
+                rate = _LARGEST if rate > _LARGEST else rate
         buffer.mul_(momentum[index]).add_(grad, alpha=rate)
         if weight_decay[index]:
             buffer.add_(param, alpha=rate * weight_decay[index])

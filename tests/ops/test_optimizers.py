@@ -59,6 +59,7 @@ def test_lars_follows_float64(each_isa, generator, variant, dtype):
     weights[1].zero_()  # a norm of zero: the learning rate itself
     grads[3].zero_()
     buffers = weights_of(generator, scale=0.01)
+    before = [v.clone() for v in buffers]
     copies = like(weights, torch.bfloat16)
     numbers = settings(len(weights), adapt=adapt, clip=clip)
     expected = [
@@ -66,9 +67,9 @@ def test_lars_follows_float64(each_isa, generator, variant, dtype):
         for w, g, v in zip(weights, grads, buffers, strict=True)
     ]
     lars_step(weights, grads, buffers, copies, unknown(len(weights)), **numbers)
-    for w, v, copy, (w64, v64) in zip(weights, buffers, copies, expected, strict=True):
-        # Four roundings of numbers no larger than these.
-        torch.testing.assert_close(v.double(), v64, rtol=1e-5, atol=4e-7 * float(v64.abs().max()))
+    for w, v, copy, old, (w64, v64) in zip(weights, buffers, copies, before, expected, strict=True):
+        # Four roundings of numbers no larger than these; old and new may nearly cancel.
+        torch.testing.assert_close(v.double(), v64, rtol=1e-5, atol=4e-7 * float(v64.abs().max() + old.abs().max()))
         torch.testing.assert_close(w.double(), w64, rtol=1e-6, atol=4e-7 * float(w64.abs().max()))
         assert torch.equal(copy, w.to(torch.bfloat16))
 
@@ -134,8 +135,8 @@ def test_norms_neither_overflow_nor_vanish(each_isa, generator, scale):
     numbers["weight_decay"] = [0.0] * len(weights)
     expected = [lars_in_float64(w, g, v, **one) for w, g, v in zip(weights, grads, buffers, strict=True)]
     lars_step(weights, grads, buffers, copies, unknown(len(weights)), **numbers)
-    if scale < 1e-38:  # the rate itself is beyond float32 there; what counts is that nothing is made up
-        assert all(not w.isnan().any() for w in weights)
+    if scale < 1e-38:  # the rate itself is beyond float32 there, and stops at its largest number
+        assert all(w.isfinite().all() for w in weights)
         return
     for w, (w64, _) in zip(weights, expected, strict=True):
         torch.testing.assert_close(w.double(), w64, rtol=1e-5, atol=1e-6)
