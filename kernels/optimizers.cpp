@@ -14,8 +14,9 @@ namespace knltrain {
 namespace KNLTRAIN_ISA {
 namespace {
 
-// Gradients of a batch of parameters: what the tasks still have in their second-level caches when they need it again.
-constexpr int64_t kBatchBytesPerTask = 512 << 10;
+// Gradients of a batch of parameters: what the caches still hold when it is needed again. Smaller batches would fit the
+// second-level caches, and start threads so often that small layers cost more than they save.
+constexpr int64_t kBatchBytesPerTask = 2 << 20;
 
 struct Range {
     int64_t begin, end;
