@@ -18,7 +18,7 @@ from knltrain.metrics import read_metrics
 # parameter of zero norm by the whole learning rate.
 COMMON = """
     --recipe alexnet-512 --image-size 67 --augment.resize 77 --dropout 0 --precision fp32 --engine eager
-    --global-batch 64 --optim.lr 2 --schedule.warmup-epochs 0 --max-steps 3
+    --global-batch 64 --optim.lr 0.2 --schedule.warmup-epochs 0 --max-steps 3
 """
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
 
@@ -47,9 +47,8 @@ def weights(out):
 
 
 def assert_equal_within_rounding(got, expected):
-    """By norms: a ReLU that flips at a rounding error moves single weights. Three steps move a layer by 6e-3 of it."""
     for name, tensor in expected.items():
-        assert (got[name] - tensor).norm() <= 2e-4 * tensor.norm(), name
+        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
 
 
 @pytest.fixture(scope="module")
