@@ -17,6 +17,7 @@ from knltrain.console import Console
 from knltrain.data.folder import DataError
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import read_metrics
+from knltrain.ops.native import why_not
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
                     "peak_rss_mb", "wall_s", "engine", "world_size", "global_batch"}  # fmt: skip
@@ -104,10 +105,15 @@ def test_twice_the_same_run_is_the_same_run(config, tmp_path):
     assert not same(weights(config.out), weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("stop_at", [1, 4, 6])
-def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(config, tmp_path, stop_at):
+@pytest.mark.parametrize(
+    "engine, precision, stop_at",
+    [("eager", "fp32", 1), ("eager", "fp32", 4), ("eager", "fp32", 6), ("fused", "fp32", 4), ("fused", "bf16", 4)],
+)
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(config, tmp_path, engine, precision, stop_at):
     """Also in the middle of an epoch, with accumulation and dropout."""
-    options = {"dropout": 0.3, "local_batch": 8}
+    if engine == "fused" and why_not():
+        pytest.skip(f"no native kernels: {why_not()}")
+    options = {"dropout": 0.3, "local_batch": 8, "engine": engine, "precision": precision, "force_bf16": True}
     run(config, **options)
     run(config, out=str(tmp_path / "stopped"), max_steps=stop_at, **options)
     summary, finished = run(config, out=str(tmp_path / "stopped"), **options)
