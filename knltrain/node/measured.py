@@ -32,7 +32,7 @@ def settings_of(model: str, precision: str, node: Node, threads: int) -> dict[st
         "model": model,
         "precision": precision,
         "cpu": node.cpu_model,
-        "isa": node.isa,
+        "isa": os.environ.get("KNLTRAIN_ISA") or node.isa,
         "threads": threads,
         # Not torch.__version__: a login node asks without loading torch.
         "torch": importlib.metadata.version("torch"),
