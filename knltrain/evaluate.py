@@ -95,7 +95,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> di
     state = checkpoint.read_state(folder)
     fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
     config = override(config, {**fields, "dropout": state["dropout"]})
-    with contextlib.closing(Group(ranks)) as group, group.names_lost_ranks():
+    with Group(ranks) as group, group.names_lost_ranks():
         dataset = open_part(config, "val")
         if list(dataset.classes) != state["classes"]:
             raise DataError(f"{config.data}/val has other classes than {folder} was trained on")

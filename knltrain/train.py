@@ -221,7 +221,7 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        group = cleanup.enter_context(contextlib.closing(Group(ranks)))
+        group = cleanup.enter_context(Group(ranks))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             guard_out(config, out)

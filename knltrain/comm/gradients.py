@@ -3,6 +3,7 @@
 # No "from __future__ import annotations": DistributedDataParallel checks the hook's annotations as objects.
 
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -51,9 +52,11 @@ def data_parallel(
     if world_size == 1:
         return model, clock
     # Running statistics stay each rank's own between evaluations, see Group.average_running_statistics.
-    parallel = DistributedDataParallel(
-        model, bucket_cap_mb=config.bucket_mb, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
+        parallel = DistributedDataParallel(
+            model, bucket_cap_mb=config.bucket_mb, broadcast_buffers=False, gradient_as_bucket_view=True
+        )
     wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
     def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -9,6 +9,10 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+
+# Before there is a process group: its functions have the default group as it is now for their defaults, and one that
+# they hold never ends. Its threads would then meet an interpreter that does.
+import torch.distributed.nn.functional
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -23,6 +27,9 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "C
 
 class Group:
     """All ranks of a run; with one rank, every call is a no-op that returns its input.
+
+    As a context manager, it leaves the group at the end of its block. Not after an error: what is under way would then
+    be waited for, and the other ranks with it; the end of this process tells them.
 
     Args:
         ranks: this process among its peers.
@@ -52,6 +59,13 @@ class Group:
         if dist.get_world_size() != ranks.size:
             raise KnltrainError(f"{ranks.launcher} started {ranks.size} ranks, the group has {dist.get_world_size()}")
         self.backend = dist.get_backend()
+
+    def __enter__(self) -> Group:
+        return self
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        if error is None:
+            self.close()
 
     @property
     def is_first(self) -> bool:
@@ -112,6 +126,6 @@ class Group:
             ) from None
 
     def close(self) -> None:
-        """Leaves the group."""
+        """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

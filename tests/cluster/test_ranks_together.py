@@ -87,6 +87,26 @@ def test_two_ranks_are_one(launcher, alone, image_folder, tmp_path):
     assert plan["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
+    """One that is still busy when Python has ended takes the process down."""
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import os, sys, threading\n"
+        "import torch\n"
+        "from knltrain.cli import main\n"
+        "torch.set_num_threads(1)\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "left = len(os.listdir('/proc/self/task')) - threading.active_count()\n"
+        "sys.exit(f'{left} threads are left' if left else 0)\n"
+    )
+    arguments = ["train", *COMMON.split(), "--data", str(image_folder), "--out", str(tmp_path / "run")]
+    result = subprocess.run(
+        [*TORCHRUN[:-1], str(script), *arguments], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
 def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_path):
     """Two ranks that accumulate normalise the same micro-batches as one rank that does: equal losses."""
     options = ["--recipe", "cifar-256", "--image-size", "32", "--augment.resize", "32", "--local-batch", "16"]
