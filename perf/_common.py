@@ -120,6 +120,12 @@ class RankStep:
         with record_function("step"):
             return self.bench()
 
+    def close(self) -> None:
+        """Stops the decoders and leaves the group, once the model no longer holds it."""
+        self.bench.close()
+        self.engine.model = getattr(self.engine.model, "module", self.engine.model)
+        self.group.close()
+
     def describe(self) -> dict[str, Any]:
         """What was measured and where, for the JSON file."""
         from knltrain.provenance import provenance

@@ -192,7 +192,7 @@ def main(steps: int | None, out: str | None, as_json: bool, quick: bool, **asked
     console, steps = Console(json=as_json), steps or (2 if quick else 5)
     step = build_step(step_config(quick=quick, **asked))
     if step.group.world_size > 1:
-        step.group.close()
+        step.close()
         raise KnltrainError("measures one rank: start it without torchrun, mpiexec or srun")
     folder = out_folder(out)
     console.line(str(step))

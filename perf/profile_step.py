@@ -170,7 +170,7 @@ def main(steps: int | None, out: str | None, as_json: bool, quick: bool, **asked
 
     from torch.profiler import ProfilerActivity, profile
 
-    with contextlib.closing(step.group), contextlib.closing(step.bench):
+    with contextlib.closing(step):
         for _ in range(WARMUP_STEPS):
             step()
         step.clock.take()
