@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import multiprocessing
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 
 from knltrain.console import Console
 from knltrain.models import build_model
+from knltrain.node.memory import keep_freed_memory
 from knltrain.node.topology import read_node
 from knltrain.ops.crops import MEAN, STD, crop_flip_normalize
 from knltrain.ops.optimizers import lars_step
@@ -28,6 +32,7 @@ _OURS, _OTHERS = "#c1440e", "#8a99a8"
 # What the LARS step cannot do without: weight, gradient and momentum read (12), the gradient once more for its norm
 # (4), weight and momentum written (8), and the weight's bf16 copy (2).
 LARS_BYTES = 26
+_STEPS_A_TURN = 5
 # A pixel value read and written as bf16.
 CROP_BYTES = 3
 
@@ -99,29 +104,73 @@ MAKERS: dict[str, Maker] = {
 }
 
 
+def _serve(pipe: Connection, name: str, model: str, threads: int) -> None:
+    """One implementation's process: says ``None`` or why it does not run, then times steps whenever it is asked."""
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    params = [nn.Parameter(torch.randn(shape)) for shape in _shapes(model)]
+    for parameter in params:
+        parameter.grad = torch.randn(parameter.shape)
+    try:
+        step = MAKERS[name](params)
+        step()
+    except (ImportError, RuntimeError) as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+        return
+    pipe.send(None)
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        while True:
+            steps = pipe.recv()
+            step()  # brings caches and threads back
+            pipe.send([_seconds(step) for _ in range(steps)])
+
+
+def _shapes(model: str) -> list[torch.Size]:
+    return [parameter.shape for parameter in build_model(model, num_classes=1000, image_size=227).parameters()]
+
+
 def measure_lars(model: str, copy_gb_per_s: float, console: Console, *, rounds: int) -> list[dict[str, Any]]:
-    """Times one LARS step of a network's parameters, of all implementations in turn.
+    """Times LARS steps of a network's parameters, of all implementations in turn.
+
+    Each has a process of its own: IPEX, once imported, puts itself in the place of some of torch's operators, and where
+    parameters lie in memory depends on who allocated before.
 
     Returns:
         For each its ``name`` and ``seconds`` (median), ``gb_per_s`` of the bytes that the step needs and their
         ``copy_fraction``; or the ``reason`` why it does not run.
     """
-    shapes = [parameter.shape for parameter in build_model(model, num_classes=1000, image_size=227).parameters()]
-    num_bytes = LARS_BYTES * sum(shape.numel() for shape in shapes)
+    num_bytes = LARS_BYTES * sum(shape.numel() for shape in _shapes(model))
+    kernel = f"LARS step, {model}"
     rows: list[dict[str, Any]] = []
-    steps: dict[str, Callable[[], object]] = {}
-    for name, make in MAKERS.items():
-        params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
-        for parameter in params:
-            parameter.grad = torch.randn(parameter.shape)
-        try:
-            steps[name] = make(params)
-            steps[name]()
-        except (ImportError, RuntimeError) as error:
-            rows.append({"kernel": f"LARS step, {model}", "name": name, "reason": f"{type(error).__name__}: {error}"})
-            console.warn(f"LARS of {name} does not run: {error}")
-    seconds = _in_turn(steps, rounds)
-    return [_row(f"LARS step, {model}", name, s, num_bytes, copy_gb_per_s) for name, s in seconds.items()] + rows
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Any] = {}
+    try:
+        for name in MAKERS:
+            pipe, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(theirs, name, model, torch.get_num_threads()), daemon=True)
+            process.start()
+            theirs.close()
+            try:
+                reason = pipe.recv()
+            except EOFError:
+                process.join()
+                reason = f"its process exited with {process.exitcode}"
+            if reason is None:
+                pipes[name] = pipe
+            else:
+                rows.append({"kernel": kernel, "name": name, "reason": reason})
+                console.warn(f"LARS of {name} does not run: {reason}")
+        times: dict[str, list[float]] = {name: [] for name in pipes}
+        for _ in range(rounds):
+            for name, pipe in pipes.items():
+                pipe.send(_STEPS_A_TURN)
+                times[name] += pipe.recv()
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    return [_row(kernel, name, seconds, num_bytes, copy_gb_per_s) for name, seconds in medians.items()] + rows
 
 
 def measure_crops(copy_gb_per_s: float, *, batch: int, image_size: int, rounds: int) -> list[dict[str, Any]]:
@@ -150,7 +199,6 @@ def measure_crops(copy_gb_per_s: float, *, batch: int, image_size: int, rounds: 
 def measure_kernels(copy_gb_per_s: float, console: Console, *, rounds: int, quick: bool) -> dict[str, Any]:
     """Times the memory-bound kernels beside others' of the same purpose."""
     models = ("alexnet_bn_small",) if quick else ("resnet50", "alexnet")
-    # The input first: IPEX, which the LARS steps import, puts itself in the place of some of torch's operators.
     rows = measure_crops(copy_gb_per_s, batch=128, image_size=32 if quick else 224, rounds=rounds)
     for model in models:
         rows += measure_lars(model, copy_gb_per_s, console, rounds=rounds)
@@ -192,10 +240,14 @@ def _in_turn(contestants: Mapping[str, Callable[[], object]], rounds: int) -> di
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(_seconds(work))
     return {name: statistics.median(seconds[1:]) for name, seconds in times.items()}
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def _row(kernel: str, name: str, seconds: float, num_bytes: int, copy_gb_per_s: float) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def race(
         node: the machine.
         console: where to speak.
         rounds: turns that each contestant gets.
-        steps: timed steps in a turn; one more before them is not timed.
+        steps: timed steps in a turn; two more before them are not timed.
         engine: of knltrain.
         deadline: on time.monotonic()'s clock; after it no third or later round is begun.
 
