@@ -1,5 +1,7 @@
 """The engine fused: what it changes in a model, what it must not change, and that it trains as float32 does."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -82,6 +84,9 @@ def test_computes_what_the_plain_model_computes(name, image_size, training, requ
     plain, ours = (engine_of(name, image_size, "fp32", engine=engine, dropout=dropout).model.train(training)
                    for engine in ("eager", "fused"))  # fmt: skip
     images = channels_last(4, 3, image_size, image_size)
+    exact = copy.deepcopy(plain).double()
+    if list(plain.buffers()):
+        exact(images.double())
     results = []
     for model in (plain, ours):
         torch.manual_seed(0)
@@ -95,8 +100,10 @@ def test_computes_what_the_plain_model_computes(name, image_size, training, requ
         # A ReLU that flips at a rounding error moves a gradient; a wrong one is off by its own size. The gradient of a
         # bias before a batch norm is nothing but rounding.
         assert (grad - other).norm() <= 0.1 * other.norm() + 1e-5 * whole
-    for buffer, other in zip(ours.buffers(), plain.buffers(), strict=True):
-        torch.testing.assert_close(buffer, other, rtol=1e-4, atol=1e-5)
+    for buffer, other, true in zip(ours.buffers(), plain.buffers(), exact.buffers(), strict=True):
+        # Fifty layers multiply rounding errors; how much float32 may be off is what the plain model's is.
+        off, usual = ((one.double() - true.double()).norm() for one in (buffer, other))
+        assert off <= 5 * usual + 1e-6 * true.double().norm()
 
 
 def test_layers_that_the_kernels_do_not_have_stay_as_they_are():
