@@ -149,10 +149,12 @@ NB_MODULE(_kernels, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "crop_flip_normalize",
-        [](Address pixels, Address boxes, Address flips, Address out, int64_t images, int64_t in_h, int64_t in_w,
-           int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift, bool is_bf16, int tasks) {
+        [](Address pixels, Address each, Address boxes, Address flips, Address out, int64_t images, int64_t in_h,
+           int64_t in_w, int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift, bool is_bf16,
+           int tasks) {
             Crops p{};
-            p.pixels = at<uint8_t>(pixels), p.boxes = at<double>(boxes), p.flips = at<bool>(flips);
+            p.pixels = at<uint8_t>(pixels), p.image = at<const uint8_t *>(each);
+            p.boxes = at<double>(boxes), p.flips = at<bool>(flips);
             p.out = at<void>(out);
             p.images = images, p.in_h = in_h, p.in_w = in_w, p.out_h = out_h, p.out_w = out_w;
             p.scale = scale.data(), p.shift = shift.data(), p.is_bf16 = is_bf16, p.tasks = tasks;

@@ -177,7 +177,7 @@ template <class T> void rows_of_task(const Crops &p, int task) {
     const int64_t end = p.images * p.out_h * (task + 1) / p.tasks;
     for (int64_t at = p.images * p.out_h * task / p.tasks; at < end; ++at) {
         const int64_t image = at / p.out_h, row = at % p.out_h;
-        const uint8_t *pixels = p.pixels + image * p.in_h * p.in_w * 3;
+        const uint8_t *pixels = p.pixels == nullptr ? p.image[image] : p.pixels + image * p.in_h * p.in_w * 3;
         T *to = static_cast<T *>(p.out) + at * p.out_w * 3;
         const bool flip = p.flips != nullptr && p.flips[image];
         const double whole[4] = {0, 0, double(p.in_h), double(p.in_w)};

@@ -151,7 +151,7 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
 @main.command(name="eval")
 @click.argument("checkpoint")
 @_JSON
-@_field_options("data", "precision", "force_bf16", "workers")
+@_field_options("data", "precision", "force_bf16", "workers", "on_bad")
 @_reports_errors
 def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data."""
@@ -174,6 +174,75 @@ def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
         click.echo(json.dumps(result))
 
 
+@main.command()
+@click.argument("src", required=False)
+@click.argument("dst", required=False)
+@click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,
+              help="raw: pixels, read at memory speed; tar: JPEGs, a tenth of the size.")  # fmt: skip
+@click.option("--size", type=click.IntRange(min=0), default=256, show_default=True,
+              help="Short side, pixels; raw images are squares of it. 0 with tar: images as they are.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1), help="Processes; default one per core.")
+@click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What an image that cannot be decoded means; DST/rejected.jsonl lists them.")  # fmt: skip
+@click.option("--verify", metavar="DST", help="Compare a prepared folder with its checksums, and do nothing else.")
+@_JSON
+@_reports_errors
+def prepare(
+    src: str | None, dst: str | None, format: Literal["raw", "tar"], size: int, workers: int | None, on_bad: str,
+    verify: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Pack the images of SRC into few large files in DST, as train's --data; decodes each once.
+
+    SRC holds train/CLASS/IMAGE and val/CLASS/IMAGE, or WebDataset's train-*.tar and val-*.tar, or ImageNet's
+    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with LOC_val_solution.csv or the devkit beside them.
+    """
+    from pathlib import Path
+
+    from knltrain import prepare as preparing
+    from knltrain.console import Console
+
+    console = Console(json=as_json)
+    if verify is not None:
+        if src is not None:
+            raise ConfigError("--verify with SRC: it reads what was written; give the one or the other")
+        result = preparing.verify(Path(verify), console, workers=workers)
+    else:
+        if src is None or dst is None:
+            raise ConfigError("give SRC, what to read, and DST, the folder to write; or --verify DST")
+        result = preparing.prepare(
+            Path(src), Path(dst), console, format=format, size=size, workers=workers, on_bad=on_bad
+        )
+        if result["images_per_s"]:
+            counts = ", ".join(f"{count:,} {part}" for part, count in result["counts"].items())
+            console.line(
+                f"{dst}: {counts} images in {result['bytes'] / 1e9:.2f} GB, {result['rejected']:,} rejected; "
+                f"{result['images_per_s']:,.0f} img/s"
+            )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@main.command()
+@click.argument("folder")
+@click.option("--recipe", metavar="NAME", help="Show what this recipe's augmentation makes of the images.")
+@click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="The picture's file.")
+@_JSON
+@_field_options("image_size", "augment.name", "augment.resize")
+@_reports_errors
+def data(folder: str, recipe: str | None, sheet: str, as_json: bool, **values: str | None) -> None:
+    """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it."""
+    config = configuration.override(_recipe(recipe) if recipe else RunConfig(), _given(values))
+
+    from pathlib import Path
+
+    from knltrain.console import Console
+    from knltrain.describe import describe
+
+    result = describe(Path(folder), Path(sheet), Console(json=as_json), config=config)
+    if as_json:
+        click.echo(json.dumps(result))
+
+
 # What an image is to a network where nobody says: pixels, and images a step that are enough to keep it busy.
 _USUAL_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
 _USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256}
@@ -192,7 +261,7 @@ _USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256}
 @click.option("--batches", metavar="B,...", help="Measure at each of these batches.")
 @click.option("--threads", metavar="T,...", help="Measure with each of these numbers of threads.")
 @click.option("--out", metavar="DIR", help="Folder for table and plot of --batches and --threads; default runs/bench.")
-@_field_options("data", "force_bf16")
+@_field_options("data", "force_bf16", "on_bad")
 @_JSON
 @_reports_errors
 def bench(as_json: bool, steps: int, **options: Any) -> None:

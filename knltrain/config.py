@@ -111,7 +111,7 @@ class RunConfig:
     """One training run, complete but for the machine it runs on."""
 
     recipe: str = _field("", "name of the recipe that this configuration started from")
-    data: str = _field("", "ImageFolder directory, or synthetic, or shapes")
+    data: str = _field("", "ImageFolder directory, tar shards, what prepare wrote, synthetic, or shapes")
     out: str = _field("", "folder of the run; default runs/RECIPE")
     model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet50 or torchvision:NAME")
     dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")
@@ -131,6 +131,9 @@ class RunConfig:
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
     workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")
+    on_bad: Literal["fail", "skip"] = _field(
+        "fail", "an image that cannot be decoded: end the run, or take the next good one in its place"
+    )
     label_smoothing: Fraction = _field(0.0, "label smoothing")
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)

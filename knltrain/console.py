@@ -35,6 +35,62 @@ class Console:
         self.rich.print(f"warning: {text}", markup=False, style="yellow")
 
 
+class ImageProgress:
+    """Shows how many images (or files) are done, how fast, and how long the others will take.
+
+    Attributes:
+        seconds: since the beginning.
+
+    Args:
+        console: where.
+        first: done already.
+        total: in all.
+        unit: what is counted.
+    """
+
+    def __init__(self, console: Console, *, first: int, total: int, unit: str = "images") -> None:
+        self._console, self._first, self._done, self._total, self._unit = console, first, first, total, unit
+        self._start = self._last_line = time.monotonic()
+        self._bar: Progress | None = None
+        if console.rich.is_terminal and not console.rich.quiet:
+            self._bar = Progress(
+                BarColumn(bar_width=None),
+                TextColumn("{task.completed:,}/{task.total:,} " + unit),
+                TextColumn("{task.fields[rate]:,.0f}/s"),
+                TimeRemainingColumn(),
+                console=console.rich,
+                transient=True,
+                expand=True,
+            )
+            self._task: TaskID = self._bar.add_task(unit, total=total, completed=first, rate=0.0)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._start
+
+    def __enter__(self) -> ImageProgress:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def add(self, count: int) -> None:
+        """So many more are done."""
+        self._done += count
+        rate = (self._done - self._first) / max(self.seconds, 1e-9)
+        if self._bar:
+            self._bar.update(self._task, completed=self._done, rate=rate)
+        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
+            self._last_line = time.monotonic()
+            left = (self._total - self._done) / rate
+            self._console.line(f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {left / 60:.0f} min left")
+
+
 class StepProgress:
     """Shows steps as they are done.
 

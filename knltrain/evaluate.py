@@ -15,7 +15,7 @@ from knltrain import checkpoint
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
-from knltrain.data import open_part
+from knltrain.data.datasets import open_part
 from knltrain.data.folder import DataError
 from knltrain.data.loader import Loader
 from knltrain.engine import DTYPES, autocast, choose_precision

@@ -22,7 +22,7 @@ from knltrain.comm.gradients import data_parallel
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.console import Console, StepProgress
-from knltrain.data import open_data
+from knltrain.data.datasets import open_data
 from knltrain.data.loader import Dataset, Loader, Share
 from knltrain.data.order import random_bits
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
@@ -275,7 +275,10 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         with StepProgress(console, first=progress.step, total=steps, epochs=config.epochs) as bar:
             finished = loop(run, log, bar, stop)
         wall_s = progress.wall_s + time.perf_counter() - started
-    summary = summarize(run, plan, wall_s, finished=finished) if ranks.rank == 0 else {}
+        (skipped,) = group.sum(train_loader.skipped + val_loader.skipped)
+        if skipped:
+            console.warn(f"{skipped:,.0f} images could not be decoded; the next good ones took their places")
+    summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if ranks.rank == 0 else {}
     return summary, finished
 
 
@@ -355,7 +358,7 @@ def announce(
         console.line(f"nothing left to train: {run.out} holds this run, finished")
 
 
-def summarize(run: Run, plan: dict[str, Any], wall_s: float, *, finished: bool) -> dict[str, Any]:
+def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, finished: bool) -> dict[str, Any]:
     """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former."""
     rows = read_metrics(run.out / "metrics.jsonl")
     steps = [row for row in rows if "step_s" in row]
@@ -374,6 +377,7 @@ def summarize(run: Run, plan: dict[str, Any], wall_s: float, *, finished: bool) 
         "images_per_s": len(steps) * run.config.global_batch / train_s if steps else None,
         "data_fraction": sum(row["data_s"] for row in steps) / train_s if steps else None,
         "comm_fraction": sum(row["comm_s"] for row in steps) / train_s if steps else None,
+        "skipped_images": skipped,
         "peak_rss_mb": peak_resident_mb(),
         "train_s": train_s,
         "wall_s": wall_s,

@@ -22,7 +22,7 @@ from knltrain.bench.sweep import draw
 from knltrain.cli import main
 from knltrain.config import AugmentConfig, RunConfig
 from knltrain.console import Console
-from knltrain.data import open_part
+from knltrain.data.datasets import open_part
 from knltrain.data.loader import Loader, Share
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.models import model_of

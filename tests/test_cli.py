@@ -16,7 +16,7 @@ from knltrain.ops.native import why_not
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
     data out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
-    force-bf16 engine seed resume workers label-smoothing optim.name optim.variant optim.lr optim.lr-scaling
+    force-bf16 engine seed resume workers on-bad label-smoothing optim.name optim.variant optim.lr optim.lr-scaling
     optim.momentum optim.weight-decay optim.decay-on optim.trust-coefficient optim.eps schedule.name
     schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones schedule.gamma
     augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb
@@ -24,7 +24,7 @@ FIELDS = """
 """
 FLAGS = {
     "train": {"recipe", "config", "json", "help", *FIELDS.split()},
-    "eval": {"json", "help", "data", "precision", "force-bf16", "workers"},
+    "eval": {"json", "help", "data", "precision", "force-bf16", "workers", "on-bad"},
     "bench": {
         "json",
         "help",
@@ -37,6 +37,7 @@ FLAGS = {
         "engine",
         "steps",
         "data",
+        "on-bad",
         "compare",
         "profile",
         "batches",
@@ -44,6 +45,8 @@ FLAGS = {
         "out",
     },
     "tune": {"json", "help", "model", "batch", "precision", "steps"},
+    "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify"},
+    "data": {"json", "help", "recipe", "sheet", "image-size", "augment.name", "augment.resize"},
     "recipes": {"json", "help"},
 }
 

@@ -15,7 +15,7 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"train", "evaluate", "bench", "tune"},
+    {"train", "evaluate", "bench", "tune", "prepare", "describe"},
     {"engine", "checkpoint", "metrics"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},

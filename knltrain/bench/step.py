@@ -16,7 +16,7 @@ from torch.profiler import record_function
 
 from knltrain.config import RunConfig
 from knltrain.console import Console
-from knltrain.data import open_part
+from knltrain.data.datasets import open_part
 from knltrain.data.loader import Batch, Loader, Share
 from knltrain.engine import build_engine, choose_engine, choose_precision
 from knltrain.errors import ConfigError

@@ -44,7 +44,7 @@ def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
         resize: short side, at least ``size``.
         size: height and width of the result.
     """
-    height, width = _short_side(image.shape[0], image.shape[1], resize)
+    height, width = short_side(image.shape[0], image.shape[1], resize)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
     top, left = round((height - size) / 2), round((width - size) / 2)
@@ -65,11 +65,43 @@ def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.f
     if augment.name == "rrc":
         return _random_resized_box(height, width, augment.min_area, draws)._replace(flip=flip)
     pad = augment.pad if augment.name == "pad-crop-flip" else 0
-    scaled_height, scaled_width = _short_side(height, width, config.resize)
+    scaled_height, scaled_width = short_side(height, width, config.resize)
     left = math.floor(draws[1] * (scaled_width + 2 * pad - size + 1)) - pad
     top = math.floor(draws[2] * (scaled_height + 2 * pad - size + 1)) - pad
     box = Box(left, top, left + size, top + size, flip)
     return box.scaled(width / scaled_width, height / scaled_height)
+
+
+def centre_box(side: int, *, resize: int, size: int) -> NDArray[np.float64]:
+    """The box of :func:`centre_crop` in a square image of ``side`` pixels: top, left, height and width."""
+    scale = side / resize
+    first = round((resize - size) / 2) * scale
+    return np.array([first, first, size * scale, size * scale])
+
+
+def training_boxes(
+    config: RunConfig, side: int, draws: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """:func:`training_box` of many square images at once.
+
+    Args:
+        config: names the augmentation (not ``none``) and its numbers.
+        side: height and width of the images, pixels.
+        draws: N x ``NUM_DRAWS`` uniform numbers in [0, 1).
+
+    Returns:
+        N x 4: top, left, height and width in pixels; and N: which are mirrored.
+    """
+    size, augment = config.image_size, config.augment
+    if augment.name == "rrc":
+        found = [training_box(config, side, side, row) for row in draws]
+        sides = [(box.top, box.left, box.bottom - box.top, box.right - box.left) for box in found]
+        boxes = np.array(sides, np.float64)
+    else:
+        pad = augment.pad if augment.name == "pad-crop-flip" else 0
+        corners = np.floor(draws[:, [2, 1]] * (config.resize + 2 * pad - size + 1)) - pad
+        boxes = np.concatenate([corners, np.full((len(draws), 2), float(size))], axis=1) * (side / config.resize)
+    return boxes, draws[:, 0] < 0.5
 
 
 def cut(image: Pixels, box: Box, size: int) -> Pixels:
@@ -105,8 +137,8 @@ def cut(image: Pixels, box: Box, size: int) -> Pixels:
     return part[:, ::-1] if box.flip else part
 
 
-def _short_side(height: int, width: int, resize: int) -> tuple[int, int]:
-    """Height and width after scaling the short side, the long one cut to a whole pixel, as torchvision does."""
+def short_side(height: int, width: int, resize: int) -> tuple[int, int]:
+    """Height and width after scaling the short side; the long one cut to a whole pixel, as torchvision does."""
     if height <= width:
         return resize, int(resize * width / height)
     return int(resize * height / width), resize

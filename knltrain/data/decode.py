@@ -19,8 +19,29 @@ class DecodeError(ValueError):
     """The bytes are no image, or not a whole one."""
 
 
+class DecodedImage:
+    """A picture that is pixels already.
+
+    Args:
+        image: H x W x 3.
+    """
+
+    def __init__(self, image: Pixels) -> None:
+        self._image = image
+        self.height, self.width = image.shape[:2]
+
+    def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
+        """H x W x 3, whatever is asked for."""
+        return self._image
+
+
 class EncodedImage:
     """An image file's bytes, whose size is known and whose pixels are decoded when asked for.
+
+    Attributes:
+        height: pixels.
+        width: pixels.
+        suffix: that files of its format have.
 
     Args:
         data: the whole file.
@@ -32,6 +53,7 @@ class EncodedImage:
     def __init__(self, data: bytes) -> None:
         self._data = data
         self._orientation = 1
+        self.suffix = "jpg"
         self._turbo = data[:2] == b"\xff\xd8"
         if self._turbo:
             try:
@@ -45,6 +67,7 @@ class EncodedImage:
         else:
             with self._open() as image:
                 width, height = image.size
+                self.suffix = (image.format or "").lower()
             self._orientation = self._read_orientation()
         self.height, self.width = (width, height) if self._orientation in _SIDEWAYS else (height, width)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,23 +72,46 @@ class Folder:
         with open(self._files[index], "rb", buffering=0) as file:
             return EncodedImage(file.read())
 
+    def where(self, index: int) -> tuple[str, int, int]:
+        """The file that holds an image, and which of its bytes: path, 0, and -1 for all."""
+        return self._files[index], 0, -1
+
     def check(self, count: int) -> None:
-        """Decodes ``count`` images, evenly spread, so that a bad data set fails before the first step.
+        """Decodes ``count`` images, evenly spread; raises DataError for a bad one."""
+        check_some(self, count)
 
-        Raises:
-            DataError: one is no image, or cut short; the message has its path.
-        """
-        for index in np.unique(np.linspace(0, len(self) - 1, min(count, len(self))).astype(int)).tolist():
-            try:
-                self.image(index).pixels()
-            except (DecodeError, OSError) as error:
-                raise unreadable(self.name(index), error) from None
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used."""
+        reason = error.strerror if isinstance(error, OSError) else error
+        return DataError(f"{self.name(index)}: {reason}; replace or remove this image, or pass --on-bad skip")
+
+    def close(self) -> None:
+        """No file stays open between images."""
 
 
-def unreadable(path: str, error: Exception) -> DataError:
-    """The error of an image that cannot be used."""
-    reason = error.strerror if isinstance(error, OSError) else error
-    return DataError(f"{path}: {reason}; replace or remove this image")
+class Images(Protocol):
+    """What :func:`check_some` needs to know of a data set."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int) -> EncodedImage:
+        """Opens one image."""
+
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used."""
+
+
+def check_some(dataset: Images, count: int) -> None:
+    """Decodes ``count`` images, evenly spread, so that a bad data set fails before the first step.
+
+    Raises:
+        DataError: one is no image, or cut short; the message says which.
+    """
+    for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist():
+        try:
+            dataset.image(index).pixels()
+        except (DecodeError, OSError) as error:
+            raise dataset.bad(index, error) from None
 
 
 def _images_below(folder: Path) -> list[str]:

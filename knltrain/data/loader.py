@@ -17,8 +17,10 @@ from knltrain.config import RunConfig
 from knltrain.data import augment, order
 from knltrain.data.augment import Box, Pixels
 from knltrain.data.decode import DecodeError
-from knltrain.data.folder import unreadable
-from knltrain.ops.crops import normalize
+from knltrain.data.folder import DataError
+from knltrain.data.packed import Packed
+from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at, normalize
+from knltrain.ops.native import kernels
 
 # Micro-batches decoded ahead of the trainer: one that waits for it, one that the threads go on with.
 _AHEAD = 2
@@ -50,6 +52,12 @@ class Dataset(Protocol):
 
     def check(self, count: int) -> None:
         """Decodes some images and raises DataError for a bad one."""
+
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used: where it is, and what to do."""
+
+    def close(self) -> None:
+        """Closes what is open."""
 
 
 class Batch(NamedTuple):
@@ -96,8 +104,11 @@ class _Item(NamedTuple):
 class Loader:
     """Decodes, augments and normalises the images of a data set.
 
+    Attributes:
+        skipped: images that were replaced by the next good one, where ``on_bad`` is ``skip``.
+
     Args:
-        dataset: where images come from.
+        dataset: where images come from; closed with the loader.
         config: names the augmentation and the size.
         dtype: of the images, float32 or bf16.
         workers: decode threads.
@@ -108,14 +119,20 @@ class Loader:
         self._config = config
         self._dtype = dtype
         self._workers = workers
+        self._bad: set[int] = set()
         # A worker's few torch calls must not start OpenMP threads of their own. The setting is per thread for threads
         # that have computed already, as the trainer's has by now.
         torch.get_num_threads()
         self._pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
 
     def close(self) -> None:
-        """Stops the threads; what they have not begun is dropped."""
+        """Stops the threads; what they have not begun is dropped. Closes the data set."""
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self._dataset.close()
+
+    @property
+    def skipped(self) -> int:
+        return len(self._bad)
 
     def training(self, share: Share, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).
@@ -172,30 +189,67 @@ class Loader:
         # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
         chunk = max(1, min(32, -(-len(items) // (2 * self._workers))))
         futures = [
-            self._pool.submit(self._fill, items[start : start + chunk], images[start : start + chunk])
+            self._pool.submit(
+                self._fill,
+                items[start : start + chunk],
+                images[start : start + chunk],
+                labels[start : start + chunk],
+            )
             for start in range(0, len(items), chunk)
         ]
         return Batch(images, labels), futures
 
-    def _fill(self, items: list[_Item], out: Tensor) -> None:
+    def _fill(self, items: list[_Item], out: Tensor, labels: Tensor) -> None:
+        if isinstance(self._dataset, Packed):
+            self._crop(self._dataset, items, out)
+            return
         size = self._config.image_size
         pixels = np.empty((len(items), size, size, 3), np.uint8)
         for place, item in enumerate(items):
-            pixels[place] = self._pixels(item)
+            pixels[place], sample = self._pixels(item)
+            if sample != item.sample:
+                labels[place] = int(self._dataset.labels[sample])
         normalize(torch.from_numpy(pixels), out)
 
-    def _pixels(self, item: _Item) -> Pixels:
+    def _crop(self, dataset: Packed, items: list[_Item], out: Tensor) -> None:
+        """From the mapped files straight into the batch."""
+        samples = np.array([item.sample for item in items])
+        if items[0].draws is None:
+            box = augment.centre_box(dataset.size, resize=self._config.resize, size=self._config.image_size)
+            boxes, flips = np.tile(box, (len(items), 1)), np.zeros(len(items), bool)
+        else:
+            draws = np.stack([item.draws for item in items if item.draws is not None])
+            boxes, flips = augment.training_boxes(self._config, dataset.size, draws)
+        where, mirrored = torch.from_numpy(boxes), torch.from_numpy(flips)
+        if kernels() is None:
+            pixels = np.stack([dataset.image(sample).pixels() for sample in samples.tolist()])
+            crop_flip_normalize(torch.from_numpy(pixels), where, mirrored, out)
+        else:
+            crop_flip_normalize_at(dataset.addresses(samples), dataset.size, dataset.size, where, mirrored, out)
+
+    def _pixels(self, item: _Item) -> tuple[Pixels, int]:
+        """What is seen of an image, and which one it is: a bad one's place may be taken by the next good one."""
+        sample = item.sample
+        while True:
+            try:
+                return self._cut(sample, item.draws), sample
+            except (DecodeError, OSError) as error:
+                if self._config.on_bad == "fail":
+                    raise self._dataset.bad(sample, error) from None
+                self._bad.add(sample)
+                if len(self._bad) == len(self._dataset):
+                    raise self._dataset.bad(sample, error) from None
+                sample = (sample + 1) % len(self._dataset)
+
+    def _cut(self, sample: int, draws: NDArray[np.float64] | None) -> Pixels:
         size = self._config.image_size
-        try:
-            image = self._dataset.image(item.sample)
-            height, width = image.height, image.width
-            if item.draws is None:
-                return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size)
-            box = augment.training_box(self._config, height, width, item.draws)
-            decoded = image.pixels(*_smallest(box, height, width, size))
-            return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
-        except (DecodeError, OSError) as error:
-            raise unreadable(self._dataset.name(item.sample), error) from None
+        image = self._dataset.image(sample)
+        height, width = image.height, image.width
+        if draws is None:
+            return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size)
+        box = augment.training_box(self._config, height, width, draws)
+        decoded = image.pixels(*_smallest(box, height, width, size))
+        return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
 
 
 def _smallest(box: Box, height: int, width: int, size: int) -> tuple[int, int]:

@@ -4,24 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from knltrain.data.augment import Pixels
+from knltrain.data.decode import DecodedImage
+from knltrain.data.folder import DataError
 from knltrain.recipes import IMAGENET_IMAGES
 
 _CLASSES = 1000
 _VAL_IMAGES = 512
 _POOL = 64
-
-
-class NoiseImage:
-    """A picture that is already decoded."""
-
-    def __init__(self, image: Pixels) -> None:
-        self._image = image
-        self.height, self.width = image.shape[:2]
-
-    def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
-        """H x W x 3."""
-        return self._image
 
 
 class Synthetic:
@@ -45,9 +34,16 @@ class Synthetic:
         """For error messages."""
         return f"synthetic image {index}"
 
-    def image(self, index: int) -> NoiseImage:
+    def image(self, index: int) -> DecodedImage:
         """One of the few pictures."""
-        return NoiseImage(self._pool[index % _POOL])
+        return DecodedImage(self._pool[index % _POOL])
 
     def check(self, count: int) -> None:
         """Nothing can be wrong with noise."""
+
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used."""
+        return DataError(f"{self.name(index)}: {error}")
+
+    def close(self) -> None:
+        """Nothing is open."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from knltrain.ops.native import address, check, kernels, tasks_for
@@ -53,10 +55,51 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
     elif out.numel():
         module.crop_flip_normalize(
             address(pixels),
+            0,
             address(boxes),
             address(flips),
             address(out),
             *pixels.shape[:3],
+            *out.shape[2:],
+            _SCALE,
+            _SHIFT,
+            out.dtype == torch.bfloat16,
+            tasks_for(out.numel()),
+        )
+
+
+def crop_flip_normalize_at(
+    addresses: NDArray[np.int64], height: int, width: int, boxes: Tensor, flips: Tensor, out: Tensor
+) -> None:
+    """:func:`crop_flip_normalize` of images that do not lie side by side, as in files mapped into memory.
+
+    Args:
+        addresses: N; where each image begins, height x width x 3 bytes. The caller answers for them.
+        height: of every image, pixels.
+        width: likewise.
+        boxes: N x 4, as of :func:`crop_flip_normalize`.
+        flips: N, bool.
+        out: N x 3 x S x T, float32 or bf16, channels-last in memory.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device, or a box without pixels or too far outside.
+    """
+    boxes = _check_boxes(boxes, len(addresses), height, width)
+    _check_out(out, len(addresses))
+    _check_flips(flips, len(addresses))
+    module = kernels()
+    assert module is not None, "without kernels, images have to be copied together"
+    addresses = np.ascontiguousarray(addresses, np.int64)
+    if out.numel():
+        module.crop_flip_normalize(
+            0,
+            addresses.ctypes.data,
+            address(boxes),
+            address(flips),
+            address(out),
+            len(addresses),
+            height,
+            width,
             *out.shape[2:],
             _SCALE,
             _SHIFT,
@@ -77,19 +120,31 @@ def _check(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tens
         raise ValueError(f"pixels has shape {tuple(pixels.shape)}, strides {pixels.stride()}; "
                          "it must be N x H x W x 3, contiguous")  # fmt: skip
     count, height, width, _ = pixels.shape
-    check("out", out, (torch.float32, torch.bfloat16))
-    if out.dim() != 4 or out.shape[:2] != (count, 3) or not out.is_contiguous(memory_format=torch.channels_last):
-        raise ValueError(f"out has shape {tuple(out.shape)}, strides {out.stride()}; "
-                         f"it must be {count} x 3 x S x T, channels-last")  # fmt: skip
+    _check_out(out, count)
     if flips is not None:
-        check("flips", flips, (torch.bool,), (count,))
-        if not flips.is_contiguous():
-            raise ValueError(f"flips has strides {flips.stride()}; it must be contiguous")
+        _check_flips(flips, count)
     if boxes is None:
         if out.shape[2:] != (height, width):
             raise ValueError(f"out is {out.shape[2]} x {out.shape[3]} pixels; without boxes it must be as large as "
                              f"the images, {height} x {width}")  # fmt: skip
         return None
+    return _check_boxes(boxes, count, height, width)
+
+
+def _check_out(out: Tensor, count: int) -> None:
+    check("out", out, (torch.float32, torch.bfloat16))
+    if out.dim() != 4 or out.shape[:2] != (count, 3) or not out.is_contiguous(memory_format=torch.channels_last):
+        raise ValueError(f"out has shape {tuple(out.shape)}, strides {out.stride()}; "
+                         f"it must be {count} x 3 x S x T, channels-last")  # fmt: skip
+
+
+def _check_flips(flips: Tensor, count: int) -> None:
+    check("flips", flips, (torch.bool,), (count,))
+    if not flips.is_contiguous():
+        raise ValueError(f"flips has strides {flips.stride()}; it must be contiguous")
+
+
+def _check_boxes(boxes: Tensor, count: int, height: int, width: int) -> Tensor:
     check("boxes", boxes, (torch.float32, torch.float64), (count, 4))
     boxes = boxes.double().contiguous()
     begin, size = boxes[:, :2], boxes[:, 2:]

@@ -5,7 +5,7 @@ import pytest
 from conftest import write_jpeg
 
 from knltrain.config import RunConfig
-from knltrain.data import open_data, open_part
+from knltrain.data.datasets import open_data, open_part
 from knltrain.data.folder import DataError, Folder
 from knltrain.errors import ConfigError
 

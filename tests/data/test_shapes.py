@@ -1,7 +1,8 @@
 import numpy as np
 
 from knltrain.config import RunConfig
-from knltrain.data import open_data, shapes
+from knltrain.data import shapes
+from knltrain.data.datasets import open_data
 
 
 def test_pictures_are_made_once_and_are_a_data_set(own_cache, monkeypatch):

@@ -26,6 +26,7 @@ SHORTER = {
     "knltrain bench --model alexnet_bn --batch 128 --compare": "--model alexnet_bn_small --batch 4 --steps 1",
     "knltrain tune": "--model alexnet_bn_small --batch 4 --steps 1",
     "knltrain bench": "--batch 2 --steps 1 --image-size 96",
+    "knltrain data": "--image-size 64",
 }
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
 ELSEWHERE = {"bash run/quickstart.sh", "bash run/test.sh", "pip install '.[intel]'", "pip install ."}

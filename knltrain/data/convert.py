@@ -1,0 +1,158 @@
+"""Encoded images to what a prepared folder holds. Runs in worker processes, which never import torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from typing import NamedTuple
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from knltrain.data.augment import Pixels, short_side
+from knltrain.data.decode import DecodeError, EncodedImage
+
+# As most who store ImageNet for training do; of a photograph, about a tenth of its pixels' bytes.
+_QUALITY = 90
+_SUBSAMPLING = "420"
+
+
+class Encoded(NamedTuple):
+    """An image of a tar shard: its bytes, and the suffix of its name."""
+
+    data: bytes
+    suffix: str
+
+
+def read(path: str, offset: int, size: int) -> bytes:
+    """A part of a file; size -1 is the rest of it.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb", buffering=0) as file:
+        file.seek(offset)
+        return file.read(size if size >= 0 else None)
+
+
+def scaled(image: EncodedImage, size: int) -> Pixels:
+    """Decodes with the short side at ``size`` pixels, antialiased."""
+    height, width = short_side(image.height, image.width, size)
+    # Twice as large at least, so that the filter below decides what is seen.
+    pixels = image.pixels(2 * height, 2 * width)
+    if pixels.shape[:2] != (height, width):
+        pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
+    return pixels
+
+
+def to_square(data: bytes, size: int) -> Pixels:
+    """The middle of an image, size x size x 3, its short side being scaled to ``size``.
+
+    Raises:
+        DecodeError: the bytes are no image, or not a whole one.
+    """
+    pixels = scaled(EncodedImage(data), size)
+    top, left = round((pixels.shape[0] - size) / 2), round((pixels.shape[1] - size) / 2)
+    return pixels[top : top + size, left : left + size]
+
+
+def to_jpeg(data: bytes, size: int) -> Encoded:
+    """A JPEG whose short side has ``size`` pixels; as it came where it is no larger, or size is 0.
+
+    Raises:
+        DecodeError: the bytes are no image, or not a whole one.
+    """
+    image = EncodedImage(data)
+    if size == 0 or min(image.height, image.width) <= size:
+        image.pixels()  # whether it can be decoded
+        return Encoded(data, image.suffix)
+    pixels = np.ascontiguousarray(scaled(image, size))
+    return Encoded(simplejpeg.encode_jpeg(pixels, quality=_QUALITY, colorsubsampling=_SUBSAMPLING), "jpg")
+
+
+def squares_into(path: str, first: int, images: list[tuple[str, int, int]], size: int) -> list[str | None]:
+    """Writes images side by side into a file that is there already, the first at byte ``first``.
+
+    Returns:
+        For each why it is not there, or None.
+    """
+    reasons: list[str | None] = []
+    file = os.open(path, os.O_WRONLY)
+    try:
+        for place, (source, offset, length) in enumerate(images):
+            reason = None
+            try:
+                square = np.ascontiguousarray(to_square(read(source, offset, length), size))
+            except (DecodeError, OSError) as error:
+                reason = _reason(error)
+            else:
+                _write_all(file, square.data.cast("B"), first + place * size * size * 3)
+            reasons.append(reason)
+    finally:
+        os.close(file)
+    return reasons
+
+
+def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int) -> tuple[int, str]:
+    """Makes a .npy file of images that lie behind room for its header, and gives it its name.
+
+    Args:
+        part: the file.
+        path: its name when it is whole.
+        count: images, with those that are missing.
+        gaps: places where one is missing; what follows moves up.
+        size: height and width of the images, pixels.
+
+    Returns:
+        Its size in bytes, and its checksum.
+    """
+    num_bytes = size * size * 3
+    with open(part, "r+b") as file:
+        begin = os.fstat(file.fileno()).st_size - count * num_bytes
+        good = [place for place in range(count) if place not in set(gaps)]
+        for place, old in enumerate(good[gaps[0] :] if gaps else [], gaps[0] if gaps else 0):
+            file.seek(begin + old * num_bytes)
+            image = file.read(num_bytes)
+            file.seek(begin + place * num_bytes)
+            file.write(image)
+        file.truncate(begin + len(good) * num_bytes)
+        file.seek(0)
+        shape = (len(good), size, size, 3)
+        np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+        if file.tell() != begin:
+            raise ValueError(f"a header of {file.tell()} bytes where {begin} were left for it")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    return os.path.getsize(path), checksum(path)
+
+
+def jpegs(images: list[tuple[str, int, int]], size: int) -> list[Encoded | str]:
+    """Encodes images; where that cannot be, the reason."""
+    done: list[Encoded | str] = []
+    for source, offset, length in images:
+        try:
+            done.append(to_jpeg(read(source, offset, length), size))
+        except (DecodeError, OSError) as error:
+            done.append(_reason(error))
+    return done
+
+
+def checksum(path: str) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _write_all(file: int, data: memoryview, offset: int) -> None:
+    while data:
+        written = os.pwrite(file, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _reason(error: Exception) -> str:
+    return (isinstance(error, OSError) and error.strerror) or str(error)

@@ -1,0 +1,90 @@
+"""Images as NumPy arrays on disk: nothing is decoded, and only the pages that a crop covers are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.data.augment import Pixels
+from knltrain.data.decode import DecodedImage
+from knltrain.data.folder import DataError
+from knltrain.data.manifest import Manifest
+
+
+class Packed:
+    """One part (``train`` or ``val``) of what ``knltrain prepare --format raw`` wrote, mapped into memory.
+
+    Attributes:
+        classes: names.
+        labels: class number of every image.
+        size: height and width of every image, pixels.
+
+    Args:
+        root: the folder.
+        part: ``train`` or ``val``.
+        manifest: of the folder.
+
+    Raises:
+        DataError: a file is missing, damaged, or does not fit the others.
+    """
+
+    def __init__(self, root: Path, part: str, manifest: Manifest) -> None:
+        manifest.check_shards(root, part)
+        self.classes = tuple(manifest.classes)
+        self.size = manifest.size
+        self._paths = [root / shard.file for shard in manifest.shards[part]]
+        self._shards: list[Pixels] = []
+        for path in self._paths:
+            images = _load(path, mapped=True)
+            if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
+                raise DataError(f"{path}: {images.dtype} of shape {images.shape}, not images of {self.size} pixels")
+            self._shards.append(images)
+        self._first = np.cumsum([0, *(len(images) for images in self._shards)])
+        self.labels: NDArray[np.int64] = _load(root / part / "labels.npy", mapped=False).astype(np.int64)
+        if len(self.labels) != len(self) or (
+            len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)
+        ):
+            raise DataError(f"{root / part}/labels.npy: it does not fit the images; run knltrain prepare again")
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    def name(self, index: int) -> str:
+        """Shard and place, for error messages."""
+        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        return f"{self._paths[shard]}: image {index - self._first[shard]}"
+
+    def image(self, index: int) -> DecodedImage:
+        """One image, in the mapped file."""
+        shard = int(np.searchsorted(self._first, index, "right")) - 1
+        return DecodedImage(self._shards[shard][index - self._first[shard]])
+
+    def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Where in memory images begin. Valid until :meth:`close`."""
+        shards = np.searchsorted(self._first, indices, "right") - 1
+        bases = np.array([images.ctypes.data for images in self._shards])
+        found: NDArray[np.int64] = bases[shards] + (indices - self._first[shards]) * (self.size * self.size * 3)
+        return found
+
+    def check(self, count: int) -> None:
+        """Every pixel is an image's; names and sizes of the files have been checked."""
+
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used."""
+        return DataError(f"{self.name(index)}: {error}")
+
+    def close(self) -> None:
+        """Unmaps the files."""
+        self._shards.clear()
+
+
+def _load(path: Path, *, mapped: bool) -> NDArray[np.uint8]:
+    try:
+        array: NDArray[np.uint8] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}; run knltrain prepare again") from None
+    except ValueError as error:
+        raise DataError(f"{path}: damaged ({error}); copy it again, or run knltrain prepare again") from None
+    return array

@@ -1,0 +1,161 @@
+"""What ``knltrain prepare`` reads: folders of images, WebDataset's tar files, and ImageNet's own archives."""
+
+from __future__ import annotations
+
+import csv
+import re
+import tarfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.data.folder import SUFFIXES, DataError, Folder
+from knltrain.data.tar import Tar, members, shards_of
+from knltrain.errors import ConfigError
+
+IMAGENET_TRAIN, IMAGENET_VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
+_WNID = re.compile(r"n\d{8}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The encoded images of one part.
+
+    Attributes:
+        classes: names, in the order of their numbers.
+        labels: class number of every image.
+        where: file, offset and size in bytes of an image, by number; size -1 is the rest of the file.
+        name: what to call an image in a message, by number.
+    """
+
+    classes: tuple[str, ...]
+    labels: NDArray[np.int64]
+    where: Callable[[int], tuple[str, int, int]]
+    name: Callable[[int], str]
+
+
+def find_sources(root: Path) -> dict[str, Source]:
+    """What a folder holds, by part.
+
+    Raises:
+        ConfigError: there is no such folder, or nothing in it that is known.
+        DataError: something in it cannot be used.
+    """
+    if not root.is_dir():
+        raise ConfigError(f"{root}: no such folder")
+    if (root / IMAGENET_TRAIN).exists() or (root / IMAGENET_VAL).exists():
+        return _imagenet(root)
+    parts: dict[str, Source] = {}
+    for part in ("train", "val"):
+        if shards_of(root, part):
+            tar = Tar(root, part)
+            parts[part] = Source(tar.classes, tar.labels, tar.where, tar.name)
+        elif (root / part).is_dir():
+            folder = Folder(root / part)
+            parts[part] = Source(folder.classes, folder.labels, folder.where, folder.name)
+    if not parts:
+        raise ConfigError(
+            f"{root}: nothing to prepare; it must hold train/CLASS/IMAGE and val/CLASS/IMAGE, train-*.tar and "
+            f"val-*.tar, or {IMAGENET_TRAIN} and {IMAGENET_VAL}"
+        )
+    if len({source.classes for source in parts.values()}) > 1:
+        raise DataError(f"{root}: train and val have different classes")
+    return parts
+
+
+def _imagenet(root: Path) -> dict[str, Source]:
+    """The archives as they are distributed: a tar file of a tar file for each class, and one of all for validation."""
+    parts: dict[str, Source] = {}
+    classes: tuple[str, ...] = ()
+    path = root / IMAGENET_TRAIN
+    if path.exists():
+        entries: list[tuple[str, str, int, int]] = []  # class, name, offset, size
+        with open(path, "rb") as file:
+            inner = list(members(file))
+            for member in inner:
+                wnid = Path(member.name).stem
+                images = members(file, member.offset, member.offset + member.size)
+                entries += [(wnid, one.name, one.offset, one.size) for one in images if _is_image(one.name)]
+        classes = tuple(sorted({entry[0] for entry in entries}))
+        if not classes:
+            raise DataError(f"{path}: no tar files of classes in it")
+        parts["train"] = _in_one_file(path, classes, sorted(entries))
+    path = root / IMAGENET_VAL
+    if path.exists():
+        truth, from_file = _ground_truth(root)
+        classes = classes or tuple(sorted(set(truth.values())))
+        with open(path, "rb") as file:
+            found = [member for member in members(file) if _is_image(member.name)]
+        entries = []
+        for member in sorted(found):
+            wnid = truth.get(Path(member.name).stem, "")
+            if wnid not in classes:
+                reason = f"is of {wnid}, which is not in {IMAGENET_TRAIN}" if wnid else "is not listed"
+                raise DataError(f"{from_file}: {member.name} {reason}")
+            entries.append((wnid, member.name, member.offset, member.size))
+        parts["val"] = _in_one_file(path, classes, entries)
+    return parts
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(SUFFIXES)
+
+
+def _in_one_file(path: Path, classes: tuple[str, ...], entries: list[tuple[str, str, int, int]]) -> Source:
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = np.array([numbers[entry[0]] for entry in entries], np.int64)
+    return Source(
+        classes,
+        labels,
+        where=lambda index: (str(path), *entries[index][2:]),
+        name=lambda index: f"{path}: {entries[index][1]}",
+    )
+
+
+def _ground_truth(root: Path) -> tuple[dict[str, str], Path]:
+    """The class of each validation image, by its name without suffix, and the file that says so.
+
+    A list has a line for each image: its name, and its class (nXXXXXXXX) behind a comma or a blank; what follows is of
+    no interest. ``LOC_val_solution.csv`` is such a list.
+    """
+    for path in sorted([*root.glob("*.csv"), *root.glob("*.txt")]):
+        truth = {}
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.reader(file):
+                words = " ".join(row).split()
+                if len(words) >= 2 and _WNID.fullmatch(words[1]):
+                    truth[Path(words[0]).stem] = words[1]
+        if truth:
+            return truth, path
+    for path in sorted(root.glob("ILSVRC2012_devkit*.tar.gz")):
+        return _devkit(path), path
+    raise DataError(
+        f"{root / IMAGENET_VAL} comes without its classes: put ILSVRC2012_devkit_t12.tar.gz or LOC_val_solution.csv "
+        "beside it"
+    )
+
+
+def _devkit(path: Path) -> dict[str, str]:
+    """The devkit numbers classes in an order of its own, which only its MATLAB file has."""
+    try:
+        from scipy.io import loadmat
+    except ImportError:
+        raise DataError(
+            f"{path}: reading it takes SciPy (pip install scipy); LOC_val_solution.csv beside it does as well"
+        ) from None
+    try:
+        with tarfile.open(path) as tar:
+            files = {Path(info.name).name: info for info in tar if info.isfile()}
+            meta = tar.extractfile(files["meta.mat"])
+            truth = tar.extractfile(files["ILSVRC2012_validation_ground_truth.txt"])
+            assert meta is not None
+            assert truth is not None
+            synsets = loadmat(meta, squeeze_me=True)["synsets"]
+            wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
+            numbers = [int(line) for line in truth.read().split()]
+    except (tarfile.TarError, EOFError, KeyError, ValueError, OSError) as error:
+        raise DataError(f"{path}: not the devkit, or damaged ({error})") from None
+    return {f"ILSVRC2012_val_{place:08}": wnids[number] for place, number in enumerate(numbers, 1)}

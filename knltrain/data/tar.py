@@ -1,0 +1,276 @@
+"""Images in tar files, as WebDataset has them: an index made once, then one read for each sample."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tarfile
+import tempfile
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.folder import SUFFIXES, DataError, check_some
+from knltrain.data.manifest import read_manifest
+from knltrain.node.cache import cache_folder
+
+# Part of an index's name: indexes made by other rules are not read.
+_VERSION = 1
+
+
+class Member(NamedTuple):
+    """A file in a tar file: its name there, and where its bytes are."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def members(file: IO[bytes], begin: int = 0, end: int | None = None) -> Iterator[Member]:
+    """The regular files of the tar that is the bytes [begin, end) of ``file``.
+
+    Raises:
+        DataError: it is no tar file, or cut short.
+    """
+    end = os.fstat(file.fileno()).st_size if end is None else end
+    file.seek(begin)
+    behind, last = begin, "its beginning"
+    try:
+        # Not "r:*": what is compressed cannot be read from the middle.
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for info in tar:
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every one
+                size = info.size if info.isfile() else 0
+                if info.offset_data + size > end:
+                    raise DataError(f"{file.name}: cut short within {info.name}; copy this file again")
+                if info.isfile():
+                    yield Member(info.name, info.offset_data, size)
+                behind, last = info.offset_data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, info.name
+    except (tarfile.TarError, EOFError) as error:
+        raise DataError(f"{file.name}: no tar file, or a damaged one ({error}); copy this file again") from None
+    # tarfile takes whatever follows for the end. Blocks of zeros are.
+    file.seek(behind)
+    if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+        raise DataError(f"{file.name}: cut short or damaged behind {last}; copy this file again")
+
+
+class TarIndex(NamedTuple):
+    """Where the images of some tar files are: an entry for each.
+
+    Attributes:
+        shard: number of the tar file.
+        offset: of the image's bytes in it.
+        size: of the image, bytes.
+        label: class number.
+    """
+
+    shard: NDArray[np.int32]
+    offset: NDArray[np.int64]
+    size: NDArray[np.int64]
+    label: NDArray[np.int64]
+
+
+def shards_of(root: Path, part: str) -> list[Path]:
+    """The tar files of a part, in the order of their names: ``train-00000.tar``, ``train_0.tar`` or ``train/0.tar``."""
+    named = [path for path in root.glob("*.tar") if re.match(rf"{part}\b|{part}_", path.name)]
+    return sorted([*named, *(root / part).glob("*.tar")])
+
+
+class Tar:
+    """One part (``train`` or ``val``) of a folder of WebDataset shards: ``KEY.jpg`` beside ``KEY.cls``.
+
+    Attributes:
+        classes: names, if ``knltrain prepare`` wrote the folder, or else numbers.
+        labels: class number of every image.
+
+    Args:
+        root: the folder.
+        part: ``train`` or ``val``.
+
+    Raises:
+        DataError: a shard is missing, damaged, or holds an image without its class.
+    """
+
+    def __init__(self, root: Path, part: str) -> None:
+        self._paths = shards_of(root, part)
+        manifest = read_manifest(root)
+        if manifest is not None:
+            manifest.check_shards(root, part, self._paths)
+        elif not self._paths:
+            raise DataError(f"{root}: no {part}-*.tar in it")
+        self._index = _open_index(root, part, self._paths)
+        self.labels = self._index.label
+        if manifest is not None:
+            self.classes = tuple(manifest.classes)
+        else:
+            # Both parts have as many classes as the labels of either need.
+            others = [_open_index(root, other, shards_of(root, other)) for other in ("train", "val") if other != part]
+            self.classes = _numbered([self._index, *others])
+        self._files: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name(self, index: int) -> str:
+        """Shard and sample, for error messages."""
+        path, offset = self._paths[self._index.shard[index]], int(self._index.offset[index])
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset - tarfile.BLOCKSIZE)
+                inside = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
+        except (OSError, tarfile.TarError):
+            inside = f"sample {index}"
+        return f"{path}: {inside}"
+
+    def where(self, index: int) -> tuple[str, int, int]:
+        """The file that holds an image, and which of its bytes: path, offset, size."""
+        at = int(self._index.shard[index])
+        return str(self._paths[at]), int(self._index.offset[index]), int(self._index.size[index])
+
+    def image(self, index: int) -> EncodedImage:
+        """Reads an image.
+
+        Raises:
+            DecodeError: it is none, or the shard is cut short.
+            OSError: the shard cannot be read.
+        """
+        size = int(self._index.size[index])
+        data = self._pread(int(self._index.shard[index]), size, int(self._index.offset[index]))
+        if len(data) < size:
+            raise DecodeError("the shard is cut short here")
+        return EncodedImage(data)
+
+    def check(self, count: int) -> None:
+        """Decodes ``count`` images, evenly spread; raises DataError for a bad one."""
+        check_some(self, count)
+
+    def bad(self, index: int, error: Exception) -> DataError:
+        """The error of an image that cannot be used."""
+        reason = error.strerror if isinstance(error, OSError) else error
+        return DataError(f"{self.name(index)}: {reason}; copy the shard again, or pass --on-bad skip")
+
+    def close(self) -> None:
+        """Closes the shards."""
+        with self._lock:
+            self._close_files()
+
+    def _pread(self, shard: int, size: int, offset: int) -> bytes:
+        with self._lock:
+            file = self._files.get(shard)
+            if file is None:
+                try:
+                    file = os.open(self._paths[shard], os.O_RDONLY)
+                except OSError as error:
+                    if error.errno != errno.EMFILE or not self._files:
+                        raise
+                    self._close_files()  # more shards than a process may have open
+                    file = os.open(self._paths[shard], os.O_RDONLY)
+                self._files[shard] = file
+            file = os.dup(file)  # stays open if another thread closes the others
+        try:
+            return os.pread(file, size, offset)
+        finally:
+            os.close(file)
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+
+def _numbered(indexes: list[TarIndex]) -> tuple[str, ...]:
+    count = 1 + max(int(index.label.max()) for index in indexes if len(index.label))
+    return tuple(str(number) for number in range(count))
+
+
+def _open_index(root: Path, part: str, shards: list[Path]) -> TarIndex:
+    """Reads the index of some shards, or makes it and leaves it beside them, or in the cache if that cannot be."""
+    if not shards:
+        empty = np.empty(0, np.int64)
+        return TarIndex(empty.astype(np.int32), empty, empty, empty)
+    names = np.array([path.name for path in shards])
+    states = [path.stat() for path in shards]
+    stamp = np.array([(state.st_size, state.st_mtime_ns) for state in states])
+    beside = root / f"{part}-index-v{_VERSION}.npz"
+    elsewhere = cache_folder() / f"tar-{sha256(str(root.resolve()).encode()).hexdigest()[:16]}-{beside.name}"
+    for path in (beside, elsewhere):
+        index = _read_index(path, names, stamp)
+        if index is not None:
+            return index
+    index = _make_index(shards)
+    for path in (beside, elsewhere):
+        if _write_index(path, names, stamp, index):
+            break
+    return index
+
+
+def _read_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64]) -> TarIndex | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            # A copied folder has other times; sizes must fit.
+            if np.array_equal(arrays["names"], names) and np.array_equal(arrays["stamp"][:, 0], stamp[:, 0]):
+                newer = stamp[:, 1] > arrays["made_ns"]
+                if not newer.any():
+                    return TarIndex(*(arrays[field] for field in TarIndex._fields))
+    except (OSError, ValueError, KeyError, EOFError):
+        pass
+    return None
+
+
+def _write_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64], index: TarIndex) -> bool:
+    made_ns = np.int64(max(stamp[:, 1].max(), 0))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
+            try:
+                np.savez(file, names=names, stamp=stamp, made_ns=made_ns, **index._asdict())
+                os.replace(file.name, path)
+            except BaseException:
+                os.unlink(file.name)
+                raise
+    except OSError:
+        return False
+    return True
+
+
+def _make_index(shards: list[Path]) -> TarIndex:
+    rows: list[tuple[int, int, int, int]] = []
+    for number, path in enumerate(shards):
+        try:
+            with open(path, "rb") as file:
+                rows.extend((number, image.offset, image.size, label) for image, label in _samples(file))
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}") from None
+    if not rows:
+        raise DataError(f"{shards[0].parent}: no images in its tar files ({', '.join(SUFFIXES)} are read)")
+    table = np.array(rows, np.int64)
+    return TarIndex(table[:, 0].astype(np.int32), *(np.ascontiguousarray(table[:, i]) for i in (1, 2, 3)))
+
+
+def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
+    """The images of a shard with their labels. A sample's files have one key and lie side by side."""
+    key, image, label = "", None, None
+    for member in (*members(file), Member("", 0, 0)):
+        folder, _, base = member.name.rpartition("/")
+        stem, _, extension = base.partition(".")
+        if f"{folder}/{stem}" != key:
+            if image is not None:
+                if label is None:
+                    raise DataError(f"{file.name}: {image.name} has no .cls beside it")
+                yield image, label
+            key, image, label = f"{folder}/{stem}", None, None
+        if f".{extension.lower()}" in SUFFIXES:
+            image = member
+        elif extension == "cls":
+            text = os.pread(file.fileno(), member.size, member.offset)
+            if not text.strip().isdigit():
+                raise DataError(f"{file.name}: {member.name} holds {text[:20]!r}, no class number")
+            label = int(text)

@@ -1,0 +1,717 @@
+"""knltrain prepare, and reading what it writes."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_jpeg
+from PIL import Image
+
+from knltrain import prepare as preparing
+from knltrain.config import AugmentConfig, RunConfig
+from knltrain.console import Console
+from knltrain.data import augment, order
+from knltrain.data import tar as tarred
+from knltrain.data.datasets import open_data, open_folder, open_part
+from knltrain.data.decode import EncodedImage
+from knltrain.data.folder import DataError, Folder
+from knltrain.data.loader import Loader, Share
+from knltrain.data.manifest import JOURNAL, NAME
+from knltrain.data.packed import Packed
+from knltrain.data.tar import Tar
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.ops.crops import normalize
+
+SIZE = 32
+
+
+def prepare(src, dst, *, format="raw", size=SIZE, workers=2, on_bad="fail"):
+    return preparing.prepare(src, dst, Console(), format=format, size=size, workers=workers, on_bad=on_bad)
+
+
+def contents(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def raw(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("raw") / "out"
+    prepare(image_folder, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def shards(image_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("tar") / "out"
+    prepare(image_folder, out, format="tar")
+    return out
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Seven images in a raw shard, and chunks of three."""
+    monkeypatch.setattr(preparing, "_SHARD_BYTES", 7 * SIZE * SIZE * 3)
+    monkeypatch.setattr(preparing, "_CHUNK", 3)
+
+
+def reference_square(data, size):
+    image = EncodedImage(data).pixels()
+    return augment.centre_crop(image, resize=size, size=size)
+
+
+def test_raw_is_what_the_contract_says(image_folder, raw):
+    """Any program with NumPy reads it: pixels, labels, and a manifest."""
+    images, labels = np.load(raw / "train/images-00000.npy"), np.load(raw / "train/labels.npy")
+    source = Folder(image_folder / "train")
+    assert images.shape == (48, SIZE, SIZE, 3)
+    places = order.permutation(0, 0, 48)
+    for place, sample in enumerate(places):
+        path, *_ = source.where(sample)
+        with open(path, "rb") as file:
+            assert np.array_equal(images[place], reference_square(file.read(), SIZE))
+        assert labels[place] == source.labels[sample]
+    meta = json.loads((raw / NAME).read_text())
+    assert meta["classes"] == list(source.classes)
+    assert meta["counts"] == {"train": 48, "val": 13}
+    assert meta["size"] == SIZE
+    assert set(meta["shards"]["train"][0]) == {"file", "images", "bytes", "sha256"}
+
+
+def test_tar_is_webdatasets(image_folder, shards):
+    source, places = Folder(image_folder / "train"), order.permutation(0, 0, 48)
+    with tarfile.open(shards / "train-00000.tar") as tar:
+        names = tar.getnames()
+        assert [name.rpartition(".")[2] for name in names[:2]] == ["jpg", "cls"]
+        assert len({name.partition(".")[0] for name in names}) == 48
+        for place, sample in enumerate(places):
+            image, label = (tar.extractfile(name).read() for name in names[2 * place : 2 * place + 2])
+            assert int(label) == source.labels[sample]
+            assert min(Image.open(io.BytesIO(image)).size) == SIZE
+
+
+def test_size_0_keeps_the_bytes(image_folder, tmp_path):
+    prepare(image_folder, tmp_path / "out", format="tar", size=0)
+    tar, source = Tar(tmp_path / "out", "val"), Folder(image_folder / "val")
+    for place, sample in enumerate(order.permutation(0, 0, 13).tolist()):
+        path, offset, size = tar.where(place)
+        with open(path, "rb") as file, open(source.where(sample)[0], "rb") as original:
+            file.seek(offset)
+            assert file.read(size) == original.read()
+    with pytest.raises(ConfigError, match="--size 0"):
+        prepare(image_folder, tmp_path / "other", size=0)
+
+
+@pytest.mark.parametrize("format", ["raw", "tar"])
+def test_the_same_bytes_with_any_number_of_workers(image_folder, tmp_path, small_shards, format):
+    prepare(image_folder, tmp_path / "one", format=format, workers=1)
+    prepare(image_folder, tmp_path / "three", format=format, workers=3)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+
+def test_small_shards_read_as_one(image_folder, raw, tmp_path, small_shards):
+    prepare(image_folder, tmp_path / "out")
+    many, one = open_folder(tmp_path / "out", "train"), open_folder(raw, "train")
+    assert len(list((tmp_path / "out/train").glob("images-*.npy"))) == 7
+    assert np.array_equal(many.labels, one.labels)
+    for index in range(48):
+        assert np.array_equal(many.image(index).pixels(), one.image(index).pixels())
+    assert "images-00001.npy: image 2" in many.name(9)
+
+
+@pytest.mark.parametrize("format", ["raw", "tar"])
+def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, format, monkeypatch):
+    if format == "tar":
+        monkeypatch.setattr(preparing, "_images_a_shard", lambda *_: 7)
+    prepare(image_folder, tmp_path / "whole", format=format)
+    for shards_done in (0, 1, 4, 8):
+        out = tmp_path / f"out{shards_done}"
+        add = preparing._Journal.add
+
+        def interrupt(self, file, record, left=[shards_done], add=add):  # noqa: B006
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            add(self, file, record)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(preparing._Journal, "add", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                prepare(image_folder, out, format=format)
+        with pytest.raises(DataError, match="has not finished"):
+            open_folder(out, "train")
+        with open(out / JOURNAL, "a") as journal:
+            journal.write('{"file": "tr')  # as a machine that went down leaves it
+        prepare(image_folder, out, format=format)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
+def test_killed_and_started_again(image_folder, tmp_path):
+    """The command itself, ended by SIGKILL at some moment."""
+    src = tmp_path / "src"
+    for copy in range(12):
+        shutil.copytree(image_folder / "train", src / "train", dirs_exist_ok=True,
+                        copy_function=lambda a, b, copy=copy: shutil.copy(a, f"{b[:-4]}-{copy}.jpg"))  # fmt: skip
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom knltrain import prepare as p\n"
+        "from knltrain.console import Console\n"
+        "if __name__ == '__main__':\n"
+        f"    p._SHARD_BYTES = 40 * {SIZE} * {SIZE} * 3\n"
+        f"    p.prepare(Path({str(src)!r}), Path(sys.argv[1]), Console(), format='raw', size={SIZE}, workers=1,"
+        " on_bad='fail')\n"
+    )
+    (tmp_path / "run.py").write_text(script)
+    command = [sys.executable, str(tmp_path / "run.py")]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, timeout=120)
+    process = subprocess.Popen([*command, str(tmp_path / "out")])
+    while not list(tmp_path.glob("out/train/*.npy")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    subprocess.run([*command, str(tmp_path / "out")], check=True, timeout=120)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.fixture
+def spoilt(image_folder, tmp_path):
+    """A copy with a text among its images, one cut short, and an empty one."""
+    src = tmp_path / "src"
+    shutil.copytree(image_folder, src)
+    (src / "train/class0/003.jpg").write_bytes(b"no image")
+    cut = src / "train/class2/007.jpg"
+    cut.write_bytes(cut.read_bytes()[:400])
+    (src / "val/class1/002.jpg").write_bytes(b"")
+    return src
+
+
+@pytest.mark.parametrize("format", ["raw", "tar"])
+def test_bad_images_are_listed_and_skipped(spoilt, image_folder, tmp_path, small_shards, format):
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"3 of 61 images.*--on-bad skip"):
+        prepare(spoilt, out, format=format)
+    lines = [json.loads(line) for line in (out / "rejected.jsonl").read_text().splitlines()]
+    assert {os.path.relpath(line["path"], spoilt) for line in lines} == {
+        "train/class0/003.jpg", "train/class2/007.jpg", "val/class1/002.jpg"
+    }  # fmt: skip
+    assert all(line["reason"] for line in lines)
+    with pytest.raises(DataError, match="has not finished"):
+        open_folder(out, "train")
+    result = prepare(spoilt, out, format=format, on_bad="skip")
+    assert (result["counts"], result["rejected"]) == ({"train": 46, "val": 12}, 3)
+    preparing.verify(out, Console())
+    train = open_folder(out, "train")
+    source = Folder(spoilt / "train")
+    kept = [
+        s
+        for s in order.permutation(0, 0, 48).tolist()
+        if "0/003" not in source.name(s) and "2/007" not in source.name(s)
+    ]
+    assert train.labels.tolist() == source.labels[kept].tolist()
+    for index, sample in enumerate(kept):
+        expected = source.image(sample).pixels()
+        if format == "raw":
+            assert np.array_equal(train.image(index).pixels(), augment.centre_crop(expected, resize=SIZE, size=SIZE))
+        else:
+            assert train.image(index).pixels().shape[:2] == augment.short_side(*expected.shape[:2], SIZE)
+
+
+def test_replaced_images_are_taken(spoilt, image_folder, tmp_path, small_shards):
+    with pytest.raises(DataError):
+        prepare(spoilt, tmp_path / "out")
+    for name in ("train/class0/003.jpg", "train/class2/007.jpg", "val/class1/002.jpg"):
+        shutil.copy(image_folder / name, spoilt / name)
+    prepare(spoilt, tmp_path / "out")
+    prepare(image_folder, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("fixture, file", [("raw", "train/images-00000.npy"), ("raw", "val/labels.npy"),
+                                           ("shards", "val-00000.tar")])  # fmt: skip
+def test_verify_finds_a_flipped_bit(fixture, file, tmp_path, request):
+    out = tmp_path / "copy"
+    shutil.copytree(request.getfixturevalue(fixture), out)
+    preparing.verify(out, Console())
+    data = bytearray((out / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (out / file).write_bytes(data)
+    with pytest.raises(DataError, match=file):
+        preparing.verify(out, Console())
+
+
+def test_what_is_whole_is_left_alone(image_folder, raw):
+    before = contents(raw)
+    prepare(image_folder, raw)
+    assert contents(raw) == before
+    with pytest.raises(ConfigError, match="format raw of size 32"):
+        prepare(image_folder, raw, size=24)
+    with pytest.raises(ConfigError, match="format raw"):
+        prepare(image_folder, raw, format="tar")
+
+
+def test_folders_that_cannot_be(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "src")
+    for dst in (tmp_path / "src", tmp_path / "src/out", tmp_path):
+        with pytest.raises(ConfigError, match="within the other"):
+            prepare(tmp_path / "src", dst)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="not empty"):
+        prepare(image_folder, tmp_path / "full")
+    with pytest.raises(ConfigError, match="no such folder"):
+        prepare(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="nothing to prepare"):
+        prepare(tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_begun_from_other_images_is_refused(image_folder, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing._Journal, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            prepare(image_folder, tmp_path / "out")
+    shutil.copytree(image_folder, tmp_path / "src")
+    (tmp_path / "src/train/class0/000.jpg").unlink()
+    with pytest.raises(ConfigError, match="another source"):
+        prepare(tmp_path / "src", tmp_path / "out")
+    with pytest.raises(ConfigError, match="another size"):
+        prepare(image_folder, tmp_path / "out", size=SIZE + 1)
+
+
+def test_a_disk_that_is_too_small_is_known_before(image_folder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(KnltrainError, match=r"0\.2 GB|0\.0 GB are free"):
+        prepare(image_folder, tmp_path / "out")
+
+
+def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw):
+    """The same images from three kinds of source."""
+    names = {"class0": "n00000001", "class1": "n00000002", "class2": "n00000003"}
+    src = tmp_path / "archives"
+    src.mkdir()
+    with tarfile.open(src / "ILSVRC2012_img_train.tar", "w") as outer:
+        for name, wnid in names.items():
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as tar:
+                for path in sorted((image_folder / "train" / name).iterdir()):
+                    tar.add(path, f"{wnid}_{path.stem}.JPEG")
+            info = tarfile.TarInfo(f"{wnid}.tar")
+            info.size = len(inner.getvalue())
+            inner.seek(0)
+            outer.addfile(info, inner)
+    listed = ["ImageId,PredictionString"]
+    with tarfile.open(src / "ILSVRC2012_img_val.tar", "w") as tar:
+        number = 0
+        for name, wnid in names.items():
+            for path in sorted((image_folder / "val" / name).iterdir()):
+                number += 1
+                tar.add(path, f"ILSVRC2012_val_{number:08}.JPEG")
+                listed.append(f"ILSVRC2012_val_{number:08},{wnid} 1 2 3 4 ")
+    with pytest.raises(DataError, match=r"LOC_val_solution\.csv"):
+        prepare(src, tmp_path / "out")
+    (src / "LOC_val_solution.csv").write_text("\n".join(listed))
+    prepare(src, tmp_path / "out")
+    prepare(image_folder, tmp_path / "web", format="tar", size=0)
+    for part in ("train", "val"):
+        expected = open_folder(raw, part)
+        assert open_folder(tmp_path / "out", part).classes == tuple(names.values())
+        for other in (open_folder(tmp_path / "out", part),):
+            assert np.array_equal(other.labels, expected.labels)
+            assert all(np.array_equal(other.image(i).pixels(), expected.image(i).pixels()) for i in range(len(other)))
+    prepare(tmp_path / "web", tmp_path / "again")
+    again, folder = open_folder(tmp_path / "again", "train"), open_folder(raw, "train")
+    assert again.classes == folder.classes
+    twice = order.permutation(0, 0, 48)
+    assert all(np.array_equal(again.image(i).pixels(), folder.image(int(twice[i])).pixels()) for i in range(48))
+    listed[3] = listed[3].replace(listed[3].split(",")[1][:9], "n99999999")
+    (src / "LOC_val_solution.csv").write_text("\n".join(listed))
+    with pytest.raises(DataError, match="n99999999, which is not in"):
+        prepare(src, tmp_path / "other")
+
+
+# Reading
+
+
+def batches(root, config, *, rank=0, ranks=1, workers=2, steps=3, part="train"):
+    loader = Loader(
+        open_part(config_for(config, root), part), config_for(config, root), dtype=torch.float32, workers=workers
+    )
+    try:
+        return [
+            (images.clone(), labels)
+            for images, labels in loader.training(Share(16, 16 // ranks, rank, ranks), 0, steps)
+        ]
+    finally:
+        loader.close()
+
+
+def config_for(config, root):
+    return replace(config, data=str(root))
+
+
+CROPS = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name="crop-flip", resize=SIZE))
+
+
+@pytest.mark.parametrize("name", ["crop-flip", "pad-crop-flip"])
+def test_raw_crops_are_the_reference_paths(raw, name):
+    config = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name=name, resize=SIZE))
+    dataset = open_folder(raw, "train")
+    for step, (images, labels) in enumerate(batches(raw, config)):
+        samples = order.samples(5, 48, 16 * step, 16 * step + 16)
+        drawn = order.draws(5, 16 * step, 16 * step + 16, augment.NUM_DRAWS)
+        assert labels.tolist() == dataset.labels[samples].tolist()
+        for image, sample, row in zip(images, samples.tolist(), drawn, strict=True):
+            box = augment.training_box(config, SIZE, SIZE, row)
+            pixels = np.ascontiguousarray(augment.cut(dataset.image(sample).pixels(), box, 24))
+            out = torch.empty(1, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+            normalize(torch.from_numpy(pixels[None]), out)
+            assert torch.equal(image, out[0])
+
+
+def test_raw_random_resized_crops_are_the_reference_paths_but_for_rounding(raw):
+    config = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name="rrc", resize=SIZE))
+    dataset = open_folder(raw, "train")
+    images, _ = batches(raw, config, steps=1)[0]
+    samples, drawn = order.samples(5, 48, 0, 16), order.draws(5, 0, 16, augment.NUM_DRAWS)
+    for image, sample, row in zip(images, samples.tolist(), drawn, strict=True):
+        pixels = augment.cut(dataset.image(sample).pixels(), augment.training_box(config, SIZE, SIZE, row), 24)
+        out = torch.empty(1, 3, 24, 24).contiguous(memory_format=torch.channels_last)
+        normalize(torch.from_numpy(np.array(pixels[None])), out)
+        assert (image - out[0]).abs().max() <= 1.01 / 255 / 0.224
+
+
+@pytest.mark.parametrize("name", ["crop-flip", "pad-crop-flip", "rrc"])
+def test_boxes_of_many_are_the_boxes_of_each(name):
+    config = RunConfig(image_size=24, augment=AugmentConfig(name=name, resize=36))
+    rows = order.draws(1, 0, 200, augment.NUM_DRAWS)
+    found, flips = augment.training_boxes(config, 48, rows)
+    for got, flip, row in zip(found, flips, rows, strict=True):
+        box = augment.training_box(config, 48, 48, row)
+        expected = (box.top, box.left, box.bottom - box.top, box.right - box.left)
+        np.testing.assert_allclose(got, expected, atol=2e-6)
+        assert flip == box.flip
+
+
+@pytest.mark.parametrize("size, resize", [(24, 32), (32, 32), (24, 28)])
+def test_evaluation_from_raw_is_centre_crops(raw, size, resize):
+    config = RunConfig(image_size=size, data=str(raw), augment=AugmentConfig(resize=resize))
+    dataset = open_folder(raw, "val")
+    loader = Loader(open_part(config, "val"), config, dtype=torch.float32, workers=1)
+    images = torch.cat([batch.images for batch in loader.evaluation(batch=5, rank=0, world_size=1)])
+    loader.close()
+    for index, image in enumerate(images):
+        pixels = augment.centre_crop(dataset.image(index).pixels(), resize=resize, size=size)
+        out = torch.empty(1, 3, size, size).contiguous(memory_format=torch.channels_last)
+        normalize(torch.from_numpy(np.array(pixels[None])), out)
+        assert (image - out[0]).abs().max() <= (0 if resize == SIZE else 2.01 / 255 / 0.224)
+
+
+def test_the_same_batches_at_any_number_of_ranks_and_threads(raw, shards):
+    for root in (raw, shards):
+        whole = batches(root, CROPS)
+        for ranks in (1, 2, 4):
+            for workers in (1, 8):
+                parts = [batches(root, CROPS, rank=rank, ranks=ranks, workers=workers) for rank in range(ranks)]
+                for step in range(3):
+                    assert torch.equal(torch.cat([part[step][0] for part in parts]), whole[step][0])
+                    assert torch.equal(torch.cat([part[step][1] for part in parts]), whole[step][1])
+
+
+def test_a_tar_reads_as_its_folder(image_folder, tmp_path):
+    """Bytes as they were: every image of the folder, in the order of the shards."""
+    prepare(image_folder, tmp_path / "out", format="tar", size=0)
+    tar, folder = open_folder(tmp_path / "out", "train"), Folder(image_folder / "train")
+    assert isinstance(tar, Tar)
+    assert tar.classes == folder.classes
+    for index, sample in enumerate(order.permutation(0, 0, 48).tolist()):
+        assert np.array_equal(tar.image(index).pixels(), folder.image(sample).pixels())
+        assert tar.labels[index] == folder.labels[sample]
+
+
+def webdataset(path, files):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def jpeg(seed, size=40):
+    out = io.BytesIO()
+    rng = np.random.default_rng(seed)
+    Image.fromarray(np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((size, size)))).save(
+        out, "JPEG"
+    )
+    return out.getvalue()
+
+
+def test_anybodys_webdataset(tmp_path):
+    """Names with folders, other files of a sample, labels before images, several shards, no manifest."""
+    webdataset(tmp_path / "train-000.tar", [("a/x.cls", b"3\n"), ("a/x.jpg", jpeg(0)), ("a/y.json", b"{}"),
+                                            ("a/y.JPEG", jpeg(1)), ("a/y.cls", b"0")])  # fmt: skip
+    webdataset(tmp_path / "train-001.tar", [("z.jpg", jpeg(2)), ("z.cls", b"1")])
+    webdataset(tmp_path / "val-000.tar", [("z.jpg", jpeg(3)), ("z.cls", b"5")])
+    train, val = open_data(RunConfig(data=str(tmp_path), image_size=24))
+    assert train.labels.tolist() == [3, 0, 1]
+    assert train.classes == val.classes == tuple("012345")
+    assert "train-001.tar: z.jpg" in train.name(len(train) - 1)
+
+
+def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
+    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
+    assert len(Tar(tmp_path, "train")) == 1
+    made = list(tmp_path.glob("*.npz"))
+    assert len(made) == 1
+    with monkeypatch.context() as patch:
+        patch.setattr("knltrain.data.tar._make_index", lambda _: pytest.fail("it is there"))
+        assert len(Tar(tmp_path, "train")) == 1
+    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0"), ("b.jpg", jpeg(1)), ("b.cls", b"1")])
+    assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
+    made[0].write_bytes(b"damaged")
+    assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, own_cache):
+    webdataset(tmp_path / "in/train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
+    (tmp_path / "in").chmod(0o500)
+    assert len(Tar(tmp_path / "in", "train")) == 1
+    assert list(own_cache.glob("tar-*.npz"))
+
+
+@pytest.mark.parametrize("files, message", [
+    ([("a.jpg", b"x")], r"a\.jpg has no \.cls"),
+    ([("a.jpg", b"x"), ("a.cls", b"dog")], "no class number"),
+    ([("a.cls", b"1")], "no images"),
+])  # fmt: skip
+def test_tars_that_are_no_data(tmp_path, files, message):
+    webdataset(tmp_path / "train-0.tar", files)
+    with pytest.raises(DataError, match=message):
+        Tar(tmp_path, "train")
+
+
+# Damage
+
+
+def copied(root, tmp_path):
+    shutil.copytree(root, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_a_shard_cut_short_is_found_at_start_up(raw, shards, tmp_path):
+    for root, name in ((raw, "train/images-00000.npy"), (shards, "train-00000.tar")):
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        path = copied(root, tmp_path) / name
+        os.truncate(path, path.stat().st_size - 1000)
+        with pytest.raises(DataError, match=f"{path.name}.*bytes where meta.json says.*again"):
+            open_folder(tmp_path / "copy", "train")
+        path.unlink()
+        with pytest.raises(DataError, match=f"{path.name}.*No such file.*again"):
+            open_folder(tmp_path / "copy", "train")
+
+
+def test_a_foreign_tar_cut_short(tmp_path):
+    webdataset(
+        tmp_path / "train-0.tar", [("a.jpg", jpeg(0, 400)), ("a.cls", b"0"), ("b.jpg", jpeg(1, 400)), ("b.cls", b"1")]
+    )
+    size = (tmp_path / "train-0.tar").stat().st_size
+    os.truncate(tmp_path / "train-0.tar", size // 3)
+    with pytest.raises(DataError, match=r"cut short|damaged"):
+        Tar(tmp_path, "train")
+
+
+def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
+    files = [(f"{i}.{s}", d) for i in range(8) for s, d in (("jpg", jpeg(i)), ("cls", b"0"))]
+    webdataset(tmp_path / "train-0.tar", files)
+    tar = Tar(tmp_path, "train")
+    os.truncate(tmp_path / "train-0.tar", tar.where(5)[1] + 10)
+    loader = Loader(tar, CROPS, dtype=torch.float32, workers=2)
+    with pytest.raises(DataError, match=r"train-0\.tar: .*: the shard is cut short.*--on-bad skip"):
+        list(loader.training(Share(8, 8, 0, 1), 0, 1))
+    loader.close()
+
+
+def test_skipped_images_are_the_next_good_ones_at_any_rank_layout(tmp_path):
+    files = [(f"{i}.{s}", d) for i in range(12) for s, d in (("jpg", jpeg(i)), ("cls", str(i).encode()))]
+    for bad in (3, 4, 11):
+        files[2 * bad] = (f"{bad}.jpg", b"\xff\xd8 damaged")
+    webdataset(tmp_path / "train-0.tar", files)
+    config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip", augment=AugmentConfig(name="crop-flip"))
+    seen = []
+    for ranks in (1, 2, 4):
+        parts = []
+        for rank in range(ranks):
+            loader = Loader(open_part(config, "train"), config, dtype=torch.float32, workers=2)
+            parts += list(loader.training(Share(12, 12 // ranks, rank, ranks), 0, 1))
+            assert ranks > 1 or loader.skipped == 3
+            loader.close()
+        seen.append((torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])))
+    for images, labels in seen[1:]:
+        assert torch.equal(images, seen[0][0])
+        assert torch.equal(labels, seen[0][1])
+    samples = order.samples(0, 12, 0, 12)
+    assert seen[0][1].tolist() == [{3: 5, 4: 5, 11: 0}.get(s, s) for s in samples.tolist()]
+
+
+def test_all_bad_is_an_error_even_where_bad_ones_are_skipped(tmp_path):
+    webdataset(tmp_path / "train-0.tar", [("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"y"), ("b.cls", b"0")])
+    config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip")
+    loader = Loader(Tar(tmp_path, "train"), config, dtype=torch.float32, workers=1)
+    with pytest.raises(DataError, match="no image"):
+        list(loader.training(Share(2, 2, 0, 1), 0, 1))
+    loader.close()
+
+
+@pytest.mark.parametrize("fixture", ["raw", "shards"])
+def test_files_are_closed(fixture, request):
+    root = request.getfixturevalue(fixture)
+
+    def open_now():
+        maps = Path("/proc/self/maps").read_text().count(str(root))
+        return maps + sum(str(root) in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
+                          if os.path.exists(f"/proc/self/fd/{fd}"))  # fmt: skip
+
+    before = open_now()
+    loader = Loader(open_part(config_for(CROPS, root), "train"), CROPS, dtype=torch.float32, workers=2)
+    next(iter(loader.training(Share(16, 16, 0, 1), 0, 2)))
+    assert open_now() > before
+    loader.close()
+    del loader
+    assert open_now() == before
+
+
+def test_images_smaller_than_the_network_needs(raw):
+    with pytest.raises(ConfigError, match=r"32 pixels, smaller than image-size 64.*--size"):
+        open_part(RunConfig(data=str(raw), image_size=64), "train")
+
+
+def test_an_index_of_imagenets_size(tmp_path):
+    """A process that opens it, to the second and the MiB, as a user's would: what torch needs is there before."""
+    count = 1_281_167
+    path = tmp_path / "train-00000.tar"
+    with open(path, "wb") as file:
+        file.truncate(count * 1024)
+    index = tarred.TarIndex(
+        np.zeros(count, np.int32), np.arange(count) * 1024, np.full(count, 1000), np.arange(count) % 1000
+    )
+    state = path.stat()
+    stamp = np.array([(state.st_size, state.st_mtime_ns)])
+    assert tarred._write_index(tmp_path / f"train-index-v{tarred._VERSION}.npz", np.array([path.name]), stamp, index)
+    script = (
+        "import resource, sys, time\nfrom pathlib import Path\nfrom knltrain.data import order\n"
+        "from knltrain.data.tar import Tar\n"
+        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "before, start = rss(), time.perf_counter()\n"
+        "tar = Tar(Path(sys.argv[1]), 'train')\n"
+        "opened = time.perf_counter() - start\n"
+        "start = time.perf_counter(); order.permutation(0, 0, len(tar)); shuffled = time.perf_counter() - start\n"
+        "print(len(tar), opened, shuffled, rss() - before)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    length, opened, shuffled, mib = map(float, run.stdout.split())
+    print(f"opened in {opened:.2f} s, shuffled in {shuffled:.2f} s, {mib:.0f} MiB")
+    assert length == count
+    assert mib < 200
+
+
+def test_interrupting_the_command_says_so(image_folder, tmp_path):
+    command = [sys.executable, "-m", "knltrain", "prepare", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "out").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert "Traceback" not in errors
+    assert process.returncode in (0, 130)
+
+
+def test_the_command(image_folder, tmp_path):
+    def knltrain(*arguments):
+        return subprocess.run(
+            [sys.executable, "-m", "knltrain", *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            cwd=tmp_path,
+        )
+
+    done = knltrain("prepare", image_folder, "raw", "--size", SIZE, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["counts"] == {"train": 48, "val": 13}
+    assert "as they were written" in knltrain("prepare", "--verify", "raw").stdout
+    shown = knltrain("data", "raw", "--image-size", 24)
+    assert shown.returncode == 0, shown.stderr
+    assert "train: raw, 48 images in 3 classes" in shown.stdout
+    with Image.open(tmp_path / "contact-sheet.png") as sheet:
+        assert sheet.width == 8 * 24
+    for wrong in (["prepare"], ["prepare", image_folder], ["prepare", image_folder, "x", "--verify", "raw"]):
+        assert knltrain(*wrong).returncode == 2
+    small = ("--model", "alexnet_bn_small", "--image-size", 32, "--global-batch", 16, "--max-steps", 2)
+    trained = knltrain("train", "--recipe", "alexnet-bn-32k", "--data", "raw", *small)
+    assert trained.returncode == 0, trained.stderr
+
+
+def test_packed_refuses_what_does_not_fit(raw, tmp_path):
+    copy = copied(raw, tmp_path)
+    np.save(copy / "train/labels.npy", np.zeros(47, np.int64))
+    with pytest.raises(DataError, match="does not fit"):
+        open_folder(copy, "train")
+    meta = json.loads((copy / NAME).read_text())
+    (copy / NAME).write_text("{}")
+    with pytest.raises(DataError, match=r"meta\.json"):
+        open_folder(copy, "train")
+    meta["size"] = 31
+    (copy / NAME).write_text(json.dumps(meta))
+    with pytest.raises(DataError, match="not images of 31 pixels"):
+        open_folder(copy, "train")
+    assert isinstance(open_folder(raw, "train"), Packed)
+
+
+def test_png_sources_become_jpegs_or_pixels(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / "src" / part / "x").mkdir(parents=True)
+        Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save(
+            tmp_path / f"src/{part}/x/a.png"
+        )
+        write_jpeg(tmp_path / f"src/{part}/x/small.jpg", 20, 30, 0)
+    prepare(tmp_path / "src", tmp_path / "tar", format="tar", size=SIZE)
+    prepare(tmp_path / "src", tmp_path / "raw", size=SIZE)
+    tar = open_folder(tmp_path / "tar", "train")
+    assert {tar.image(i).pixels().shape for i in range(2)} == {(32, 38, 3), (20, 30, 3)}
+    assert np.load(tmp_path / "raw/train/images-00000.npy").shape == (2, SIZE, SIZE, 3)
+
+
+def test_classes_from_the_devkit(image_folder, tmp_path):
+    scipy_io = pytest.importorskip("scipy.io")
+    wnids = ["n00000003", "n00000001", "n00000002"]  # numbered in an order of its own
+    synsets = np.array([(number, wnid) for number, wnid in enumerate(wnids, 1)],
+                       dtype=[("ILSVRC2012_ID", "O"), ("WNID", "O")])  # fmt: skip
+    scipy_io.savemat(tmp_path / "meta.mat", {"synsets": synsets})
+    src = tmp_path / "src"
+    src.mkdir()
+    with tarfile.open(src / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "meta.mat", "ILSVRC2012_devkit_t12/data/meta.mat")
+        (tmp_path / "truth.txt").write_text("2\n1\n3\n")
+        tar.add(tmp_path / "truth.txt", "ILSVRC2012_devkit_t12/data/ILSVRC2012_validation_ground_truth.txt")
+    webdataset(src / "ILSVRC2012_img_val.tar", [(f"ILSVRC2012_val_{i:08}.JPEG", jpeg(i)) for i in (1, 2, 3)])
+    prepare(src, tmp_path / "out")
+    val = open_folder(tmp_path / "out", "val")
+    assert val.classes == ("n00000001", "n00000002", "n00000003")
+    assert val.labels.tolist() == [[0, 2, 1][place] for place in order.permutation(0, 0, 3)]
+    with pytest.raises(DataError, match="without train"):
+        open_folder(tmp_path / "out", "train")
