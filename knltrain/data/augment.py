@@ -16,6 +16,7 @@ from knltrain.config import RunConfig
 
 NUM_DRAWS = 24
 _RRC_TRIES = 10
+_FLIPPED = 0.5
 
 Pixels = NDArray[np.uint8]
 
@@ -51,6 +52,11 @@ def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
     return image[top : top + size, left : left + size]
 
 
+def flips(draws: NDArray[np.float64]) -> bool:
+    """Whether training sees an image mirrored; for the arguments see :func:`training_box`."""
+    return bool(draws[0] < _FLIPPED)
+
+
 def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.float64]) -> Box:
     """What training sees of one image, where there is an augmentation at all.
 
@@ -61,7 +67,7 @@ def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.f
         draws: ``NUM_DRAWS`` uniform numbers in [0, 1).
     """
     size, augment = config.image_size, config.augment
-    flip = bool(draws[0] < 0.5)
+    flip = flips(draws)
     if augment.name == "rrc":
         return _random_resized_box(height, width, augment.min_area, draws)._replace(flip=flip)
     pad = augment.pad if augment.name == "pad-crop-flip" else 0
@@ -101,7 +107,7 @@ def training_boxes(
         pad = augment.pad if augment.name == "pad-crop-flip" else 0
         corners = np.floor(draws[:, [2, 1]] * (config.resize + 2 * pad - size + 1)) - pad
         boxes = np.concatenate([corners, np.full((len(draws), 2), float(size))], axis=1) * (side / config.resize)
-    return boxes, draws[:, 0] < 0.5
+    return boxes, draws[:, 0] < _FLIPPED
 
 
 def cut(image: Pixels, box: Box, size: int) -> Pixels:

@@ -19,7 +19,7 @@ from knltrain.data.augment import Box, Pixels
 from knltrain.data.decode import DecodeError
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
-from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at, normalize
+from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at
 from knltrain.ops.native import kernels
 
 # Micro-batches decoded ahead of the trainer: one that waits for it, one that the threads go on with.
@@ -209,7 +209,8 @@ class Loader:
             pixels[place], sample = self._pixels(item)
             if sample != item.sample:
                 labels[place] = int(self._dataset.labels[sample])
-        normalize(torch.from_numpy(pixels), out)
+        flips = [item.draws is not None and augment.flips(item.draws) for item in items]
+        crop_flip_normalize(torch.from_numpy(pixels), None, torch.tensor(flips), out)
 
     def _crop(self, dataset: Packed, items: list[_Item], out: Tensor) -> None:
         """From the mapped files straight into the batch."""
@@ -228,7 +229,7 @@ class Loader:
             crop_flip_normalize_at(dataset.addresses(samples), dataset.size, dataset.size, where, mirrored, out)
 
     def _pixels(self, item: _Item) -> tuple[Pixels, int]:
-        """What is seen of an image, and which one it is: a bad one's place may be taken by the next good one."""
+        """What is cut out of an image, not mirrored yet, and of which: a bad one's place the next good one may take."""
         sample = item.sample
         while True:
             try:
@@ -247,7 +248,7 @@ class Loader:
         height, width = image.height, image.width
         if draws is None:
             return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size)
-        box = augment.training_box(self._config, height, width, draws)
+        box = augment.training_box(self._config, height, width, draws)._replace(flip=False)
         decoded = image.pixels(*_smallest(box, height, width, size))
         return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
 
