@@ -112,6 +112,7 @@ class RunConfig:
 
     recipe: str = _field("", "name of the recipe that this configuration started from")
     data: str = _field("", "ImageFolder directory, tar shards, what prepare wrote, synthetic, or shapes")
+    stage: str = _field("", "folder of each node, on its own disk or in memory, to which prepared data is copied first")
     out: str = _field("", "folder of the run; default runs/RECIPE")
     model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet50 or torchvision:NAME")
     dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")

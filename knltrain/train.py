@@ -25,6 +25,7 @@ from knltrain.console import Console, StepProgress
 from knltrain.data.datasets import open_data
 from knltrain.data.loader import Dataset, Loader, Share
 from knltrain.data.order import random_bits
+from knltrain.data.stage import stage_on_every_node
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import evaluate
@@ -227,9 +228,15 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
             guard_out(config, out)
             with torch.device("meta"):  # a network that cannot be built is refused before the data is read
                 model_of(config, num_classes=1)
-        else:
+        staged = config
+        if config.stage:
+            here = stage_on_every_node(
+                Path(config.data), Path(config.stage), group.sum, console.line, local_rank=ranks.local_rank
+            )
+            staged = dataclasses.replace(config, data=str(here))
+        if not group.is_first:
             group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
-        train_set, val_set = open_data(config)
+        train_set, val_set = open_data(staged)
         if group.is_first:
             group.barrier()
         steps = total_steps(epochs=config.epochs, num_images=len(train_set), global_batch=config.global_batch)
@@ -303,7 +310,7 @@ def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
 
 
 # What may differ between the parts of one run: where it runs and how long, not what it computes.
-_MAY_CHANGE = {"data", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep"}
+_MAY_CHANGE = {"data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep"}
 
 
 def guard_out(config: RunConfig, out: Path) -> None:

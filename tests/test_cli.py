@@ -15,7 +15,7 @@ from knltrain.ops.native import why_not
 
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
-    data out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
+    data stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
     force-bf16 engine seed resume workers on-bad label-smoothing optim.name optim.variant optim.lr optim.lr-scaling
     optim.momentum optim.weight-decay optim.decay-on optim.trust-coefficient optim.eps schedule.name
     schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones schedule.gamma

@@ -136,6 +136,19 @@ def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_pa
     assert torch.isfinite(two[name]).all()
 
 
+@pytest.mark.parametrize("format", ["raw", "tar"])
+def test_two_ranks_train_on_staged_data_as_one_does_on_what_was_prepared(format, image_folder, tmp_path):
+    packed = tmp_path / "packed"
+    prepare = [sys.executable, "-m", "knltrain", "prepare", image_folder, packed, "--format", format, "--size", "77"]
+    subprocess.run([*prepare, "--workers", "1"], check=True, timeout=120)
+    result = start(TORCHRUN, packed, tmp_path / "two", "--stage", str(tmp_path / "local"))
+    assert result.returncode == 0, result.stderr
+    assert len(list((tmp_path / "local").glob("packed-*/meta.json"))) == 1
+    result = start([sys.executable, "-m"], packed, tmp_path / "one")
+    assert result.returncode == 0, result.stderr
+    assert_equal_within_rounding(weights(tmp_path / "two"), weights(tmp_path / "one"))
+
+
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 def test_one_ranks_failure_ends_all_with_its_message(launcher, image_folder, tmp_path):
     data = tmp_path / "data"

@@ -1,0 +1,131 @@
+"""``--stage``: a prepared folder copied once to each node's own disk or memory, and kept there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from knltrain.data.folder import DataError
+from knltrain.data.manifest import NAME, read_manifest
+from knltrain.errors import ConfigError, KnltrainError
+
+_BLOCK = 1 << 24
+# Between two looks at whether all nodes are ready, and two lines about it.
+_POLL_S = 0.5
+_LINE_EVERY_S = 10.0
+
+
+def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
+    """Copies what ``knltrain prepare`` wrote, or what is missing of it, and checks every file against the manifest.
+
+    Args:
+        root: the prepared folder.
+        into: a folder of this node. The copy gets a folder in it, named after ``root`` and its contents.
+        progress: told bytes copied and bytes in all.
+
+    Returns:
+        The copy. Its manifest is written last, so that it is whole or none.
+
+    Raises:
+        ConfigError: ``root`` was not prepared.
+        DataError: a file is not what the manifest says.
+        KnltrainError: ``into`` has not the room, or cannot be written.
+    """
+    manifest = read_manifest(root)
+    if manifest is None:
+        raise ConfigError(f"--stage copies what knltrain prepare wrote, and {root} is not that; prepare it first")
+    text = (root / NAME).read_bytes()
+    target = into / f"{root.resolve().name}-{hashlib.sha256(text).hexdigest()[:12]}"
+    files = {shard.file: (shard.bytes, shard.sha256) for part in manifest.shards.values() for shard in part}
+    files |= {
+        f"{part}/labels.npy": ((root / part / "labels.npy").stat().st_size, digest)
+        for part, digest in manifest.labels.items()
+    }
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        missing = [file for file, (size, _) in files.items() if _size(target / file) != size]
+        total = sum(files[file][0] for file in missing)
+        free = shutil.disk_usage(target).free
+        if total > free:
+            raise KnltrainError(
+                f"--stage {into}: {total / 1e9:.1f} GB are to be copied and {free / 1e9:.1f} GB are free; prepare the "
+                "data as tar or in a smaller size, or leave --stage away"
+            )
+        done = 0
+        for file in missing:
+            (target / file).parent.mkdir(exist_ok=True)
+            done = _copy(root / file, target / file, files[file][1], done, lambda at: progress(at, total))
+        aside = target / f"{NAME}.part"
+        aside.write_bytes(text)
+        os.replace(aside, target / NAME)
+    except OSError as error:
+        raise KnltrainError(f"--stage {into}: {error.filename or target}: {error.strerror}") from None
+    return target
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else -1
+
+
+def _copy(source: Path, target: Path, digest: str, done: int, progress: Callable[[int], None]) -> int:
+    aside, found = target.with_name(f"{target.name}.part"), hashlib.sha256()
+    with open(source, "rb", buffering=0) as read, open(aside, "wb", buffering=0) as write:
+        while block := read.read(_BLOCK):
+            write.write(block)
+            found.update(block)
+            done += len(block)
+            progress(done)
+    if found.hexdigest() != digest:
+        aside.unlink()
+        raise DataError(f"{source}: not what {NAME} says; copy it again, or run knltrain prepare again")
+    os.replace(aside, target)
+    return done
+
+
+def stage_on_every_node(
+    root: Path, into: Path, total: Callable[..., list[float]], say: Callable[[str], None], *, local_rank: int
+) -> Path:
+    """One rank of each node copies; all wait until every node is ready, or fail together.
+
+    Args:
+        root: as of :func:`stage`.
+        into: likewise.
+        total: sums numbers over all ranks. It is called again and again, so no wait is longer than the network allows.
+        say: told now and then, in words, how far this node is.
+        local_rank: of this process on its node; 0 copies.
+
+    Returns:
+        The copy on this node.
+
+    Raises:
+        ConfigError: as of :func:`stage`.
+        KnltrainError: likewise, or another node failed.
+    """
+    said = time.monotonic()
+
+    def progress(done: int, all_bytes: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > _LINE_EVERY_S:
+            said = time.monotonic()
+            say(f"staging: {done / 1e9:.1f} of {all_bytes / 1e9:.1f} GB")
+
+    with ThreadPoolExecutor(1) as pool:
+        copying: Future[Path] | None = pool.submit(stage, root, into, progress) if local_rank == 0 else None
+        while True:
+            ready = copying is None or copying.done()
+            failed = copying is not None and copying.done() and copying.exception() is not None
+            waiting, failures = total(not ready, failed)
+            if failures and ready and not waiting:
+                if copying is not None:
+                    copying.result()
+                raise KnltrainError("another node could not stage the data; what it printed is the cause")
+            if not waiting:
+                break
+            time.sleep(_POLL_S)
+    # On a rank that copied nothing, this finds the copy that is there.
+    return copying.result() if copying else stage(root, into)

@@ -1,0 +1,125 @@
+"""--stage: a copy on each node, checked, kept, and refused where it does not fit."""
+
+import shutil
+import threading
+
+import pytest
+
+from knltrain.console import Console
+from knltrain.data import stage as staging
+from knltrain.data.datasets import open_folder
+from knltrain.data.folder import DataError
+from knltrain.data.stage import stage, stage_on_every_node
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.prepare import prepare
+
+
+@pytest.fixture(scope="module", params=["raw", "tar"])
+def prepared(image_folder, tmp_path_factory, request):
+    out = tmp_path_factory.mktemp("prepared") / "out"
+    prepare(image_folder, out, Console(), format=request.param, size=32, workers=1, on_bad="fail")
+    return out
+
+
+def files(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_is_the_same_data(prepared, tmp_path):
+    seen = []
+    copy = stage(prepared, tmp_path / "local", lambda done, total: seen.append((done, total)))
+    assert files(copy) == {name: data for name, data in files(prepared).items() if not name.endswith(".npz")}
+    assert seen[-1][0] == seen[-1][1] > 0
+    assert len(open_folder(copy, "train")) == 48
+
+
+def test_is_kept_and_completed(prepared, tmp_path):
+    copy = stage(prepared, tmp_path)
+    whole = files(copy)
+    assert stage(prepared, tmp_path, lambda *_: pytest.fail("it is there")) == copy
+    name = next(name for name in whole if "00000" in name)
+    (copy / name).write_bytes(whole[name][:100])  # as a job that was ended leaves it
+    (copy / "meta.json").unlink()
+    assert stage(prepared, tmp_path) == copy
+    assert files(copy) == whole
+
+
+def test_what_was_not_prepared_is_refused(image_folder, tmp_path):
+    with pytest.raises(ConfigError, match="prepare it first"):
+        stage(image_folder, tmp_path)
+
+
+def test_damage_on_the_way_is_found(prepared, tmp_path):
+    damaged = tmp_path / "damaged"
+    shutil.copytree(prepared, damaged)
+    name = next(name for name in files(damaged) if "00000" in name)
+    data = bytearray((damaged / name).read_bytes())
+    data[1000] ^= 1
+    (damaged / name).write_bytes(data)
+    with pytest.raises(DataError, match=name):
+        stage(damaged, tmp_path / "local")
+    assert not list((tmp_path / "local").rglob("meta.json"))
+
+
+def test_a_disk_that_is_too_small(prepared, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(KnltrainError, match=r"0\.0 GB are to be copied and 0\.0 GB are free"):
+        stage(prepared, tmp_path)
+
+
+class Ranks:
+    """Sums over threads that stand for ranks."""
+
+    def __init__(self, count):
+        self.barrier = threading.Barrier(count, timeout=30)
+        self.lock = threading.Lock()
+        self.given = []
+
+    def total(self, *values):
+        with self.lock:
+            self.given.append(values)
+        self.barrier.wait()
+        sums = [float(sum(column)) for column in zip(*self.given, strict=True)]
+        if self.barrier.wait() == 0:
+            self.given = []
+        self.barrier.wait()
+        return sums
+
+
+def on_ranks(roots, into, local_ranks):
+    ranks, results = Ranks(len(roots)), [None] * len(roots)
+
+    def run(number):
+        try:
+            results[number] = stage_on_every_node(
+                roots[number], into[number], ranks.total, lambda _: None, local_rank=local_ranks[number]
+            )
+        except KnltrainError as error:
+            results[number] = str(error)
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(roots))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return results
+
+
+def test_one_rank_of_a_node_copies_and_all_find_it(prepared, tmp_path, monkeypatch):
+    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    node = [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path / "b"]
+    found = on_ranks([prepared] * 4, node, [0, 1, 0, 1])
+    assert [path.parent for path in found] == node
+    assert files(found[0]) == files(found[2])
+
+
+def test_all_fail_with_the_one_that_fails(prepared, tmp_path, monkeypatch, image_folder):
+    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    (tmp_path / "b").write_text("no folder")
+    node = [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path / "b"]
+    found = on_ranks([prepared] * 4, node, [0, 1, 0, 1])
+    assert "--stage" in found[2]
+    assert [found[0], found[1], found[3]] == [
+        "another node could not stage the data; what it printed is the cause"
+    ] * 3  # fmt: skip
