@@ -107,13 +107,16 @@ def prepare(
         workers = len(os.sched_getaffinity(0))
     _refuse_nested(src, dst)
     done = _already(dst, format, size)
-    if done is not None:
-        console.line(f"{dst} is whole; knltrain prepare --verify {dst} compares its checksums")
-        return _summary(done, dst, 0, 0.0)
     sources = find_sources(src)
+    settings: dict[str, Any] = {"format": format, "size": size, "source": _fingerprint(sources)}
+    if done is not None:
+        if done.source != settings["source"]:
+            raise ConfigError(f"{dst} was made from other images than those of {src}; give another folder")
+        without = f" without {done.rejected:,} images that {REJECTED} lists" if done.rejected else ""
+        console.line(f"{dst} is whole{without}; knltrain prepare --verify {dst} compares its checksums")
+        return _summary(done, dst, 0, 0.0)
     dst.mkdir(parents=True, exist_ok=True)
     with _pool(workers) as pool, _Journal(dst) as journal:
-        settings = {"format": format, "size": size, "source": _fingerprint(sources)}
         images_a_shard = journal.begin(settings, lambda: _images_a_shard(pool, sources, format, size))
         plan = _Plan(sources, format, images_a_shard)
         if on_bad == "fail":
@@ -133,13 +136,17 @@ def prepare(
                 raise KnltrainError(
                     "a worker process was ended; was there memory enough? The same command goes on"
                 ) from None
+            except OSError as error:
+                raise KnltrainError(
+                    f"{error.filename or dst}: {error.strerror}; what is finished stays, the same command goes on"
+                ) from None
         rejected = _list_rejected(plan, journal, dst)
         if rejected and on_bad == "fail":
             raise DataError(
                 f"{rejected} of {total:,} images cannot be decoded; {dst / REJECTED} lists them. Replace them, or "
                 "leave them out with --on-bad skip, and run the same command again"
             )
-        manifest = _finish(plan, journal, dst, size, rejected)
+        manifest = _finish(plan, journal, dst, size, settings["source"], rejected)
         return _summary(manifest, dst, total - before, progress.seconds)
 
 
@@ -434,7 +441,7 @@ def _list_rejected(plan: _Plan, journal: _Journal, dst: Path) -> int:
     return len(lines)
 
 
-def _finish(plan: _Plan, journal: _Journal, dst: Path, size: int, rejected: int) -> Manifest:
+def _finish(plan: _Plan, journal: _Journal, dst: Path, size: int, source: str, rejected: int) -> Manifest:
     shards: dict[str, list[Shard]] = {part: [] for part in plan.sources}
     labels: dict[str, list[NDArray[np.int64]]] = {part: [] for part in plan.sources}
     for job in plan.jobs:
@@ -458,6 +465,7 @@ def _finish(plan: _Plan, journal: _Journal, dst: Path, size: int, rejected: int)
         counts={part: sum(shard.images for shard in of_part) for part, of_part in shards.items()},
         shards=shards,
         labels=digests,
+        source=source,
         rejected=rejected,
     )
     aside = dst / f"{NAME}.part"
@@ -470,11 +478,27 @@ def _finish(plan: _Plan, journal: _Journal, dst: Path, size: int, rejected: int)
     return manifest
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
-    # Ctrl-C reaches all processes of a terminal; the workers leave it to the one that started them.
-    return ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
-    )
+class _Pool(ProcessPoolExecutor):
+    """Worker processes that Ctrl-C does not reach: it goes to all processes of a terminal, and one answer is enough."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        # Processes are started here, with the signals blocked that are blocked now. An interrupt waits until what they
+        # are told is written; Python would act on it, whichever thread it reaches.
+        interrupts: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            future = super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            raise KeyboardInterrupt
+        return future
+
+
+def _pool(workers: int) -> _Pool:
+    return _Pool(workers, multiprocessing.get_context("spawn"))
 
 
 def _summary(manifest: Manifest, dst: Path, images: int, seconds: float) -> dict[str, Any]:

@@ -40,6 +40,7 @@ class Manifest(msgspec.Struct, kw_only=True):
         counts: images of each part.
         shards: files of each part.
         labels: raw: the checksum of each part's ``labels.npy``.
+        source: tells one source from another: a hash of names and labels.
         rejected: how many images of the source are not here, see ``rejected.jsonl``.
     """
 
@@ -49,6 +50,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     counts: dict[str, int]
     shards: dict[str, list[Shard]]
     labels: dict[str, str] = {}
+    source: str = ""
     rejected: int = 0
 
     def check_shards(self, root: Path, part: str, found: list[Path] | None = None) -> None:

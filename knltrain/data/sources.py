@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knltrain.data.folder import SUFFIXES, DataError, Folder
+from knltrain.data.manifest import read_manifest
 from knltrain.data.tar import Tar, members, shards_of
 from knltrain.errors import ConfigError
 
@@ -46,6 +47,9 @@ def find_sources(root: Path) -> dict[str, Source]:
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")
+    manifest = read_manifest(root)
+    if manifest is not None and manifest.format == "raw":
+        raise ConfigError(f"{root} holds pixels of {manifest.size} already; prepare what it was made from")
     if (root / IMAGENET_TRAIN).exists() or (root / IMAGENET_VAL).exists():
         return _imagenet(root)
     parts: dict[str, Source] = {}

@@ -1,5 +1,6 @@
 """knltrain prepare, and reading what it writes."""
 
+import errno
 import io
 import json
 import os
@@ -249,7 +250,7 @@ def test_verify_finds_a_flipped_bit(fixture, file, tmp_path, request):
         preparing.verify(out, Console())
 
 
-def test_what_is_whole_is_left_alone(image_folder, raw):
+def test_what_is_whole_is_left_alone(image_folder, raw, tmp_path):
     before = contents(raw)
     prepare(image_folder, raw)
     assert contents(raw) == before
@@ -257,6 +258,9 @@ def test_what_is_whole_is_left_alone(image_folder, raw):
         prepare(image_folder, raw, size=24)
     with pytest.raises(ConfigError, match="format raw"):
         prepare(image_folder, raw, format="tar")
+    write_jpeg(tmp_path / "other/train/x/a.jpg", 40, 40, 0)
+    with pytest.raises(ConfigError, match="other images"):
+        prepare(tmp_path / "other", raw)
 
 
 def test_folders_that_cannot_be(image_folder, tmp_path):
@@ -274,6 +278,11 @@ def test_folders_that_cannot_be(image_folder, tmp_path):
     with pytest.raises(ConfigError, match="nothing to prepare"):
         prepare(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_pixels_are_not_prepared_again(raw, tmp_path):
+    with pytest.raises(ConfigError, match="pixels of 32 already"):
+        prepare(raw, tmp_path / "out")
 
 
 def test_a_folder_begun_from_other_images_is_refused(image_folder, tmp_path, monkeypatch):
@@ -294,6 +303,25 @@ def test_a_disk_that_is_too_small_is_known_before(image_folder, tmp_path, monkey
     monkeypatch.setattr(preparing.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(KnltrainError, match=r"0\.2 GB|0\.0 GB are free"):
         prepare(image_folder, tmp_path / "out")
+
+
+def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(image_folder, tmp_path, small_shards, raw):
+    reserve, left = os.posix_fallocate, [3]
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        reserve(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preparing.os, "posix_fallocate", full)
+        with pytest.raises(KnltrainError, match=r"No space left on device; what is finished stays"):
+            prepare(image_folder, tmp_path / "out")
+    with pytest.raises(DataError, match="has not finished"):
+        open_folder(tmp_path / "out", "train")
+    prepare(image_folder, tmp_path / "out")
+    assert len(open_folder(tmp_path / "out", "train")) == 48
 
 
 def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw):
@@ -591,6 +619,31 @@ def test_files_are_closed(fixture, request):
     loader.close()
     del loader
     assert open_now() == before
+
+
+@pytest.mark.parametrize("fixture", ["raw", "shards"])
+def test_memory_stays_flat_over_epochs(fixture, request):
+    """Memory of the process's own: pages of mapped files are the system's, to take back when it likes."""
+    root = request.getfixturevalue(fixture)
+    script = (
+        "import sys, torch\nfrom knltrain.config import RunConfig, AugmentConfig\n"
+        "from knltrain.data.datasets import open_part\nfrom knltrain.data.loader import Loader, Share\n"
+        "from knltrain.node.memory import keep_freed_memory\n"
+        "def anonymous():\n"
+        "    line = next(line for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"
+        "    return int(line.split()[1]) / 1024\n"
+        "keep_freed_memory()\n"
+        "config = RunConfig(data=sys.argv[1], image_size=24, augment=AugmentConfig(resize=32))\n"
+        "loader = Loader(open_part(config, 'train'), config, dtype=torch.float32, workers=2)\n"
+        "seen = []\n"
+        "for step, _ in enumerate(loader.training(Share(48, 48, 0, 1), 0, 150)):\n"
+        "    if step % 50 == 49: seen.append(anonymous())\n"
+        "print(*seen)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    first, _, last = map(float, run.stdout.split())
+    assert last - first < 4, run.stdout
 
 
 def test_images_smaller_than_the_network_needs(raw):
