@@ -178,7 +178,7 @@ def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
 @click.argument("src", required=False)
 @click.argument("dst", required=False)
 @click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,
-              help="raw: pixels, read at memory speed; tar: JPEGs, a tenth of the size.")  # fmt: skip
+              help="raw: pixels, read at memory speed; tar: JPEGs, a seventh of the size.")  # fmt: skip
 @click.option("--size", type=click.IntRange(min=0), default=256, show_default=True,
               help="Short side, pixels; raw images are squares of it. 0 with tar: images as they are.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1), help="Processes; default one per core.")

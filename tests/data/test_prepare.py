@@ -735,6 +735,13 @@ def test_packed_refuses_what_does_not_fit(raw, tmp_path):
     assert isinstance(open_folder(raw, "train"), Packed)
 
 
+def test_images_that_would_be_enlarged(image_folder, tmp_path, capsys):
+    prepare(image_folder, tmp_path / "large", size=100, workers=1)
+    assert "enlarged to 100; --size" in capsys.readouterr().out.replace("\n", " ")
+    prepare(image_folder, tmp_path / "small", workers=1)
+    assert "enlarged" not in capsys.readouterr().out
+
+
 def test_png_sources_become_jpegs_or_pixels(tmp_path):
     for part in ("train", "val"):
         (tmp_path / "src" / part / "x").mkdir(parents=True)
