@@ -6,10 +6,13 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Lines that are not on a terminal go to a log file: one every so many seconds is enough to see that a run lives.
 _LINE_EVERY_S = 10.0
@@ -35,7 +38,24 @@ class Console:
         self.rich.print(f"warning: {text}", markup=False, style="yellow")
 
 
-class ImageProgress:
+class _Shown:
+    """A bar that is on the terminal while its block runs; none elsewhere."""
+
+    _bar: Progress | None = None
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+
+class ImageProgress(_Shown):
     """Shows how many images (or files) are done, how fast, and how long the others will take.
 
     Attributes:
@@ -51,7 +71,6 @@ class ImageProgress:
     def __init__(self, console: Console, *, first: int, total: int, unit: str = "images") -> None:
         self._console, self._first, self._done, self._total, self._unit = console, first, first, total, unit
         self._start = self._last_line = time.monotonic()
-        self._bar: Progress | None = None
         if console.rich.is_terminal and not console.rich.quiet:
             self._bar = Progress(
                 BarColumn(bar_width=None),
@@ -68,17 +87,6 @@ class ImageProgress:
     def seconds(self) -> float:
         return time.monotonic() - self._start
 
-    def __enter__(self) -> ImageProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
-
     def add(self, count: int) -> None:
         """So many more are done."""
         self._done += count
@@ -91,7 +99,7 @@ class ImageProgress:
             self._console.line(f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {left / 60:.0f} min left")
 
 
-class StepProgress:
+class StepProgress(_Shown):
     """Shows steps as they are done.
 
     Args:
@@ -104,7 +112,6 @@ class StepProgress:
     def __init__(self, console: Console, *, first: int, total: int, epochs: float) -> None:
         self._console, self._total, self._epochs = console, total, epochs
         self._last_line = time.monotonic()
-        self._bar: Progress | None = None
         if console.rich.is_terminal and not console.rich.quiet:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -120,17 +127,6 @@ class StepProgress:
             self._task: TaskID = self._bar.add_task(
                 "training", total=total, completed=first, epoch=0.0, loss=float("nan"), rate=0.0, data=0.0
             )
-
-    def __enter__(self) -> StepProgress:
-        if self._bar:
-            self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._bar:
-            self._bar.stop()
 
     def step(self, row: Mapping[str, Any]) -> None:
         """Shows a step's row of metrics.jsonl."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -157,6 +159,57 @@ def build_step(config: RunConfig) -> RankStep:
     engine = step.engine
     engine.model, clock = data_parallel(engine.model, config.comm, group.world_size, engine.optimizer.carried)
     return RankStep(step, group, clock)
+
+
+def take_turns(
+    serve: Callable[..., None],
+    contestants: Mapping[str, tuple[Any, ...]],
+    console: Console,
+    *,
+    rounds: int,
+    count: int,
+) -> tuple[dict[str, list[Any]], dict[str, str]]:
+    """Measures in processes of their own, one after the other, all of them in every round.
+
+    Args:
+        serve: what runs in a contestant's process, with one end of a pipe and its arguments: it sends None when it is
+            ready, or why it does not run; then it answers each ``count`` that it receives.
+        contestants: arguments by name.
+        console: told who does not run.
+        rounds: turns of each.
+        count: sent at each turn.
+
+    Returns:
+        By name: the answers, and the reasons of those that do not run.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    reasons: dict[str, str] = {}
+    try:
+        for name, arguments in contestants.items():
+            pipe, theirs = spawn.Pipe()
+            process = spawn.Process(target=serve, args=(theirs, *arguments), daemon=True)
+            process.start()
+            theirs.close()
+            try:
+                reason = pipe.recv()
+            except EOFError:
+                process.join()
+                reason = f"its process exited with {process.exitcode}"
+            if reason is None:
+                pipes[name] = pipe
+            else:
+                reasons[name] = reason
+                console.warn(f"{name} does not run: {reason}")
+        answers: dict[str, list[Any]] = {name: [] for name in pipes}
+        for _ in range(rounds):
+            for name, pipe in pipes.items():
+                pipe.send(count)
+                answers[name].append(pipe.recv())
+    finally:
+        for pipe in pipes.values():
+            pipe.close()
+    return answers, reasons
 
 
 def out_folder(out: str | None) -> Path:

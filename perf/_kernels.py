@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
-import multiprocessing
 import statistics
 import time
 import warnings
@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from _common import take_turns
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -142,35 +143,13 @@ def measure_lars(model: str, copy_gb_per_s: float, console: Console, *, rounds: 
     """
     num_bytes = LARS_BYTES * sum(shape.numel() for shape in _shapes(model))
     kernel = f"LARS step, {model}"
-    rows: list[dict[str, Any]] = []
-    spawn = multiprocessing.get_context("spawn")
-    pipes: dict[str, Any] = {}
-    try:
-        for name in MAKERS:
-            pipe, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(theirs, name, model, torch.get_num_threads()), daemon=True)
-            process.start()
-            theirs.close()
-            try:
-                reason = pipe.recv()
-            except EOFError:
-                process.join()
-                reason = f"its process exited with {process.exitcode}"
-            if reason is None:
-                pipes[name] = pipe
-            else:
-                rows.append({"kernel": kernel, "name": name, "reason": reason})
-                console.warn(f"LARS of {name} does not run: {reason}")
-        times: dict[str, list[float]] = {name: [] for name in pipes}
-        for _ in range(rounds):
-            for name, pipe in pipes.items():
-                pipe.send(_STEPS_A_TURN)
-                times[name] += pipe.recv()
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
-    return [_row(kernel, name, seconds, num_bytes, copy_gb_per_s) for name, seconds in medians.items()] + rows
+    contestants = {name: (name, model, torch.get_num_threads()) for name in MAKERS}
+    answers, reasons = take_turns(_serve, contestants, console, rounds=rounds, count=_STEPS_A_TURN)
+    rows = [
+        _row(kernel, name, statistics.median(itertools.chain(*times)), num_bytes, copy_gb_per_s)
+        for name, times in answers.items()
+    ]
+    return rows + [{"kernel": kernel, "name": name, "reason": reason} for name, reason in reasons.items()]
 
 
 def measure_crops(copy_gb_per_s: float, *, batch: int, image_size: int, rounds: int) -> list[dict[str, Any]]:

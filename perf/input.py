@@ -8,7 +8,6 @@ with a normalised batch.
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import statistics
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import click
-from _common import finish, out_folder, output_options, show
+from _common import finish, out_folder, output_options, show, take_turns
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -73,7 +72,7 @@ def _torchvision(root: Path, size: int, augment: str) -> Iterator[int]:
     ]  # fmt: skip
     dataset = datasets.ImageFolder(str(root / "train"), transforms.Compose([*cut, *rest]))
     while True:
-        for _, labels in torch.utils.data.DataLoader(dataset, _BATCH, shuffle=True, num_workers=0, drop_last=True):
+        for _, labels in torch.utils.data.DataLoader(dataset, _BATCH, shuffle=True, num_workers=0):
             yield len(labels)
 
 
@@ -89,7 +88,7 @@ def _webdataset(root: Path, size: int, augment: str) -> Iterator[int]:
     ])  # fmt: skip
     shards = [str(path) for path in sorted(root.glob("train-*.tar"))]
     dataset = webdataset.WebDataset(shards, shardshuffle=False).shuffle(200).decode("pil").to_tuple("jpg", "cls")
-    dataset = dataset.map_tuple(seen, lambda label: label).batched(_BATCH, partial=False)
+    dataset = dataset.map_tuple(seen, lambda label: label).batched(_BATCH, partial=True)
     while True:
         for _, labels in dataset:
             yield len(labels)
@@ -135,35 +134,13 @@ def measure(roots: dict[str, Path], size: int, console: Console, *, rounds: int,
     Returns:
         For each its ``name`` and ``images_per_s`` (median, with ``rounds``), or the ``reason`` why it does not run.
     """
-    spawn = multiprocessing.get_context("spawn")
     cpu = min(os.sched_getaffinity(0))
-    rows: dict[str, dict[str, Any]] = {}
-    pipes: dict[str, Any] = {}
-    try:
-        for name, (_, kind, _) in CONTESTANTS.items():
-            pipe, theirs = spawn.Pipe()
-            spawn.Process(target=_serve, args=(theirs, name, roots[kind], size, cpu), daemon=True).start()
-            theirs.close()
-            try:
-                reason = pipe.recv()
-            except EOFError:
-                reason = "its process ended"
-            if reason is None:
-                pipes[name], rows[name] = pipe, {"name": name, "rounds": []}
-            else:
-                rows[name] = {"name": name, "reason": reason}
-                console.warn(f"{name} does not run: {reason}")
-        for _ in range(rounds):
-            for name, pipe in pipes.items():
-                pipe.send(batches)
-                rows[name]["rounds"].append(pipe.recv())
-    finally:
-        for pipe in pipes.values():
-            pipe.close()
-    for row in rows.values():
-        if "rounds" in row:
-            row["images_per_s"] = statistics.median(row["rounds"])
-    return list(rows.values())
+    contestants = {name: (name, roots[kind], size, cpu) for name, (_, kind, _) in CONTESTANTS.items()}
+    answers, reasons = take_turns(_serve, contestants, console, rounds=rounds, count=batches)
+    rows: list[dict[str, Any]] = [
+        {"name": name, "rounds": rates, "images_per_s": statistics.median(rates)} for name, rates in answers.items()
+    ]
+    return rows + [{"name": name, "reason": reason} for name, reason in reasons.items()]
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
