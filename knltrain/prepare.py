@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from knltrain.console import Console, ImageProgress
 from knltrain.data.convert import Encoded, checksum, finish_squares, jpegs, short_sides, squares_into
 from knltrain.data.folder import DataError
+from knltrain.data.journal import Journal
 from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encode_manifest, read_manifest
 from knltrain.data.order import permutation
 from knltrain.data.sources import Source, find_sources
@@ -116,7 +117,7 @@ def prepare(
         console.line(f"{dst} is whole{without}; knltrain prepare --verify {dst} compares its checksums")
         return _summary(done, dst, 0, 0.0)
     dst.mkdir(parents=True, exist_ok=True)
-    with _pool(workers) as pool, _Journal(dst) as journal:
+    with _pool(workers) as pool, Journal(dst) as journal:
         images_a_shard = journal.begin(settings, lambda: _images_a_shard(pool, sources, format, size))
         plan = _Plan(sources, format, images_a_shard)
         if on_bad == "fail":
@@ -237,7 +238,7 @@ def _images_a_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], forma
     return max(1, _SHARD_BYTES * len(sizes) // sum(sizes)) if sizes else 1 << 14
 
 
-def _refuse_full_disk(dst: Path, plan: _Plan, journal: _Journal, size: int) -> None:
+def _refuse_full_disk(dst: Path, plan: _Plan, journal: Journal, size: int) -> None:
     """Raw files have a size that is known before hours are spent."""
     if plan.format != "raw":
         return
@@ -371,74 +372,7 @@ def _record(num_bytes: int, digest: str, reasons: list[str | None]) -> dict[str,
     return {"images": len(reasons) - len(rejected), "bytes": num_bytes, "sha256": digest, "rejected": rejected}
 
 
-class _Journal:
-    """``prepare.jsonl``: what is being prepared, then a line for each finished shard."""
-
-    def __init__(self, dst: Path) -> None:
-        self._path = dst / JOURNAL
-        self._file: IO[str] | None = None
-        self.records: dict[str, dict[str, Any]] = {}
-
-    def __enter__(self) -> _Journal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._file:
-            self._file.close()
-
-    def begin(self, settings: dict[str, Any], images_a_shard: Any) -> int:
-        """Reads what is there, or starts anew; returns the number of images of a shard.
-
-        Raises:
-            ConfigError: something else is being prepared there.
-        """
-        lines = []
-        if self._path.exists():
-            # A line that was being written when the machine went down is no JSON.
-            for text in self._path.read_text("utf-8").splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except ValueError:
-                    break
-        if lines:
-            begun = {key: lines[0].get(key) for key in settings}
-            if begun != settings:
-                changed = [key for key in settings if begun[key] != settings[key]]
-                raise ConfigError(
-                    f"{self._path.parent} was begun with another {' and '.join(changed)}; give another folder, or "
-                    "delete this one"
-                )
-            count = int(lines[0]["images_a_shard"])
-        else:
-            count = int(images_a_shard())
-        self.records = {line["file"]: line for line in lines[1:] if (self._path.parent / line["file"]).exists()}
-        self._rewrite({**settings, "images_a_shard": count})
-        return count
-
-    def forget_rejected(self) -> None:
-        """Shards that bad images are missing from are made again."""
-        self.records = {file: record for file, record in self.records.items() if not record["rejected"]}
-
-    def add(self, file: str, record: dict[str, Any]) -> None:
-        """Notes that a shard is finished."""
-        assert self._file is not None
-        self.records[file] = {"file": file, **record}
-        self._file.write(json.dumps(self.records[file]) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def remove(self) -> None:
-        """The folder is whole."""
-        self._path.unlink()
-
-    def _rewrite(self, head: dict[str, Any]) -> None:
-        aside = self._path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in (head, *self.records.values())), "utf-8")
-        os.replace(aside, self._path)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115
-
-
-def _list_rejected(plan: _Plan, journal: _Journal, dst: Path) -> int:
+def _list_rejected(plan: _Plan, journal: Journal, dst: Path) -> int:
     """Writes ``rejected.jsonl``, or removes it where there is nothing to list; returns the number of images."""
     lines = [
         json.dumps({"path": plan.name(job, place), "reason": reason})
@@ -452,7 +386,7 @@ def _list_rejected(plan: _Plan, journal: _Journal, dst: Path) -> int:
     return len(lines)
 
 
-def _finish(plan: _Plan, journal: _Journal, dst: Path, size: int, source: str, rejected: int) -> Manifest:
+def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, rejected: int) -> Manifest:
     shards: dict[str, list[Shard]] = {part: [] for part in plan.sources}
     labels: dict[str, list[NDArray[np.int64]]] = {part: [] for part in plan.sources}
     for job in plan.jobs:

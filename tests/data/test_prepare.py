@@ -137,7 +137,7 @@ def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, 
     prepare(image_folder, tmp_path / "whole", format=format)
     for shards_done in (0, 1, 4, 8):
         out = tmp_path / f"out{shards_done}"
-        add = preparing._Journal.add
+        add = preparing.Journal.add
 
         def interrupt(self, file, record, left=[shards_done], add=add):  # noqa: B006
             if not left[0]:
@@ -146,7 +146,7 @@ def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, 
             add(self, file, record)
 
         with monkeypatch.context() as patch:
-            patch.setattr(preparing._Journal, "add", interrupt)
+            patch.setattr(preparing.Journal, "add", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 prepare(image_folder, out, format=format)
         with pytest.raises(DataError, match="has not finished"):
@@ -287,7 +287,7 @@ def test_pixels_are_not_prepared_again(raw, tmp_path):
 
 def test_a_folder_begun_from_other_images_is_refused(image_folder, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(preparing._Journal, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(preparing.Journal, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             prepare(image_folder, tmp_path / "out")
     shutil.copytree(image_folder, tmp_path / "src")
