@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knltrain.console import Console, ImageProgress
-from knltrain.data.convert import Encoded, checksum, finish_squares, jpegs, short_sides, squares_into
+from knltrain.data.convert import Encoded, checksum, end_with, finish_squares, jpegs, short_sides, squares_into
 from knltrain.data.folder import DataError
 from knltrain.data.journal import Journal
 from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encode_manifest, read_manifest
@@ -443,7 +443,7 @@ class _Pool(ProcessPoolExecutor):
 
 
 def _pool(workers: int) -> _Pool:
-    return _Pool(workers, multiprocessing.get_context("spawn"))
+    return _Pool(workers, multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
 
 
 def _summary(manifest: Manifest, dst: Path, images: int, seconds: float) -> dict[str, Any]:

@@ -157,6 +157,13 @@ def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, 
         assert contents(out) == contents(tmp_path / "whole")
 
 
+def runs(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def test_killed_and_started_again(image_folder, tmp_path):
     """The command itself, ended by SIGKILL at some moment."""
     src = tmp_path / "src"
@@ -178,8 +185,14 @@ def test_killed_and_started_again(image_folder, tmp_path):
     while not list(tmp_path.glob("out/train/*.npy")):
         assert process.poll() is None
         time.sleep(0.01)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    assert children
     process.kill()
     process.wait()
+    deadline = time.monotonic() + 20
+    while any(runs(child) for child in children):
+        assert time.monotonic() < deadline, "workers outlive the command"
+        time.sleep(0.05)
     subprocess.run([*command, str(tmp_path / "out")], check=True, timeout=120)
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
