@@ -164,21 +164,23 @@ class Tar:
 
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         with self._lock:
-            file = self._files.get(shard)
-            if file is None:
-                try:
-                    file = os.open(self._paths[shard], os.O_RDONLY)
-                except OSError as error:
-                    if error.errno != errno.EMFILE or not self._files:
-                        raise
-                    self._close_files()  # more shards than a process may have open
-                    file = os.open(self._paths[shard], os.O_RDONLY)
-                self._files[shard] = file
-            file = os.dup(file)  # stays open if another thread closes the others
+            try:
+                file = self._opened(shard)
+            except OSError as error:
+                if error.errno != errno.EMFILE or not self._files:
+                    raise
+                self._close_files()  # more shards than a process may have open
+                file = self._opened(shard)
         try:
             return os.pread(file, size, offset)
         finally:
             os.close(file)
+
+    def _opened(self, shard: int) -> int:
+        """A descriptor of the shard for one read: it stays open if another thread closes the others."""
+        if shard not in self._files:
+            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+        return os.dup(self._files[shard])
 
     def _close_files(self) -> None:
         for file in self._files.values():

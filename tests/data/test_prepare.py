@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -614,6 +615,26 @@ def test_all_bad_is_an_error_even_where_bad_ones_are_skipped(tmp_path):
     with pytest.raises(DataError, match="no image"):
         list(loader.training(Share(2, 2, 0, 1), 0, 1))
     loader.close()
+
+
+@pytest.mark.parametrize("spare", [2, 3, 4])
+def test_more_shards_than_files_may_be_open(tmp_path, spare):
+    for number in range(8):
+        webdataset(tmp_path / f"train-{number}.tar", [("a.jpg", jpeg(number)), ("a.cls", b"0")])
+    tar = Tar(tmp_path, "train")
+    expected = [tar.image(index).pixels() for index in range(8)]
+    tar.close()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = [os.open("/dev/null", os.O_RDONLY) for _ in range(spare)]  # the numbers that are left
+    for number in free:
+        os.close(number)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, hard))
+        got = [tar.image(index).pixels() for index in (*range(8), 0)]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    tar.close()
+    assert all(np.array_equal(one, other) for one, other in zip(got, [*expected, expected[0]], strict=True))
 
 
 @pytest.mark.parametrize("fixture", ["raw", "shards"])
