@@ -92,7 +92,11 @@ def read_manifest(root: Path) -> Manifest | None:
         raise DataError(f"{root}: knltrain prepare has not finished it; the same command goes on")
     path = root / NAME
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+        text = path.read_bytes()
+        content = msgspec.json.decode(text)
+        if not isinstance(content, dict) or not content.keys() & {"format", "shards"}:
+            return None  # somebody else's: it is a common name
+        return msgspec.json.decode(text, type=Manifest)
     except FileNotFoundError:
         return None
     except OSError as error:

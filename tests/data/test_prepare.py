@@ -753,15 +753,23 @@ def test_the_command(image_folder, tmp_path):
     assert trained.returncode == 0, trained.stderr
 
 
+def test_somebody_elses_meta_json_means_nothing(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "copy")
+    for text in ('{"author": "me"}', "[]", "{}"):
+        (tmp_path / "copy" / NAME).write_text(text)
+        assert isinstance(open_folder(tmp_path / "copy", "train"), Folder)
+
+
 def test_packed_refuses_what_does_not_fit(raw, tmp_path):
     copy = copied(raw, tmp_path)
     np.save(copy / "train/labels.npy", np.zeros(47, np.int64))
     with pytest.raises(DataError, match="does not fit"):
         open_folder(copy, "train")
     meta = json.loads((copy / NAME).read_text())
-    (copy / NAME).write_text("{}")
-    with pytest.raises(DataError, match=r"meta\.json"):
-        open_folder(copy, "train")
+    for damaged in ('{"format": "raw", "shards": {}}', json.dumps(meta)[:-20], ""):
+        (copy / NAME).write_text(damaged)
+        with pytest.raises(DataError, match=r"meta\.json"):
+            open_folder(copy, "train")
     meta["size"] = 31
     (copy / NAME).write_text(json.dumps(meta))
     with pytest.raises(DataError, match="not images of 31 pixels"):
