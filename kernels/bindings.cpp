@@ -1,15 +1,18 @@
 // The Python module knltrain._kernels. Addresses come in as integers: what is behind them has been checked in Python.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
 #include "cpu.h"
+#include "jpeg.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -104,6 +107,26 @@ NB_MODULE(_kernels, m) {
         use_openmp(at<void>(parallel), at<void>(thread_num), at<void>(num_threads));
     });
 
+    m.def("use_libjpeg", use_libjpeg);
+    nb::class_<Jpeg>(m, "Jpeg")
+        .def("__init__",
+             [](Jpeg *self, nb::bytes data) {
+                 new (self) Jpeg(reinterpret_cast<const uint8_t *>(data.c_str()), data.size());
+             },
+             nb::keep_alive<1, 2>())
+        .def_prop_ro("height", &Jpeg::height)
+        .def_prop_ro("width", &Jpeg::width)
+        .def_prop_ro("header", &Jpeg::header)
+        .def_prop_ro("becomes_rgb", &Jpeg::becomes_rgb)
+        .def("begin",
+             [](Jpeg &self, int64_t top, int64_t left, int64_t height, int64_t width, int denominator) {
+                 nb::gil_scoped_release others_run;
+                 const Jpeg::Window window = self.begin({top, left, height, width}, denominator);
+                 return std::array<int64_t, 4>{window.top, window.left, window.height, window.width};
+             })
+        .def("read", [](Jpeg &self, Address pixels) { self.read(at<uint8_t>(pixels)); },
+             nb::call_guard<nb::gil_scoped_release>());
+
     m.def(
         "batch_norm_forward",
         [](Address x, Address residual, Address weight, Address bias, Address mean, Address var, Address y, int64_t rows,
@@ -149,11 +172,11 @@ NB_MODULE(_kernels, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "crop_flip_normalize",
-        [](Address pixels, Address each, Address boxes, Address flips, Address out, int64_t images, int64_t in_h,
-           int64_t in_w, int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift, bool is_bf16,
-           int tasks) {
+        [](Address pixels, Address each, Address sizes, Address boxes, Address flips, Address out, int64_t images,
+           int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift,
+           bool is_bf16, int tasks) {
             Crops p{};
-            p.pixels = at<uint8_t>(pixels), p.image = at<const uint8_t *>(each);
+            p.pixels = at<uint8_t>(pixels), p.image = at<const uint8_t *>(each), p.sizes = at<int64_t>(sizes);
             p.boxes = at<double>(boxes), p.flips = at<bool>(flips);
             p.out = at<void>(out);
             p.images = images, p.in_h = in_h, p.in_w = in_w, p.out_h = out_h, p.out_w = out_w;

@@ -72,12 +72,12 @@ void reverse(const uint8_t *from, uint8_t *to, int64_t count) {
 
 // One row of the result from the row of the image that it is, from column `left` on; null where there is none.
 template <class T>
-void copy_row(const Crops &p, const Normal &normal, const uint8_t *row, int64_t left, bool flip, T *to) {
+void copy_row(const Crops &p, const Normal &normal, const uint8_t *row, int64_t in_w, int64_t left, bool flip, T *to) {
     uint8_t buffer[3 * kPanel];
     for (int64_t begin = 0; begin < p.out_w; begin += kPanel) {
         const int64_t count = smaller(kPanel, p.out_w - begin);
         const int64_t from = flip ? left + p.out_w - begin - count : left + begin;
-        const int64_t first = larger(from, 0), inside = smaller(from + count, p.in_w) - first;
+        const int64_t first = larger(from, 0), inside = smaller(from + count, in_w) - first;
         const uint8_t *pixels = buffer;
         if (row == nullptr || inside < count) memset(buffer, 0, sizeof buffer);
         if (row != nullptr && inside > 0) {
@@ -178,25 +178,27 @@ template <class T> void rows_of_task(const Crops &p, int task) {
     for (int64_t at = p.images * p.out_h * task / p.tasks; at < end; ++at) {
         const int64_t image = at / p.out_h, row = at % p.out_h;
         const uint8_t *pixels = p.pixels == nullptr ? p.image[image] : p.pixels + image * p.in_h * p.in_w * 3;
+        const int64_t in_h = p.pixels == nullptr ? p.sizes[2 * image] : p.in_h;
+        const int64_t in_w = p.pixels == nullptr ? p.sizes[2 * image + 1] : p.in_w;
         T *to = static_cast<T *>(p.out) + at * p.out_w * 3;
         const bool flip = p.flips != nullptr && p.flips[image];
-        const double whole[4] = {0, 0, double(p.in_h), double(p.in_w)};
+        const double whole[4] = {0, 0, double(in_h), double(in_w)};
         const double *box = p.boxes == nullptr ? whole : p.boxes + 4 * image;
         const bool copied = box[2] == double(p.out_h) && box[3] == double(p.out_w) && box[0] == floor(box[0]) &&
                             box[1] == floor(box[1]);
         if (copied) {
             const int64_t from = int64_t(box[0]) + row;
-            const uint8_t *source = from < 0 || from >= p.in_h ? nullptr : pixels + 3 * from * p.in_w;
-            copy_row(p, normal, source, int64_t(box[1]), flip, to);
+            const uint8_t *source = from < 0 || from >= in_h ? nullptr : pixels + 3 * from * in_w;
+            copy_row(p, normal, source, in_w, int64_t(box[1]), flip, to);
             continue;
         }
         if (image != prepared) {
-            columns.prepare({box[1], box[3], p.in_w, p.out_w}, p.taps_w, flip);
+            columns.prepare({box[1], box[3], in_w, p.out_w}, smaller(p.taps_w, in_w), flip);
             prepared = image;
         }
         int64_t first;
-        const int64_t count = Side{box[0], box[2], p.in_h, p.out_h}.weigh(row, row_weights, first);
-        down(pixels, p.in_w, columns, row_weights, first, count, source_row);
+        const int64_t count = Side{box[0], box[2], in_h, p.out_h}.weigh(row, row_weights, first);
+        down(pixels, in_w, columns, row_weights, first, count, source_row);
         across(source_row, columns, p.out_w, result_row);
         normal.apply(result_row, to, 3 * p.out_w);
     }

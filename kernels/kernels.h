@@ -69,8 +69,9 @@ constexpr int kResponseNormRows = 8;
 // A box of each image, resampled to one size with a triangle filter, and normalised: pixel * scale + shift.
 struct Crops {
     int64_t images, in_h, in_w, out_h, out_w;
-    const uint8_t *pixels;        // N x H x W x 3; or null,
-    const uint8_t *const *image;  // and N times where H x W x 3 begin
+    const uint8_t *pixels;        // N x in_h x in_w x 3; or null,
+    const uint8_t *const *image;  // N times where height x width x 3 begin,
+    const int64_t *sizes;         // and N times height and width, none above in_h and in_w
     const double *boxes;    // N times top, left, height, width in pixels; null: the whole image, of the output's size
     const bool *flips;      // N; null: none
     const float *scale, *shift;  // 3 each

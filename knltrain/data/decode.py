@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import io
+import math
 import warnings
+from typing import Any
 
 import numpy as np
 import simplejpeg
 from PIL import Image, ImageOps
 
-from knltrain.data.augment import Pixels
+from knltrain.data.augment import Box, Pixels
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = {5, 6, 7, 8}
@@ -17,6 +21,21 @@ _SIDEWAYS = {5, 6, 7, 8}
 
 class DecodeError(ValueError):
     """The bytes are no image, or not a whole one."""
+
+
+@functools.cache
+def decoder_of_parts() -> Any | None:
+    """The native class that decodes parts of JPEGs, or None where it was not built or finds no libjpeg-turbo.
+
+    It uses the library that came with Pillow, because the one in simplejpeg can be called for whole images only.
+    """
+    try:
+        module = importlib.import_module("knltrain._kernels")
+    except ImportError:
+        return None
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "/libjpeg" in line}
+    return module.Jpeg if any(module.use_libjpeg(path) == "" for path in sorted(loaded)) else None
 
 
 class DecodedImage:
@@ -30,9 +49,13 @@ class DecodedImage:
         self._image = image
         self.height, self.width = image.shape[:2]
 
-    def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
-        """H x W x 3, whatever is asked for."""
+    def pixels(self) -> Pixels:
+        """H x W x 3."""
         return self._image
+
+    def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
+        """The picture and the box."""
+        return self._image, box
 
 
 class EncodedImage:
@@ -55,14 +78,21 @@ class EncodedImage:
         self._orientation = 1
         self.suffix = "jpg"
         self._turbo = data[:2] == b"\xff\xd8"
+        self._parts: Any = None
         if self._turbo:
+            native, header = decoder_of_parts(), 65536
             try:
-                height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+                if native is not None:
+                    self._parts = native(data)
+                    height, width = self._parts.height, self._parts.width
+                    header, self._turbo = self._parts.header, self._parts.becomes_rgb
+                else:
+                    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+                    self._turbo = colorspace not in ("CMYK", "YCCK")
             except (ValueError, KeyError):  # KeyError: of a colour space that it has no name for
                 raise DecodeError("a JPEG with a damaged header") from None
-            self._turbo = colorspace not in ("CMYK", "YCCK")
             # An orientation tag is rare, and asking Pillow for it costs as much as a small decode.
-            if b"Exif\0" in data[:65536]:
+            if data.find(b"Exif\0", 0, header) >= 0:
                 self._orientation = self._read_orientation()
         else:
             with self._open() as image:
@@ -75,7 +105,7 @@ class EncodedImage:
         """Decodes to H x W x 3.
 
         Args:
-            min_height: JPEGs at least twice as large as both may come decoded at a half, a quarter or an eighth.
+            min_height: JPEGs may come decoded at a half, a quarter or an eighth if that is no smaller than both.
             min_width: see ``min_height``; 0 for both means full size.
 
         Raises:
@@ -85,7 +115,8 @@ class EncodedImage:
             return self._pillow()
         if self._orientation in _SIDEWAYS:
             min_height, min_width = min_width, min_height
-        factor = 2 if min_height and 2 * min_height <= self.height and 2 * min_width <= self.width else 1
+        half_height, half_width = -(-self.height // 2), -(-self.width // 2)
+        factor = 2 if 0 < min_height <= half_height and min_width <= half_width else 1
         if factor == 1:
             min_height = min_width = 0
         try:
@@ -96,6 +127,46 @@ class EncodedImage:
             # libjpeg-turbo is strict about stray bytes that others skip; Pillow has the last word on what is damaged.
             return self._pillow()
         return _upright(image, self._orientation)
+
+    def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
+        """Decodes what a box is resampled from, and little more.
+
+        Args:
+            box: in this image's pixels.
+            size: height and width of what will be made of it; a JPEG of which twice as much or more is there comes at a
+                half, a quarter or an eighth.
+
+        Returns:
+            H x W x 3, with all that the filter of :func:`~knltrain.data.augment.cut` reaches; and the box in it.
+
+        Raises:
+            DecodeError: the file is damaged or cut short. Only what is decoded is looked at.
+        """
+        sides = (box.right - box.left, box.bottom - box.top)
+        denominator = next((d for d in (8, 4, 2) if d * size <= min(sides)), 1)
+        height, width = -(-self.height // denominator), -(-self.width // denominator)
+        inside = box.left >= 0 and box.top >= 0 and box.right <= self.width and box.bottom <= self.height
+        if self._turbo and self._parts is not None and self._orientation == 1 and inside:
+            part = self._part(box.scaled(width / self.width, height / self.height), size, height, width, denominator)
+            if part is not None:
+                return part
+        whole = self.pixels(height, width) if denominator > 1 else self.pixels()
+        return whole, box.scaled(whole.shape[1] / self.width, whole.shape[0] / self.height)
+
+    def _part(self, box: Box, size: int, height: int, width: int, denominator: int) -> tuple[Pixels, Box] | None:
+        """What is around a box in the image of height x width that a denominator makes; None if that is damaged."""
+        (left, top), (right, bottom) = map(math.floor, box[:2]), map(math.ceil, box[2:4])
+        if (right - left, bottom - top) != (size, size) or box[:4] != (left, top, right, bottom):
+            margin_x, margin_y = (math.ceil(max(1.0, side / size)) for side in (right - left, bottom - top))
+            left, top = max(0, left - margin_x), max(0, top - margin_y)
+            right, bottom = min(width, right + margin_x), min(height, bottom + margin_y)
+        try:
+            top, left, rows, columns = self._parts.begin(top, left, bottom - top, right - left, denominator)
+            part = np.empty((rows, columns, 3), np.uint8)
+            self._parts.read(part.ctypes.data)
+        except ValueError:
+            return None
+        return part, Box(box.left - left, box.top - top, box.right - left, box.bottom - top, box.flip)
 
     def _open(self) -> Image.Image:
         try:

@@ -32,8 +32,11 @@ class SourceImage(Protocol):
     height: int
     width: int
 
-    def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
-        """H x W x 3, or a smaller decoding of it that is no smaller than the minima."""
+    def pixels(self) -> Pixels:
+        """H x W x 3."""
+
+    def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
+        """What a box is resampled to ``size`` pixels each way from, perhaps at another scale; and the box in it."""
 
 
 class Dataset(Protocol):
@@ -203,14 +206,27 @@ class Loader:
         if isinstance(self._dataset, Packed):
             self._crop(self._dataset, items, out)
             return
-        size = self._config.image_size
-        pixels = np.empty((len(items), size, size, 3), np.uint8)
+        parts: list[Pixels] = []
+        boxes: list[Box] = []
         for place, item in enumerate(items):
-            pixels[place], sample = self._pixels(item)
+            part, box, sample = self._seen(item)
+            parts.append(np.ascontiguousarray(part))
+            boxes.append(box)
             if sample != item.sample:
                 labels[place] = int(self._dataset.labels[sample])
-        flips = [item.draws is not None and augment.flips(item.draws) for item in items]
-        crop_flip_normalize(torch.from_numpy(pixels), None, torch.tensor(flips), out)
+        flips = torch.tensor([item.draws is not None and augment.flips(item.draws) for item in items])
+        if kernels() is None:
+            size = self._config.image_size
+            pixels = np.stack([augment.cut(part, box, size) for part, box in zip(parts, boxes, strict=True)])
+            crop_flip_normalize(torch.from_numpy(pixels), None, flips, out)
+            return
+        crop_flip_normalize_at(
+            np.array([part.ctypes.data for part in parts]),
+            np.array([part.shape[:2] for part in parts]),
+            torch.tensor([(box.top, box.left, box.bottom - box.top, box.right - box.left) for box in boxes]).double(),
+            flips,
+            out,
+        )
 
     def _crop(self, dataset: Packed, items: list[_Item], out: Tensor) -> None:
         """From the mapped files straight into the batch."""
@@ -226,14 +242,15 @@ class Loader:
             pixels = np.stack([dataset.image(sample).pixels() for sample in samples.tolist()])
             crop_flip_normalize(torch.from_numpy(pixels), where, mirrored, out)
         else:
-            crop_flip_normalize_at(dataset.addresses(samples), dataset.size, dataset.size, where, mirrored, out)
+            sizes = np.full((len(items), 2), dataset.size)
+            crop_flip_normalize_at(dataset.addresses(samples), sizes, where, mirrored, out)
 
-    def _pixels(self, item: _Item) -> tuple[Pixels, int]:
-        """What is cut out of an image, not mirrored yet, and of which: a bad one's place the next good one may take."""
+    def _seen(self, item: _Item) -> tuple[Pixels, Box, int]:
+        """Pixels, the box of them that is seen, and of which sample: the next good one may take a bad one's place."""
         sample = item.sample
         while True:
             try:
-                return self._cut(sample, item.draws), sample
+                return *self._around(sample, item.draws), sample
             except (DecodeError, OSError) as error:
                 if self._config.on_bad == "fail":
                     raise self._dataset.bad(sample, error) from None
@@ -242,23 +259,13 @@ class Loader:
                     raise self._dataset.bad(sample, error) from None
                 sample = (sample + 1) % len(self._dataset)
 
-    def _cut(self, sample: int, draws: NDArray[np.float64] | None) -> Pixels:
+    def _around(self, sample: int, draws: NDArray[np.float64] | None) -> tuple[Pixels, Box]:
         size = self._config.image_size
         image = self._dataset.image(sample)
-        height, width = image.height, image.width
         if draws is None:
-            return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size)
-        box = augment.training_box(self._config, height, width, draws)._replace(flip=False)
-        decoded = image.pixels(*_smallest(box, height, width, size))
-        return augment.cut(decoded, box.scaled(decoded.shape[1] / width, decoded.shape[0] / height), size)
-
-
-def _smallest(box: Box, height: int, width: int, size: int) -> tuple[int, int]:
-    """The smallest decoding (height, width) in which the box still has ``size`` pixels each way."""
-    return (
-        int(np.ceil(height * size / (box.bottom - box.top))),
-        int(np.ceil(width * size / (box.right - box.left))),
-    )
+            return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size), Box(0, 0, size, size)
+        box = augment.training_box(self._config, image.height, image.width, draws)
+        return image.around(box._replace(flip=False), size)
 
 
 def _finished(batch: Batch, futures: list[Future[None]]) -> Batch:

@@ -56,6 +56,7 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
         module.crop_flip_normalize(
             address(pixels),
             0,
+            0,
             address(boxes),
             address(flips),
             address(out),
@@ -69,14 +70,13 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
 
 
 def crop_flip_normalize_at(
-    addresses: NDArray[np.int64], height: int, width: int, boxes: Tensor, flips: Tensor, out: Tensor
+    addresses: NDArray[np.int64], sizes: NDArray[np.int64], boxes: Tensor, flips: Tensor, out: Tensor
 ) -> None:
-    """:func:`crop_flip_normalize` of images that do not lie side by side, as in files mapped into memory.
+    """:func:`crop_flip_normalize` of images of any size that lie anywhere, as in files mapped into memory.
 
     Args:
         addresses: N; where each image begins, height x width x 3 bytes. The caller answers for them.
-        height: of every image, pixels.
-        width: likewise.
+        sizes: N x 2; height and width of each image, pixels.
         boxes: N x 4, as of :func:`crop_flip_normalize`.
         flips: N, bool.
         out: N x 3 x S x T, float32 or bf16, channels-last in memory.
@@ -84,22 +84,22 @@ def crop_flip_normalize_at(
     Raises:
         ValueError: a wrong type, layout, shape or device, or a box without pixels or too far outside.
     """
-    boxes = _check_boxes(boxes, len(addresses), height, width)
+    boxes = _check_boxes(boxes, torch.from_numpy(sizes))
     _check_out(out, len(addresses))
     _check_flips(flips, len(addresses))
     module = kernels()
     assert module is not None, "without kernels, images have to be copied together"
-    addresses = np.ascontiguousarray(addresses, np.int64)
+    addresses, sizes = (np.ascontiguousarray(each, np.int64) for each in (addresses, sizes))
     if out.numel():
         module.crop_flip_normalize(
             0,
             addresses.ctypes.data,
+            sizes.ctypes.data,
             address(boxes),
             address(flips),
             address(out),
             len(addresses),
-            height,
-            width,
+            *sizes.max(axis=0).tolist(),
             *out.shape[2:],
             _SCALE,
             _SHIFT,
@@ -128,7 +128,7 @@ def _check(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tens
             raise ValueError(f"out is {out.shape[2]} x {out.shape[3]} pixels; without boxes it must be as large as "
                              f"the images, {height} x {width}")  # fmt: skip
         return None
-    return _check_boxes(boxes, count, height, width)
+    return _check_boxes(boxes, torch.tensor([[height, width]]).expand(count, 2))
 
 
 def _check_out(out: Tensor, count: int) -> None:
@@ -144,14 +144,14 @@ def _check_flips(flips: Tensor, count: int) -> None:
         raise ValueError(f"flips has strides {flips.stride()}; it must be contiguous")
 
 
-def _check_boxes(boxes: Tensor, count: int, height: int, width: int) -> Tensor:
-    check("boxes", boxes, (torch.float32, torch.float64), (count, 4))
+def _check_boxes(boxes: Tensor, images: Tensor) -> Tensor:
+    check("boxes", boxes, (torch.float32, torch.float64), (len(images), 4))
     boxes = boxes.double().contiguous()
     begin, size = boxes[:, :2], boxes[:, 2:]
-    image = torch.tensor([height, width])
-    good = (size > 0) & (begin >= -image) & (begin + size <= 2 * image)
+    good = (size > 0) & (begin >= -images) & (begin + size <= 2 * images)
     if not good.all():
         bad = int(good.all(1).logical_not().nonzero()[0])
+        height, width = images[bad].tolist()
         raise ValueError(f"box {bad} is {boxes[bad].tolist()} (top, left, height, width); it must have pixels, and "
                          f"reach over the border of its {height} x {width} image by no more than that")  # fmt: skip
     return boxes

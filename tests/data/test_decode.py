@@ -1,13 +1,20 @@
 """Every kind of image file that data sets hold, and what is none."""
 
+import importlib
+import importlib.util
 import io
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
 from PIL import Image
 
-from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data import decode as decode_module
+from knltrain.data.augment import Box, cut
+from knltrain.data.decode import DecodeError, EncodedImage, decoder_of_parts
 
 
 def picture(height=48, width=64):
@@ -159,3 +166,172 @@ def test_flipped_bytes_never_raise_anything_else():
                 decode(bytes(broken))
             except DecodeError as error:
                 assert "\n" not in str(error)
+
+
+def textured(height, width, seed=0):
+    """Detail everywhere, so that a pixel from the wrong place shows."""
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (-(-height // 4), -(-width // 4), 3), dtype=np.uint8)
+    return np.ascontiguousarray(np.kron(coarse, np.ones((4, 4, 1), np.uint8))[:height, :width])
+
+
+needs_parts = pytest.mark.skipif(decoder_of_parts() is None, reason="no native kernels, or no libjpeg-turbo in Pillow")
+
+
+@needs_parts
+@pytest.mark.parametrize("subsampling", ["444", "422", "420", "440", "411", "Gray"])
+@pytest.mark.parametrize("size", [(61, 97), (128, 64), (200, 301)])
+def test_a_part_is_the_whole_images_to_the_pixel(subsampling, size):
+    pixels = textured(*size)
+    if subsampling == "Gray":
+        data = simplejpeg.encode_jpeg(np.ascontiguousarray(pixels[:, :, :1]), colorspace="GRAY", quality=90)
+    else:
+        data = simplejpeg.encode_jpeg(pixels, colorsubsampling=subsampling, quality=90)
+    check_parts(data, *size)
+
+
+@needs_parts
+def test_a_part_of_a_progressive_image():
+    check_parts(encoded(Image.fromarray(textured(150, 170)), "JPEG", progressive=True), 150, 170)
+
+
+@needs_parts
+def test_a_part_of_an_image_with_restart_markers():
+    check_parts(encoded(Image.fromarray(textured(150, 170)), "JPEG", restart_marker_blocks=3), 150, 170)
+
+
+def check_parts(data, height, width):
+    rng = np.random.default_rng(height)
+    image = EncodedImage(data)
+    for denominator in (1, 2, 4, 8):
+        rows, columns = -(-height // denominator), -(-width // denominator)
+        whole = EncodedImage(data).pixels(rows, columns) if denominator > 1 else image.pixels()
+        assert whole.shape == (rows, columns, 3)
+        edges = [(0, 0, rows, columns), (rows - 1, columns - 1, 1, 1), (0, 0, 1, 1), (rows // 2, 0, 1, columns)]
+        for _ in range(12):
+            top, left = int(rng.integers(rows)), int(rng.integers(columns))
+            edges.append((top, left, int(rng.integers(1, rows - top + 1)), int(rng.integers(1, columns - left + 1))))
+        native = decoder_of_parts()(data)
+        for top, left, high, wide in edges:
+            first, begin, got_rows, got_columns = native.begin(top, left, high, wide, denominator)
+            part = np.full((got_rows + 1, got_columns, 3), 77, np.uint8)
+            native.read(part.ctypes.data)
+            inside = part[top - first : top - first + high, left - begin : left - begin + wide]
+            assert np.array_equal(inside, whole[top : top + high, left : left + wide])
+            assert (part[got_rows] == 77).all(), "it wrote behind the window"
+
+
+@needs_parts
+@pytest.mark.parametrize("size", [24, 100])
+def test_what_is_cut_from_a_part_is_what_is_cut_from_the_whole(size):
+    data = simplejpeg.encode_jpeg(textured(240, 330), quality=90, colorsubsampling="420")
+    rng, smaller = np.random.default_rng(1), 0
+    for _ in range(50):
+        left, top = (int(rng.integers(limit)) for limit in (280, 190))
+        box = Box(left, top, left + int(rng.integers(20, 331 - left)), top + int(rng.integers(20, 241 - top)))
+        image = EncodedImage(data)
+        part, inside = image.around(box, size)
+        denominator = next((d for d in (8, 4, 2) if d * size <= min(box.right - left, box.bottom - top)), 1)
+        rows, columns = -(-240 // denominator), -(-330 // denominator)
+        whole = image.pixels(rows, columns) if denominator > 1 else image.pixels()
+        assert whole.shape[:2] == (rows, columns)
+        expected = cut(whole, box.scaled(columns / 330, rows / 240), size)
+        assert np.abs(cut(part, inside, size).astype(int) - expected).max() <= 1  # Pillow's weights are of 8 bits
+        smaller += part.size < 0.7 * whole.size
+    assert smaller > 25, "most boxes leave much of the image alone"
+
+
+def test_around_without_the_native_decoder(monkeypatch):
+    data = simplejpeg.encode_jpeg(textured(240, 330), quality=90)
+    boxes = [Box(10, 20, 320, 239), Box(100, 100, 140, 150), Box(-8, -8, 216, 216)]
+    native = [EncodedImage(data).around(box, 40) for box in boxes]
+    monkeypatch.setattr(decode_module, "decoder_of_parts", lambda: None)
+    for box, (part, inside) in zip(boxes, native, strict=True):
+        whole, there = EncodedImage(data).around(box, 40)
+        assert there[2] - there[0] == pytest.approx(inside[2] - inside[0])
+        assert np.abs(cut(part, inside, 40).astype(int) - cut(whole, there, 40)).max() <= 1
+
+
+@needs_parts
+def test_a_turned_image_and_a_box_over_the_border_are_decoded_whole():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = EncodedImage(encoded(Image.fromarray(textured(64, 96)), "JPEG", quality=95, exif=exif))
+    part, inside = turned.around(Box(0, 0, 30, 30), 30)
+    assert part.shape == (96, 64, 3)
+    assert np.array_equal(part[:30, :30], turned.pixels()[:30, :30])
+    assert inside == Box(0, 0, 30, 30)
+    plain = EncodedImage(simplejpeg.encode_jpeg(textured(64, 96)))
+    assert plain.around(Box(-4, 3, 92, 67), 64)[0].shape == (64, 96, 3)
+
+
+@needs_parts
+def test_damage_above_a_part_is_damage_and_below_it_is_not_seen():
+    data = simplejpeg.encode_jpeg(textured(400, 400), quality=90)
+    cut_short = EncodedImage(data[: len(data) // 2])
+    assert cut_short.around(Box(0, 0, 400, 100), 90)[0].shape[0] < 110
+    with pytest.raises(DecodeError):
+        cut_short.around(Box(0, 200, 400, 400), 90)
+
+
+@needs_parts
+def test_flipped_bytes_end_in_pixels_or_in_one_line():
+    rng = np.random.default_rng(0)
+    for options in ({}, {"progressive": True}):
+        data = encoded(Image.fromarray(textured(120, 90)), "JPEG", **options)
+        for _ in range(300):
+            broken = bytearray(data)
+            for place in rng.integers(0, len(data), 3):
+                broken[place] = rng.integers(0, 256)
+            try:
+                image = EncodedImage(bytes(broken))
+                if image.height * image.width < 10**6:
+                    image.around(Box(0.5, 0.5, image.width / 2 + 0.5, image.height / 2 + 0.5), 20)
+            except DecodeError as error:
+                assert "\n" not in str(error)
+
+
+@needs_parts
+def test_the_native_decoder_refuses_what_makes_no_sense():
+    native = decoder_of_parts()(simplejpeg.encode_jpeg(textured(40, 50)))
+    for window in ((0, 0, 41, 1), (0, 0, 1, 51), (-1, 0, 1, 1), (0, -1, 1, 1), (0, 0, 0, 1), (3, 3, 1, 0)):
+        with pytest.raises(IndexError):
+            native.begin(*window, 1)
+    *_, rows, columns = native.begin(30, 0, 10, 50, 1)
+    pixels = np.empty((rows, columns, 3), np.uint8)
+    native.read(pixels.ctypes.data)
+    with pytest.raises(RuntimeError, match="read before"):
+        native.read(pixels.ctypes.data)
+
+
+@needs_parts
+def test_either_interface_of_libjpeg_serves():
+    """Wheels of Pillow bring libjpeg.so.62; torchvision's bring libjpeg.so.8, as do some distributions."""
+    root = importlib.util.find_spec("torchvision")
+    found = sorted(Path(root.origin).parents[1].glob("torchvision.libs/libjpeg*.so.8*")) if root else []
+    if not found:
+        pytest.skip("no libjpeg.so.8: torchvision is not installed")
+    program = """
+import io, sys
+import numpy as np
+from PIL import Image
+from knltrain import _kernels
+assert _kernels.use_libjpeg(sys.argv[1]) == "", _kernels.use_libjpeg(sys.argv[1])
+buffer = io.BytesIO()
+Image.fromarray(np.random.default_rng(0).integers(0, 256, (70, 90, 3), dtype=np.uint8)).save(buffer, "JPEG")
+jpeg = _kernels.Jpeg(buffer.getvalue())
+top, left, rows, columns = jpeg.begin(13, 21, 40, 30, 1)
+part = np.empty((rows, columns, 3), np.uint8)
+jpeg.read(part.ctypes.data)
+whole = np.asarray(Image.open(buffer).convert("RGB"))
+assert np.array_equal(part[:, 21 - left:51 - left], whole[13:53, 21:51])
+"""
+    subprocess.run([sys.executable, "-c", program, str(found[0])], check=True, timeout=60)
+
+
+@needs_parts
+def test_other_libraries_are_refused_with_the_reason():
+    native = importlib.import_module("knltrain._kernels")
+    assert "no libjpeg-turbo" in native.use_libjpeg("libm.so.6")
+    assert "cannot open" in native.use_libjpeg("/nowhere/libjpeg.so.62")
+    assert EncodedImage(simplejpeg.encode_jpeg(textured(20, 20))).around(Box(0, 0, 9, 9), 9)[0].shape[0] == 9
