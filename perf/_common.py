@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from knltrain.engine import Engine
 
 WARMUP_STEPS = 3
+_GOODBYE_S = 10.0
 # What the networks are published with, as `knltrain bench` has it.
 _IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
 
@@ -184,12 +185,14 @@ def take_turns(
     """
     spawn = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
+    processes = []
     reasons: dict[str, str] = {}
     try:
         for name, arguments in contestants.items():
             pipe, theirs = spawn.Pipe()
-            process = spawn.Process(target=serve, args=(theirs, *arguments), daemon=True)
+            process = spawn.Process(target=serve, args=(theirs, *arguments))  # no daemon: it may have workers
             process.start()
+            processes.append(process)
             theirs.close()
             try:
                 reason = pipe.recv()
@@ -209,6 +212,9 @@ def take_turns(
     finally:
         for pipe in pipes.values():
             pipe.close()
+        for process in processes:
+            process.join(_GOODBYE_S)
+            process.terminate()
     return answers, reasons
 
 

@@ -18,7 +18,7 @@ def test_quick_run_reads_every_format(image_folder, tmp_path):
     assert printed == json.loads((tmp_path / "input.json").read_text())
     assert (tmp_path / "input.png").stat().st_size > 5000
     rates = {row["name"]: row.get("images_per_s") for row in printed["loaders"]}
-    ours = ("raw, crop-flip", "tar of 256 px, crop-flip", "folder, rrc", "tar of originals, rrc")
+    ours = ("raw, crop-flip", "raw, rrc", "tar of 256 px, crop-flip", "folder, rrc", "tar of originals, rrc")
     assert all(rates[name] > 0 for name in ours)
     assert set(printed["prepared"]) == {"raw", "tar", "originals"}
     assert all(row["counts"] == {"train": 48, "val": 13} for row in printed["prepared"].values())
