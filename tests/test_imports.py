@@ -34,13 +34,8 @@ WITHOUT_TORCH = [
     "config",
     "recipes",
     "schedule",
-    "node.topology",
-    "node.affinity",
-    "node.ranks",
-    "node.memory",
-    "node.cache",
-    "node.measured",
     "cli",
+    *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py")) if path.stem != "__init__"),
 ]
 
 
