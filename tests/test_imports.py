@@ -15,6 +15,8 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"cli_node"},
+    {"command"},
     {"train", "evaluate", "bench", "tune", "prepare", "describe"},
     {"engine", "checkpoint", "metrics"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
@@ -35,6 +37,8 @@ WITHOUT_TORCH = [
     "recipes",
     "schedule",
     "cli",
+    "cli_node",
+    "command",
     *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py")) if path.stem != "__init__"),
 ]
 
