@@ -70,14 +70,31 @@ def main() -> None:
 
 main.add_command(plan)
 
+_NO_STRICT = click.option(
+    "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."
+)
+
+
+def _take_place(*, strict: bool) -> Any:
+    """Moves this rank to its cores, which must come before torch is loaded."""
+    from knltrain.node.binding import take_place
+
+    place = take_place(strict=strict)
+    for problem in place.warnings:
+        # What is so of a node is said once on each, what is so of a rank by itself.
+        if place.ranks.local_rank == 0 or f"rank {place.ranks.rank} " in problem:
+            click.echo(f"warning: {problem}", err=True)
+    return place
+
 
 @main.command()
 @click.option("--recipe", metavar="NAME", help="Recipe to start from; `knltrain recipes` lists them.")
 @click.option("--config", "file", metavar="FILE", help="TOML file of fields; overrides the recipe.")
+@_NO_STRICT
 @JSON
 @_field_options()
 @reports_errors
-def train(recipe: str | None, file: str | None, as_json: bool, **values: str | None) -> None:
+def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Train a network: alone, or as one rank under torchrun, mpiexec or srun.
 
     Fields come from the recipe, then from the file, then from the options below.
@@ -93,10 +110,11 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
     flags = _given(values)
     config = configuration.override(configuration.override(config, from_file), flags)
 
-    from knltrain.console import Console
-    from knltrain.node.ranks import discover
+    place = _take_place(strict=not no_strict_affinity)
 
-    console = Console(json=as_json, silent=discover().rank != 0)
+    from knltrain.console import Console
+
+    console = Console(json=as_json, silent=place.ranks.rank != 0)
     changed = {*flags, *from_file}
     if recipe and "global_batch" in changed and "optim.lr" not in changed and config.optim.lr_scaling == "none":
         console.warn(
@@ -109,7 +127,7 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
 
     from knltrain.train import train as run
 
-    summary, finished = run(config, console)
+    summary, finished = run(config, console, place)
     if not finished:
         if summary:
             console.line(f"stopped by a signal after step {summary['steps']:,}; the same command goes on from there")
@@ -126,22 +144,24 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
 
 @main.command(name="eval")
 @click.argument("checkpoint")
+@_NO_STRICT
 @JSON
 @_field_options("data", "precision", "force_bf16", "workers", "on_bad")
 @reports_errors
-def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
+def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data."""
     config = configuration.override(RunConfig(), _given(values))
+
+    place = _take_place(strict=not no_strict_affinity)
 
     from pathlib import Path
 
     from knltrain.console import Console
     from knltrain.evaluate import evaluate_checkpoint
-    from knltrain.node.ranks import discover
 
-    first = discover().rank == 0
+    first = place.ranks.rank == 0
     console = Console(json=as_json, silent=not first)
-    result = evaluate_checkpoint(Path(checkpoint), config, console)
+    result = evaluate_checkpoint(Path(checkpoint), config, console, place)
     console.line(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} over "
         f"{result['images']:,} images, {result['images_per_s']:.0f} img/s"

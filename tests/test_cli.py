@@ -23,8 +23,8 @@ FIELDS = """
     checkpoint.every checkpoint.keep
 """
 FLAGS = {
-    "train": {"recipe", "config", "json", "help", *FIELDS.split()},
-    "eval": {"json", "help", "data", "precision", "force-bf16", "workers", "on-bad"},
+    "train": {"recipe", "config", "json", "help", "no-strict-affinity", *FIELDS.split()},
+    "eval": {"json", "help", "no-strict-affinity", "data", "precision", "force-bf16", "workers", "on-bad"},
     "bench": {
         "json",
         "help",
