@@ -5,23 +5,22 @@ Only what parsing needs is imported here; torch is loaded by the verb that compu
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import sys
 from collections.abc import Callable
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import click
 
 import knltrain
 from knltrain import config as configuration
+from knltrain.cli_node import plan
+from knltrain.command import JSON, STOPPED, reports_errors
 from knltrain.config import EngineName, Precision, RunConfig
-from knltrain.errors import ConfigError, KnltrainError
+from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES, SOURCES
-
-FAILED, BAD_USAGE, STOPPED = 1, 2, 75
 
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
@@ -29,9 +28,6 @@ _CONTEXT = {
     # Fields are written with underscores in files; on the command line both spellings are the same option.
     "token_normalize_func": lambda token: token.replace("_", "-"),
 }
-_JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr."
-)
 
 
 def _field_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -61,29 +57,6 @@ def _metavar(kind: Any) -> str:
     return {bool: "true|false", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
 
 
-def _reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the project's errors into one line and an exit code."""
-
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except KnltrainError as error:
-            _fail(str(error), BAD_USAGE if isinstance(error, ConfigError) else FAILED)
-        except OSError as error:  # a folder that cannot be written, a disk that is full
-            _fail(f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED)
-        except KeyboardInterrupt:
-            _fail("interrupted", 130)
-
-    return wrapped
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
-    click.echo(f"knltrain: {f'rank {rank}: ' if rank else ''}{message}", err=True)
-    sys.exit(code)
-
-
 def _given(values: dict[str, str | None]) -> dict[str, str]:
     """The fields that were set on the command line, by dotted name."""
     return {name.replace("__", "."): value for name, value in values.items() if value is not None}
@@ -95,13 +68,33 @@ def main() -> None:
     """Large-batch ImageNet training with LARS on clusters of many-core CPUs."""
 
 
+main.add_command(plan)
+
+_NO_STRICT = click.option(
+    "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."
+)
+
+
+def _take_place(*, strict: bool) -> Any:
+    """Moves this rank to its cores, which must come before torch is loaded."""
+    from knltrain.node.binding import take_place
+
+    place = take_place(strict=strict)
+    for problem in place.warnings:
+        # What is so of a node is said once on each, what is so of a rank by itself.
+        if place.ranks.local_rank == 0 or f"rank {place.ranks.rank} " in problem:
+            click.echo(f"warning: {problem}", err=True)
+    return place
+
+
 @main.command()
 @click.option("--recipe", metavar="NAME", help="Recipe to start from; `knltrain recipes` lists them.")
 @click.option("--config", "file", metavar="FILE", help="TOML file of fields; overrides the recipe.")
-@_JSON
+@_NO_STRICT
+@JSON
 @_field_options()
-@_reports_errors
-def train(recipe: str | None, file: str | None, as_json: bool, **values: str | None) -> None:
+@reports_errors
+def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Train a network: alone, or as one rank under torchrun, mpiexec or srun.
 
     Fields come from the recipe, then from the file, then from the options below.
@@ -117,10 +110,11 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
     flags = _given(values)
     config = configuration.override(configuration.override(config, from_file), flags)
 
-    from knltrain.console import Console
-    from knltrain.node.ranks import discover
+    place = _take_place(strict=not no_strict_affinity)
 
-    console = Console(json=as_json, silent=discover().rank != 0)
+    from knltrain.console import Console
+
+    console = Console(json=as_json, silent=place.ranks.rank != 0)
     changed = {*flags, *from_file}
     if recipe and "global_batch" in changed and "optim.lr" not in changed and config.optim.lr_scaling == "none":
         console.warn(
@@ -133,7 +127,7 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
 
     from knltrain.train import train as run
 
-    summary, finished = run(config, console)
+    summary, finished = run(config, console, place)
     if not finished:
         if summary:
             console.line(f"stopped by a signal after step {summary['steps']:,}; the same command goes on from there")
@@ -150,22 +144,24 @@ def train(recipe: str | None, file: str | None, as_json: bool, **values: str | N
 
 @main.command(name="eval")
 @click.argument("checkpoint")
-@_JSON
+@_NO_STRICT
+@JSON
 @_field_options("data", "precision", "force_bf16", "workers", "on_bad")
-@_reports_errors
-def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
+@reports_errors
+def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data."""
     config = configuration.override(RunConfig(), _given(values))
+
+    place = _take_place(strict=not no_strict_affinity)
 
     from pathlib import Path
 
     from knltrain.console import Console
     from knltrain.evaluate import evaluate_checkpoint
-    from knltrain.node.ranks import discover
 
-    first = discover().rank == 0
+    first = place.ranks.rank == 0
     console = Console(json=as_json, silent=not first)
-    result = evaluate_checkpoint(Path(checkpoint), config, console)
+    result = evaluate_checkpoint(Path(checkpoint), config, console, place)
     console.line(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} over "
         f"{result['images']:,} images, {result['images_per_s']:.0f} img/s"
@@ -185,8 +181,8 @@ def evaluate(checkpoint: str, as_json: bool, **values: str | None) -> None:
 @click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What an image that cannot be decoded means; DST/rejected.jsonl lists them.")  # fmt: skip
 @click.option("--verify", metavar="DST", help="Compare a prepared folder with its checksums, and do nothing else.")
-@_JSON
-@_reports_errors
+@JSON
+@reports_errors
 def prepare(
     src: str | None, dst: str | None, format: Literal["raw", "tar"], size: int, workers: int | None, on_bad: str,
     verify: str | None, as_json: bool,
@@ -226,9 +222,9 @@ def prepare(
 @click.argument("folder")
 @click.option("--recipe", metavar="NAME", help="Show what this recipe's augmentation makes of the images.")
 @click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="The picture's file.")
-@_JSON
+@JSON
 @_field_options("image_size", "augment.name", "augment.resize")
-@_reports_errors
+@reports_errors
 def data(folder: str, recipe: str | None, sheet: str, as_json: bool, **values: str | None) -> None:
     """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it."""
     config = configuration.override(_recipe(recipe) if recipe else RunConfig(), _given(values))
@@ -262,8 +258,8 @@ _USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256}
 @click.option("--threads", metavar="T,...", help="Measure with each of these numbers of threads.")
 @click.option("--out", metavar="DIR", help="Folder for table and plot of --batches and --threads; default runs/bench.")
 @_field_options("data", "force_bf16", "on_bad")
-@_JSON
-@_reports_errors
+@JSON
+@reports_errors
 def bench(as_json: bool, steps: int, **options: Any) -> None:
     """Time training steps on this node, on noise or, with --data, through the whole input path."""
     swept = {name: _numbers(name, options.pop(name)) for name in ("batches", "threads")}
@@ -308,8 +304,8 @@ def bench(as_json: bool, steps: int, **options: Any) -> None:
 @click.option("--batch", help="Images a step; default 32, 128 for AlexNet, 256 for alexnet_bn_small.")
 @click.option("--precision", type=click.Choice(Precision.__args__), default="auto", show_default=True)  # type: ignore[attr-defined]
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps timed of each engine.")
-@_JSON
-@_reports_errors
+@JSON
+@reports_errors
 def tune(model: str, batch: str | None, precision: str, steps: int, as_json: bool) -> None:
     """Measure which engine is the fastest for a model on this node; --engine auto goes by it from then on."""
     batch = batch or str(_USUAL_BATCH.get(model, 32))
@@ -381,7 +377,7 @@ def _print_bench(console: Any, result: dict[str, Any]) -> None:
 
 
 @main.command()
-@_JSON
+@JSON
 def recipes(as_json: bool) -> None:
     """List the recipes with what each is known to reach."""
     rows = []

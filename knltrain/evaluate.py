@@ -20,10 +20,8 @@ from knltrain.data.folder import DataError
 from knltrain.data.loader import Loader
 from knltrain.engine import DTYPES, autocast, choose_precision
 from knltrain.models import model_of
-from knltrain.node.affinity import threads_per_rank
+from knltrain.node.binding import Place, running_on
 from knltrain.node.memory import keep_freed_memory
-from knltrain.node.ranks import discover
-from knltrain.node.topology import read_node
 
 
 class Accuracy(NamedTuple):
@@ -71,13 +69,14 @@ def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, 
     )
 
 
-def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> dict[str, Any]:
+def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place: Place) -> dict[str, Any]:
     """Evaluates a checkpoint on the ``val`` part of a data set.
 
     Args:
         folder: a checkpoint, or a run's folder, of which the newest is taken.
         config: names the data, the precision and the number of decode threads; the checkpoint says the rest.
         console: where to speak.
+        place: where this rank runs.
 
     Returns:
         Accuracy and what it was measured on.
@@ -87,21 +86,24 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console) -> di
         DataError: the data cannot be used, or has other classes than the checkpoint was trained on.
     """
     keep_freed_memory()
-    ranks, node = discover(), read_node()
-    threads = threads_per_rank(node, ranks.local_size)
+    ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
     folder = checkpoint.newest(folder)
     state = checkpoint.read_state(folder)
     fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
     config = override(config, {**fields, "dropout": state["dropout"]})
-    with Group(ranks) as group, group.names_lost_ranks():
+    with running_on(place.plan.comm):
+        group = Group(ranks)
+    with group, group.names_lost_ranks():
         dataset = open_part(config, "val")
         if list(dataset.classes) != state["classes"]:
             raise DataError(f"{config.data}/val has other classes than {folder} was trained on")
         model = model_of(config, len(dataset.classes))
         checkpoint.load_weights(folder, model)
-        loader = Loader(dataset, config, dtype=DTYPES[precision], workers=config.workers or threads)
+        loader = Loader(
+            dataset, config, dtype=DTYPES[precision], workers=config.workers or threads, cpus=place.plan.decode
+        )
         console.line(f"{config.model} of {folder} on {len(dataset):,} images, {precision}, {threads} threads a rank")
         with contextlib.closing(loader):
             start = time.perf_counter()

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,8 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import evaluate
 from knltrain.metrics import MetricsLog, draw_curves, read_metrics, write_json
 from knltrain.models import model_of
-from knltrain.node.affinity import threads_per_rank
+from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb, resident_mb
-from knltrain.node.ranks import discover
-from knltrain.node.topology import read_node
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.provenance import provenance
@@ -60,6 +59,7 @@ class Run:
     total_steps: int
     progress: checkpoint.Progress
     meta: dict[str, Any]
+    place: Place
 
     @property
     def last_step(self) -> int:
@@ -183,6 +183,9 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
     if log:
         log.write(row)
     bar.evaluation(row)
+    for problem in (drift(run.place), run.train_loader.moved(), run.val_loader.moved()):
+        if problem:
+            warnings.warn(f"{problem}: a library has changed it", stacklevel=1)
 
 
 def save_checkpoint(run: Run, elapsed_s: float) -> None:
@@ -201,8 +204,13 @@ def save_checkpoint(run: Run, elapsed_s: float) -> None:
     run.group.barrier()
 
 
-def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
+def train(config: RunConfig, console: Console, place: Place | None = None) -> tuple[dict[str, Any], bool]:
     """Trains as configured, alone or as one of several ranks.
+
+    Args:
+        config: what to train.
+        console: where to speak.
+        place: where this rank runs, as it was taken before torch was loaded; by default nothing is moved.
 
     Returns:
         The summary (also OUT/summary.json), and whether the run is finished; if not, a signal stopped it after a
@@ -213,8 +221,8 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         KnltrainError: data, a checkpoint or the other ranks failed.
     """
     malloc = keep_freed_memory()
-    ranks, node = discover(), read_node()
-    threads = threads_per_rank(node, ranks.local_size)
+    place = place or find_place(strict=False)
+    ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
     engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
@@ -222,7 +230,8 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
-        group = cleanup.enter_context(Group(ranks))
+        with running_on(place.plan.comm):  # where the threads that it makes then stay
+            group = cleanup.enter_context(Group(ranks))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             guard_out(config, out)
@@ -258,17 +267,21 @@ def train(config: RunConfig, console: Console) -> tuple[dict[str, Any], bool]:
         engine = build_engine(engine_name, precision, model, optimizer)
         workers = config.workers or threads
         train_loader, val_loader = (
-            cleanup.enter_context(contextlib.closing(Loader(part, config, dtype=engine.dtype, workers=workers)))
+            cleanup.enter_context(
+                contextlib.closing(Loader(part, config, dtype=engine.dtype, workers=workers, cpus=place.plan.decode))
+            )
             for part in (train_set, val_set)
         )
         meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
                 "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set)}  # fmt: skip
-        run = Run(config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta)
+        run = Run(
+            config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta, place
+        )
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
                 "threads": threads, "workers": workers, "backend": group.backend, "local_batch": share.local_batch,
                 "accumulate": share.accumulate, "steps": steps, "precision": precision, "engine": engine.name,
-                "kernels": isa(), "malloc": malloc}  # fmt: skip
+                "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), resume_from)
         log = None
         if group.is_first:

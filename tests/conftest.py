@@ -30,6 +30,14 @@ def no_launcher(monkeypatch):
             monkeypatch.delenv(name)
 
 
+@pytest.fixture(autouse=True)
+def own_cpus():
+    """A command that is called in this process takes its place in it."""
+    before = os.sched_getaffinity(0)
+    yield
+    os.sched_setaffinity(0, before)
+
+
 def write_jpeg(path, height, width, seed):
     """A smooth coloured picture, so that compression changes it little."""
     rng = np.random.default_rng(seed)

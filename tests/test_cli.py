@@ -23,8 +23,8 @@ FIELDS = """
     checkpoint.every checkpoint.keep
 """
 FLAGS = {
-    "train": {"recipe", "config", "json", "help", *FIELDS.split()},
-    "eval": {"json", "help", "data", "precision", "force-bf16", "workers", "on-bad"},
+    "train": {"recipe", "config", "json", "help", "no-strict-affinity", *FIELDS.split()},
+    "eval": {"json", "help", "no-strict-affinity", "data", "precision", "force-bf16", "workers", "on-bad"},
     "bench": {
         "json",
         "help",
@@ -48,6 +48,7 @@ FLAGS = {
     "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify"},
     "data": {"json", "help", "recipe", "sheet", "image-size", "augment.name", "augment.resize"},
     "recipes": {"json", "help"},
+    "plan": {"json", "help", "ranks-per-node", "topology", "format"},
 }
 
 
@@ -95,6 +96,8 @@ def invoke(*arguments):
         (["bench", "--threads", "0"], 2, "--threads 0: give positive numbers"),
         (["bench", "--threads", "1,100000"], 2, "100000 threads: this process may use"),
         (["tune", "--model", "lenet"], 2, "no 'lenet'"),
+        (["plan", "--topology", "/nowhere"], 2, "/nowhere: no folder sys or proc in it"),
+        (["plan", "--ranks-per-node", "0"], 2, "ranks-per-node"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):

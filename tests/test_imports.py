@@ -15,6 +15,8 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
+    {"cli_node"},
+    {"command"},
     {"train", "evaluate", "bench", "tune", "prepare", "describe"},
     {"engine", "checkpoint", "metrics"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
@@ -34,13 +36,10 @@ WITHOUT_TORCH = [
     "config",
     "recipes",
     "schedule",
-    "node.topology",
-    "node.affinity",
-    "node.ranks",
-    "node.memory",
-    "node.cache",
-    "node.measured",
     "cli",
+    "cli_node",
+    "command",
+    *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py")) if path.stem != "__init__"),
 ]
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import threading
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -19,6 +22,8 @@ from knltrain.data.augment import Box, Pixels
 from knltrain.data.decode import DecodeError
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
+from knltrain.node.binding import prefer_memory
+from knltrain.node.cpulist import format_cpu_list
 from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at
 from knltrain.ops.native import kernels
 
@@ -115,18 +120,41 @@ class Loader:
         config: names the augmentation and the size.
         dtype: of the images, float32 or bf16.
         workers: decode threads.
+        cpus: logical CPUs they run on; by default those of the thread that makes the loader.
     """
 
-    def __init__(self, dataset: Dataset, config: RunConfig, *, dtype: torch.dtype, workers: int) -> None:
+    def __init__(
+        self, dataset: Dataset, config: RunConfig, *, dtype: torch.dtype, workers: int, cpus: Collection[int] = ()
+    ) -> None:
         self._dataset = dataset
         self._config = config
         self._dtype = dtype
         self._workers = workers
+        self._cpus = frozenset(cpus)
+        self._threads: list[int] = []
         self._bad: set[int] = set()
         # A worker's few torch calls must not start OpenMP threads of their own. The setting is per thread for threads
         # that have computed already, as the trainer's has by now.
         torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(workers, "decode", initializer=torch.set_num_threads, initargs=(1,))
+        self._pool = ThreadPoolExecutor(workers, "decode", initializer=self._begin)
+
+    def _begin(self) -> None:
+        """What a decode thread does first."""
+        torch.set_num_threads(1)
+        if self._cpus:
+            # The trainer may be told to take MCDRAM or HBM first; images from disk would fill it for nothing.
+            prefer_memory(())
+            with contextlib.suppress(OSError):  # moved() will tell
+                os.sched_setaffinity(0, self._cpus)
+            self._threads.append(threading.get_native_id())
+
+    def moved(self) -> str:
+        """Says where decode threads are that are not on their CPUs, which some library must have changed."""
+        found = {frozenset(os.sched_getaffinity(thread)) for thread in self._threads} - {self._cpus}
+        if not found:
+            return ""
+        where = " and ".join(sorted(map(format_cpu_list, found)))
+        return f"decoders were put on CPUs {format_cpu_list(self._cpus)} and are on {where} now"
 
     def close(self) -> None:
         """Stops the threads; what they have not begun is dropped. Closes the data set."""

@@ -1,19 +1,119 @@
-"""How many threads each rank computes with."""
+"""Which rank of a node has which cores, what runs on each of their hardware threads, and where its memory is.
+
+The rules, in order; ``knltrain plan`` draws what comes of them:
+
+1. One rank per NUMA domain with cores, unless asked otherwise. Ranks that divide by domains (or domains by ranks) get
+   whole parts of them, as equal as can be; other numbers cut through the row of all cores, neighbours by cache staying
+   together. More ranks than cores share cores.
+2. With several ranks, each keeps some of its cores for the workers of the communication library, none where it has
+   fewer than 8. One in 16 rounded, 1 to 4, gives what was recommended for Caffe on these processors: 4 of a Xeon Phi's
+   68 cores, 2 of a Xeon's 28 (https://github.com/intel/caffe/issues/218). All ranks keep as many as the smallest, since
+   the library is told one number.
+3. One compute thread on each of the other cores, or ``OMP_NUM_THREADS`` of them.
+4. Decoders run on the second hardware thread of each compute core. Where cores have one, or none is free, they share
+   all of the rank's cores but the communication's: confined to fewer they would be what the run waits for.
+5. Memory comes from the domain that touches it first, which is the rank's own, since its threads are there; a rank
+   that needs more than its domain has takes the neighbours' instead of being killed, as it would be if bound. MCDRAM
+   or HBM in flat mode is preferred by compute threads, until it is full, where a rank's part of it is 2 GiB or more.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from typing import Literal
 
 from knltrain.errors import ConfigError
-from knltrain.node.topology import Node
+from knltrain.node.cpulist import format_cpu_list
+from knltrain.node.topology import Cores, Node
+
+_FEWEST_FOR_COMM = 8
+_CORES_PER_COMM = 16
+_MOST_COMM = 4
+# Less would hold weights and momentum but no activations of a useful batch.
+_FAST_ENOUGH_MB = 2048
+
+
+@dataclass(frozen=True)
+class MemoryPolicy:
+    """Where a rank's compute threads take memory from.
+
+    Attributes:
+        mode: local (the domain that touches a page first) or prefer (``nodes``, until they are full).
+        nodes: the kernel's numbers of MCDRAM or HBM.
+        reason: why, for people.
+    """
+
+    mode: Literal["local", "prefer"]
+    nodes: tuple[int, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's part of the node.
+
+    Attributes:
+        local_rank: which one.
+        domains: the NUMA domains its cores are in.
+        cores: how many it has.
+        threads: compute threads.
+        compute: logical CPUs they run on.
+        comm: logical CPUs of the communication library's workers.
+        decode: logical CPUs of the decoders.
+        memory: where its memory comes from.
+    """
+
+    local_rank: int
+    domains: tuple[int, ...]
+    cores: int
+    threads: int
+    compute: tuple[int, ...]
+    comm: tuple[int, ...]
+    decode: tuple[int, ...]
+    memory: MemoryPolicy
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every rank of a node has.
+
+    Attributes:
+        ranks: by local rank.
+        idle: cores on which nothing runs.
+        notes: what a person should know of it, a sentence each.
+    """
+
+    ranks: tuple[RankPlan, ...]
+    idle: Cores
+    notes: tuple[str, ...]
+
+
+def asked_threads(environ: Mapping[str, str]) -> int | None:
+    """Returns ``OMP_NUM_THREADS``, or None where the plan decides.
+
+    The 1 that torchrun sets for whoever did not is nobody's wish: it makes CPU training silently slow.
+
+    Raises:
+        ConfigError: it is no positive number.
+    """
+    asked = environ.get("OMP_NUM_THREADS", "")
+    by_torchrun = "TORCHELASTIC_RUN_ID" in environ and asked == "1"
+    if not asked or by_torchrun:
+        return None
+    # OpenMP allows one number per nesting level; the first is ours.
+    first = asked.split(",")[0].strip()
+    if not first.isdecimal() or int(first) < 1:
+        raise ConfigError(f"OMP_NUM_THREADS={asked} is no positive number; unset it or give one")
+    return int(first)
 
 
 def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | None = None) -> int:
-    """Returns the number of compute threads of one rank: one per physical core that is the rank's own.
+    """Returns the number of compute threads of one of several equal ranks, all of whose cores compute.
 
-    ``OMP_NUM_THREADS`` is obeyed, except the 1 that torchrun sets for whoever did not: that default makes CPU
-    training silently slow. A rank whose launcher left it the whole machine takes its share of the cores.
+    ``OMP_NUM_THREADS`` is obeyed. A rank whose launcher left it the whole machine takes its share of the cores.
 
     Args:
         node: what this process may use.
@@ -23,14 +123,143 @@ def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | N
     Raises:
         ConfigError: ``OMP_NUM_THREADS`` is no positive number.
     """
-    environ = os.environ if environ is None else environ
-    asked = environ.get("OMP_NUM_THREADS", "")
-    by_torchrun = "TORCHELASTIC_RUN_ID" in environ and asked == "1"
-    if asked and not by_torchrun:
-        # OpenMP allows one number per nesting level; the first is ours.
-        first = asked.split(",")[0].strip()
-        if not first.isdigit() or int(first) < 1:
-            raise ConfigError(f"OMP_NUM_THREADS={asked} is no positive number; unset it or give one")
-        return int(first)
-    pinned = len(node.cpus) * local_size <= node.online
+    asked = asked_threads(os.environ if environ is None else environ)
+    if asked:
+        return asked
+    pinned = len(node.cpus) * local_size <= len(node.group_cpus)
     return max(1, len(node.cores) if pinned else len(node.cores) // local_size)
+
+
+def comm_cores(cores: int, world_size: int) -> int:
+    """Returns how many of a rank's cores the communication library's workers have."""
+    if world_size == 1 or cores < _FEWEST_FOR_COMM:
+        return 0
+    return min(max(round(cores / _CORES_PER_COMM), 1), _MOST_COMM)
+
+
+def plan_node(
+    node: Node,
+    ranks_per_node: int | None = None,
+    *,
+    world_size: int | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Plan:
+    """Places ranks on a node.
+
+    Args:
+        node: what they may use together.
+        ranks_per_node: by default one per NUMA domain with cores.
+        world_size: ranks on all nodes, by default this node's: a rank that is alone keeps no cores for communication.
+        environ: the environment, by default this process's; ``OMP_NUM_THREADS`` in it is obeyed.
+
+    Raises:
+        ConfigError: fewer than one rank, or ``OMP_NUM_THREADS`` is no positive number.
+    """
+    asked = asked_threads(os.environ if environ is None else environ)
+    count = len(node.domains) if ranks_per_node is None else ranks_per_node
+    if count < 1:
+        raise ConfigError(f"{count} ranks per node: give 1 or more")
+    shares = _shares(node, count)
+    quota = _within_quota(node, shares)
+    comm = comm_cores(min(len(cores) for cores in shares), world_size or count)
+    home = {core: domain.number for domain in node.domains for core in domain.cores}
+    on = [tuple(sorted({home[core] for core in cores})) for cores in shares]
+    ranks = tuple(
+        _rank(local_rank, cores, on[local_rank], comm, asked, _memory(node, on, local_rank))
+        for local_rank, cores in enumerate(shares)
+    )
+    busy = {cpu for rank in ranks for cpu in (*rank.compute, *rank.comm, *rank.decode)}
+    idle = tuple(core for core in node.cores if not busy & set(core))
+    return Plan(ranks, idle, tuple(_notes(node, ranks, quota=quota, asked=asked)))
+
+
+def _shares(node: Node, count: int) -> list[Cores]:
+    """The cores of each rank."""
+    domains = [domain.cores for domain in node.domains]
+    if count > len(node.cores):
+        row = [core for cores in domains for core in cores]
+        return [(row[rank * len(row) // count],) for rank in range(count)]
+    if count % len(domains) == 0 and all(count // len(domains) <= len(cores) for cores in domains):
+        return [part for cores in domains for part in _parts(cores, count // len(domains))]
+    if len(domains) % count == 0:
+        size = len(domains) // count
+        return [sum(domains[first : first + size], ()) for first in range(0, len(domains), size)]
+    return _parts(sum(domains, ()), count)
+
+
+def _parts(cores: Cores, count: int) -> list[Cores]:
+    """Consecutive parts; the first have one more where they cannot be equal."""
+    sizes = [len(cores) // count + (part < len(cores) % count) for part in range(count)]
+    return [cores[first:stop] for first, stop in pairwise(accumulate(sizes, initial=0))]
+
+
+def _within_quota(node: Node, shares: list[Cores]) -> bool:
+    """Shortens the shares where the control group would put more threads to sleep; returns whether it does."""
+    if node.cpu_quota is None or node.cpu_quota >= len(node.cores):
+        return False
+    most = max(1, int(node.cpu_quota) // len(shares))
+    shares[:] = [cores[:most] for cores in shares]
+    return True
+
+
+def _rank(
+    local_rank: int, cores: Cores, domains: tuple[int, ...], comm: int, asked: int | None, memory: MemoryPolicy
+) -> RankPlan:
+    if asked:
+        comm = min(comm, max(0, len(cores) - asked))
+    computing, communicating = cores[: len(cores) - comm], cores[len(cores) - comm :]
+    deepest = max(len(core) for core in computing)
+    # First threads of all cores, then second ones: that is how many threads take CPUs, fewer or more than cores.
+    slots = [core[depth] for depth in range(deepest) for core in computing if depth < len(core)]
+    compute = tuple(slots[: asked or len(computing)])
+    used = [core for core in computing if core[0] in compute]
+    spare = [core[0] for core in computing if core[0] not in compute]
+    siblings = [core[1] for core in used if len(core) > 1 and core[1] not in compute]
+    alone = len(siblings) == len(used)
+    decode = (*siblings, *spare) if alone else (*compute, *siblings, *spare)
+    return RankPlan(
+        local_rank=local_rank,
+        domains=domains,
+        cores=len(cores),
+        threads=asked or len(compute),
+        compute=compute,
+        comm=tuple(core[0] for core in communicating),
+        decode=decode,
+        memory=memory,
+    )
+
+
+def _memory(node: Node, on: list[tuple[int, ...]], local_rank: int) -> MemoryPolicy:
+    near = [one for one in node.memory_nodes if one.kind != "far" and set(one.domains) & set(on[local_rank])]
+    if not near:
+        return MemoryPolicy("local", (), "first touch: its threads stay in their domains")
+    sharers = {one.number: sum(bool(set(one.domains) & set(domains)) for domains in on) for one in near}
+    part = sum(one.memory_mb // sharers[one.number] for one in near)
+    if part < _FAST_ENOUGH_MB:
+        return MemoryPolicy("local", (), f"first touch: {part:,} MiB of {near[0].kind} a rank are too little")
+    nodes = tuple(one.number for one in near)
+    where = f"{part:,} MiB of {near[0].kind} (node {format_cpu_list(nodes)})"
+    return MemoryPolicy("prefer", nodes, f"prefers {where} until it is full")
+
+
+def _notes(node: Node, ranks: tuple[RankPlan, ...], *, quota: bool, asked: int | None) -> list[str]:
+    notes = []
+    if len(node.group_cpus) < node.online:
+        notes.append(f"the control group leaves {len(node.group_cpus)} of this node's {node.online} CPUs")
+    if len(node.cpus) < len(node.group_cpus):
+        notes.append(f"this process may run on {len(node.cpus)} of {len(node.group_cpus)} CPUs")
+    if quota:
+        notes.append(f"the control group allows {node.cpu_quota:g} CPUs' time; more threads would be put to sleep")
+    if len(ranks) > len(node.cores):
+        notes.append(f"{len(ranks)} ranks on {len(node.cores)} cores: ranks share cores, and the run is slow")
+    fewest, most = min(rank.cores for rank in ranks), max(rank.cores for rank in ranks)
+    if fewest < most:
+        notes.append(f"ranks have {fewest} to {most} cores; a step takes as long as the smallest rank's")
+    if len(ranks) > 1 and len(ranks) < len(node.cores) and any(
+        len(rank.domains) > 1 for rank in ranks
+    ) and len(node.domains) % len(ranks):  # fmt: skip
+        notes.append(f"{len(ranks)} ranks do not fit {len(node.domains)} domains: some rank has cores in two of them")
+    most_threads = max(len(rank.compute) for rank in ranks)
+    if asked and asked > most_threads:
+        notes.append(f"OMP_NUM_THREADS={asked} is more than the {most_threads} CPUs that a rank has")
+    return notes

@@ -1,3 +1,5 @@
+import contextlib
+import os
 import threading
 
 import numpy as np
@@ -121,3 +123,19 @@ def test_threads_end_with_the_loader_and_leave_the_trainers_threads_alone(image_
 def test_a_batch_larger_than_the_data_set(make_loader):
     images, _ = steps(make_loader(), Share(128, 64, 0, 1), 0, 2)
     assert [len(step) for step in images] == [128, 128]
+
+
+def test_decoders_run_where_they_are_told_and_notice_when_they_are_moved(image_folder):
+    mine = sorted(os.sched_getaffinity(0))
+    if len(mine) < 2:
+        pytest.skip("one CPU: nowhere to move")
+    loader = Loader(Folder(image_folder / "train"), CONFIG, dtype=torch.float32, workers=2, cpus={mine[1]})
+    with contextlib.closing(loader):
+        list(loader.training(Share(16, 16, 0, 1), 0, 2))
+        threads = [thread.native_id for thread in threading.enumerate() if thread.name.startswith("decode")]
+        assert threads
+        assert all(os.sched_getaffinity(thread) == {mine[1]} for thread in threads)
+        assert os.sched_getaffinity(0) == set(mine), "the trainer's thread stays where it was"
+        assert loader.moved() == ""
+        os.sched_setaffinity(threads[0], {mine[0]})
+        assert f"are on {mine[0]} now" in loader.moved()

@@ -1,53 +1,207 @@
-from knltrain.node.topology import parse_cpu_list, read_node
+import shutil
 
+import pytest
+from node import trees
 
-def make_tree(root, *, flags, siblings, online):
-    """A sysfs and procfs of one's own: siblings maps a CPU to the text of its thread_siblings_list."""
-    (root / "proc").mkdir(parents=True)
-    (root / "proc/cpuinfo").write_text(
-        f"processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: {flags}\n\nprocessor\t: 1\nmodel name\t: Some CPU\n"
-    )
-    base = root / "sys/devices/system/cpu"
-    base.mkdir(parents=True)
-    (base / "online").write_text(online + "\n")
-    for cpu, text in siblings.items():
-        (base / f"cpu{cpu}" / "topology").mkdir(parents=True)
-        (base / f"cpu{cpu}" / "topology" / "thread_siblings_list").write_text(text + "\n")
-    return root
+from knltrain.node.cpulist import format_cpu_list, parse_cpu_list
+from knltrain.node.topology import MemoryNode, Node, read_node
 
 
 def test_cpu_lists():
     assert parse_cpu_list("0-3,8,10-11\n") == (0, 1, 2, 3, 8, 10, 11)
     assert parse_cpu_list("") == ()
+    for wrong in ("3-1", "-4", "0-99999999999", "one"):
+        with pytest.raises(ValueError):
+            parse_cpu_list(wrong)
+    assert format_cpu_list([11, 0, 1, 2, 8, 10, 2]) == "0-2,8,10-11"
+    assert format_cpu_list([]) == ""
 
 
-def test_siblings_next_to_each_other(tmp_path):
-    """As cloud machines number them: CPUs 0 and 1 are one core."""
-    root = make_tree(tmp_path, flags="avx2 avx512f avx512bw", online="0-7",
-                     siblings={cpu: f"{cpu // 2 * 2}-{cpu // 2 * 2 + 1}" for cpu in range(8)})  # fmt: skip
-    node = read_node(root, allowed=set(range(4)))
+def sizes(node):
+    return [len(domain.cores) for domain in node.domains]
+
+
+def test_xeon_phi_with_its_fast_memory_as_cache(tmp_path):
+    node = read_node(trees.xeon_phi(tmp_path, "quadrant/cache"))
+    assert (len(node.cpus), len(node.cores), sizes(node), node.isa) == (272, 68, [68], "avx512f")
+    assert node.cores[0] == (0, 68, 136, 204)
+    assert node.memory_nodes == ()
+    assert node.domains[0].memory_mb == 98304
+    tiles = [cpus for level, cpus in node.caches if level == 2]
+    assert len(tiles) == 34
+    assert tiles[0] == (0, 1, 68, 69, 136, 137, 204, 205)
+
+
+def test_xeon_phi_flat(tmp_path):
+    node = read_node(trees.xeon_phi(tmp_path, "quadrant/flat"))
+    assert sizes(node) == [68]
+    assert node.memory_nodes == (MemoryNode(1, 16384, "MCDRAM", (0,)),)
+
+
+def test_xeon_phi_in_clusters_that_are_not_equal(tmp_path):
+    node = read_node(trees.xeon_phi(tmp_path, "SNC-4/flat"))
+    assert sizes(node) == [18, 18, 16, 16]
+    assert [(one.number, one.kind, one.domains) for one in node.memory_nodes] == [
+        (4, "MCDRAM", (0,)), (5, "MCDRAM", (1,)), (6, "MCDRAM", (2,)), (7, "MCDRAM", (3,))]  # fmt: skip
+
+
+def test_two_packages_with_siblings_half_the_machine_apart(tmp_path):
+    node = read_node(trees.xeon(tmp_path))
+    assert (node.packages, sizes(node), node.cores[3]) == (2, [28, 28], (3, 59))
+    assert [domain.package for domain in node.domains] == [0, 1]
+    part = read_node(tmp_path, allowed={30, 31, 86})
+    assert part.cores == ((30, 86), (31,))
+    assert [(domain.number, domain.package) for domain in part.domains] == [(1, 1)]
+    assert part.online == 112
+
+
+def test_clusters_of_43_43_and_42(tmp_path):
+    node = read_node(trees.xeon_snc3(tmp_path))
+    assert sizes(node) == [43, 43, 42]
+    assert (node.isa, node.amx_refused) == ("amx_bf16", False)
+
+
+def test_hbm_beside_each_package(tmp_path):
+    node = read_node(trees.xeon_max(tmp_path))
+    assert node.memory_nodes == (MemoryNode(2, 65536, "HBM", (0,)), MemoryNode(3, 65536, "HBM", (1,)))
+    # The other package's is not ours.
+    assert [one.number for one in read_node(tmp_path, allowed=set(range(56))).memory_nodes] == [2]
+
+
+@pytest.mark.parametrize("bandwidth, kind", [(30000, "far"), (900000, "HBM")])
+def test_bandwidth_that_firmware_tells_decides_what_is_fast(bandwidth, kind, tmp_path):
+    trees.xeon_max(tmp_path)
+    for number, value in ((0, 300000), (1, 300000), (2, bandwidth), (3, bandwidth)):
+        trees.write(tmp_path, f"sys/devices/system/node/node{number}/access0/initiators/read_bandwidth", value)
+    assert {one.kind for one in read_node(tmp_path).memory_nodes} == {kind}
+
+
+def test_memory_larger_than_any_package_had_is_a_device(tmp_path):
+    trees.xeon_max(tmp_path)
+    trees.write(tmp_path, "sys/devices/system/node/node3/meminfo", f"Node 3 MemTotal: {512 << 20} kB")
+    assert {one.kind for one in read_node(tmp_path).memory_nodes} == {"far"}
+
+
+def test_epyc_in_four_domains(tmp_path):
+    node = read_node(trees.epyc_nps4(tmp_path))
+    assert sizes(node) == [16, 16, 16, 16]
+    assert sum(level == 3 for level, _ in node.caches) == 8
+    assert node.computes_bf16 is False
+
+
+def test_cores_that_share_a_cache_are_neighbours(tmp_path):
+    """Where the firmware numbers cores across caches in turn."""
+    cores = [(cpu,) for cpu in range(8)]
+    caches = [(3, 3, [0, 2, 4, 6]), (3, 3, [1, 3, 5, 7])]
+    trees.write_tree(tmp_path, cores=cores, domains=[range(8)], memory=[1000], flags="avx2", caches=caches)
+    assert read_node(tmp_path).domains[0].cores == ((0,), (2,), (4,), (6,), (1,), (3,), (5,), (7,))
+
+
+def test_a_cloud_machine_with_siblings_beside_each_other_and_a_kernel_without_amx(tmp_path):
+    node = read_node(trees.cloud(tmp_path), allowed=set(range(4)))
     assert node.cores == ((0, 1), (2, 3))
-    assert (node.cpus, node.online, node.isa) == ((0, 1, 2, 3), 8, "avx512")
-    assert not node.computes_bf16
+    assert (node.cpus, node.online) == ((0, 1, 2, 3), 32)
+    assert (node.isa, node.amx_refused) == ("avx512_bf16", True)
 
 
-def test_siblings_half_the_machine_apart(tmp_path):
-    root = make_tree(tmp_path, flags="avx2 amx_bf16", online="0-7",
-                     siblings={cpu: f"{cpu % 4},{cpu % 4 + 4}" for cpu in range(8)})  # fmt: skip
-    node = read_node(root, allowed={0, 1, 4, 5})
-    assert node.cores == ((0, 4), (1, 5))
-    assert node.computes_bf16
-    assert node.isa == "amx_bf16"
+def test_a_container(tmp_path):
+    node = read_node(trees.container(tmp_path))
+    assert node.cpus == node.group_cpus == (5, 6, 7, 8, 9, 20)
+    assert (len(node.cores), node.online) == (6, 64)
+    assert node.memory_limit_mb == 8192, "the parent's is tighter"
+    assert node.cpu_quota == 3.5
+    # What the launcher left of it is told apart from what the group leaves.
+    pinned = read_node(tmp_path, allowed={5})
+    assert (pinned.cpus, pinned.group_cpus) == ((5,), (5, 6, 7, 8, 9, 20))
 
 
-def test_a_container_without_topology_files(tmp_path):
-    root = make_tree(tmp_path, flags="sse2", online="0-3", siblings={})
-    node = read_node(root, allowed={1, 3})
-    assert node.cores == ((1,), (3,))
-    assert node.isa == "baseline"
+def test_cgroup_version_1(tmp_path):
+    trees.xeon(tmp_path)
+    trees.write(
+        tmp_path, "proc/self/cgroup", "4:memory:/slurm/job\n3:cpuset:/slurm/job\n2:cpu,cpuacct:/slurm/job\n0::/"
+    )
+    top = "sys/fs/cgroup"
+    trees.write(tmp_path, f"{top}/memory/memory.limit_in_bytes", 0x7FFFFFFFFFFFF000)
+    trees.write(tmp_path, f"{top}/memory/slurm/memory.limit_in_bytes", 3 << 30)
+    trees.write(tmp_path, f"{top}/memory/slurm/job/memory.limit_in_bytes", 0x7FFFFFFFFFFFF000)
+    trees.write(tmp_path, f"{top}/cpuset/cpuset.cpus", "0-111")
+    trees.write(tmp_path, f"{top}/cpuset/slurm/job/cpuset.cpus", "0-3,56-59")
+    trees.write(tmp_path, f"{top}/cpu,cpuacct/slurm/job/cpu.cfs_quota_us", "-1")
+    trees.write(tmp_path, f"{top}/cpu,cpuacct/slurm/job/cpu.cfs_period_us", "100000")
+    node = read_node(tmp_path)
+    assert (node.cores, node.memory_limit_mb, node.cpu_quota) == (((0, 56), (1, 57), (2, 58), (3, 59)), 3072, None)
+
+
+def test_a_group_that_is_named_as_the_host_names_it(tmp_path):
+    """Without a cgroup namespace the container's own group is the root of what it sees."""
+    trees.xeon(tmp_path)
+    trees.write(tmp_path, "proc/self/cgroup", "3:cpuset:/docker/4711\n0::/../../elsewhere")
+    trees.write(tmp_path, "sys/fs/cgroup/cpuset/cpuset.cpus", "8-9")
+    assert read_node(tmp_path).cpus == (8, 9)
+
+
+def test_memory_that_the_cpuset_does_not_leave_is_not_there(tmp_path):
+    trees.xeon_phi(tmp_path, "quadrant/flat")
+    trees.write(tmp_path, "sys/fs/cgroup/cpuset.mems.effective", "0")
+    assert read_node(tmp_path).memory_nodes == ()
+
+
+def test_a_small_virtual_machine(tmp_path):
+    node = read_node(trees.small(tmp_path))
+    assert (node.cores, sizes(node), node.isa) == (((0,), (1,)), [2], "avx512_bf16")
+
+
+def test_nothing_at_all(tmp_path):
+    node = read_node(tmp_path, allowed={1, 3})
+    assert (node.cores, node.isa, sizes(node), node.online) == (((1,), (3,)), "baseline", [2], 2)
+    assert read_node(tmp_path).cpus == (0,)
+
+
+def two_packages(root):
+    packages = [[0, 1, 4, 5], [2, 3, 6, 7]]
+    return trees.write_tree(root, cores=trees.apart(4, 2), domains=packages, packages=packages, memory=[9000] * 2,
+                            flags="avx2", distances=[[10, 21], [21, 10]],
+                            caches=[(3, 3, cpus) for cpus in packages])  # fmt: skip
+
+
+FILES = ["cpu/online", "cpu/cpu0/topology/thread_siblings_list", "cpu/cpu0/topology/physical_package_id",
+         "cpu/cpu0/cache/index3/level", "cpu/cpu0/cache/index3/shared_cpu_list", "node/node0/cpulist",
+         "node/node0/meminfo", "node/node0/distance"]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", ["", "garbage", "0-", "-1", "0-99999999", "3-1", "\x00\xff", "missing", "folder"])
+@pytest.mark.parametrize("file", FILES)
+def test_a_damaged_file_is_taken_as_not_there(file, damage, tmp_path):
+    path = two_packages(tmp_path) / "sys/devices/system" / file
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_text(damage, encoding="latin-1")
+    node = read_node(tmp_path, allowed=set(range(8)))
+    assert sorted(cpu for core in node.cores for cpu in core) == list(range(8))
+    assert sorted(cpu for domain in node.domains for core in domain.cores for cpu in core) == list(range(8))
+    assert len(node.cores) in (4, 5)
+
+
+@pytest.mark.parametrize("folder", ["sys/devices/system/node", "sys/devices/system/cpu", "proc"])
+def test_a_missing_folder(folder, tmp_path):
+    shutil.rmtree(two_packages(tmp_path) / folder)
+    node = read_node(tmp_path, allowed={0, 1, 4, 5})
+    assert node.cpus == (0, 1, 4, 5)
+    assert sum(sizes(node)) == len(node.cores)
+
+
+def test_the_value_cannot_be_changed_and_always_has_a_domain():
+    node = Node("CPU", frozenset(), (0, 1), ((0,), (1,)), 2)
+    assert node.domains[0].cores == ((0,), (1,))
+    assert hash(node)
+    with pytest.raises(AttributeError):
+        node.online = 3
 
 
 def test_this_machine():
     node = read_node()
     assert node.cpus
     assert len(node.cores) <= len(node.cpus) <= node.online
+    assert sum(sizes(node)) == len(node.cores)

@@ -1,0 +1,41 @@
+"""What every verb's command has: --json, errors that are one line, exit codes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import click
+
+from knltrain.errors import ConfigError, KnltrainError
+
+FAILED, BAD_USAGE, STOPPED = 1, 2, 75
+
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr.")
+
+
+def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Turns the project's errors into one line and an exit code."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KnltrainError as error:
+            fail(str(error), BAD_USAGE if isinstance(error, ConfigError) else FAILED)
+        except OSError as error:  # a folder that cannot be written, a disk that is full
+            fail(f"{error.filename or 'input or output'}: {error.strerror or error}", FAILED)
+        except KeyboardInterrupt:
+            fail("interrupted", 130)
+
+    return wrapped
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Says what is wrong, and which rank says so, and ends the process."""
+    rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    click.echo(f"knltrain: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+    sys.exit(code)

@@ -1,0 +1,28 @@
+"""Whether the kernel lets a process use AMX: its tile registers have to be asked for.
+
+https://docs.kernel.org/arch/x86/xstate.html: arch_prctl(ARCH_REQ_XCOMP_PERM, 18). Kernels before 5.16 do not know the
+request, and a sandbox may forbid it; instructions on tiles then kill the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+_SYS_ARCH_PRCTL = 158
+_ARCH_REQ_XCOMP_PERM = 0x1023
+_XFEATURE_XTILEDATA = 18
+
+
+def kernel_grants_amx() -> bool:
+    """Asks for the tile registers, as oneDNN will do; the permission lasts as long as the process."""
+    if platform.machine() != "x86_64":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    return bool(libc.syscall(_SYS_ARCH_PRCTL, _ARCH_REQ_XCOMP_PERM, ctypes.c_ulong(_XFEATURE_XTILEDATA)) == 0)
+
+
+def knows_amx(release: str) -> bool:
+    """Whether a kernel of this release can grant it: 5.16 and later."""
+    numbers = release.split("-")[0].split(".")[:2]
+    return len(numbers) == 2 and all(n.isdecimal() for n in numbers) and tuple(map(int, numbers)) >= (5, 16)

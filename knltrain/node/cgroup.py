@@ -1,0 +1,91 @@
+"""What the control groups of a process leave it of the machine, in version 1, version 2 and both at once.
+
+cgroup v2: https://docs.kernel.org/admin-guide/cgroup-v2.html; v1: https://docs.kernel.org/admin-guide/cgroup-v1/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from knltrain.node.cpulist import read_cpus, read_number, read_text
+
+# Version 1 writes "no limit" as the largest number of whole pages.
+_NO_LIMIT = 1 << 60
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The tightest limits of all groups that a process is in; None where nothing limits it.
+
+    Attributes:
+        cpus: logical CPUs of the cpuset.
+        mems: NUMA domains whose memory may be used.
+        memory_mb: memory of all processes of the group, MiB.
+        cpu_quota: CPU seconds a second.
+    """
+
+    cpus: frozenset[int] | None = None
+    mems: frozenset[int] | None = None
+    memory_mb: float | None = None
+    cpu_quota: float | None = None
+
+
+def read_limits(root: Path) -> Limits:
+    """Reads the limits of the process whose /proc/self is under ``root``.
+
+    A group is inside its parents, whose limits count as well. A container may see the path of its group as the host
+    names it while the root of what it has mounted is that group itself: then the root's files are what is read.
+    """
+    cpus: frozenset[int] | None = None
+    mems: frozenset[int] | None = None
+    memory: list[int] = []
+    quotas: list[float] = []
+    for folder in _groups(root, "cpuset"):
+        # The effective set is what is left of the parents' too; version 1 without it has the configured one.
+        cpus = _both(cpus, read_cpus(folder / "cpuset.cpus.effective") or read_cpus(folder / "cpuset.effective_cpus")
+                     or read_cpus(folder / "cpuset.cpus"))  # fmt: skip
+        mems = _both(mems, read_cpus(folder / "cpuset.mems.effective") or read_cpus(folder / "cpuset.effective_mems")
+                     or read_cpus(folder / "cpuset.mems"))  # fmt: skip
+    for folder in _groups(root, "memory"):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            limit = read_number(folder / name)
+            if limit is not None and 0 < limit < _NO_LIMIT:
+                memory.append(limit)
+    for folder in _groups(root, "cpu"):
+        quota, period = [*read_text(folder / "cpu.max").split(), "", ""][:2]
+        for numerator, denominator in (
+            (quota, period),
+            (read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")),
+        ):
+            if numerator.isdecimal() and denominator.isdecimal() and int(denominator):
+                quotas.append(int(numerator) / int(denominator))
+    return Limits(cpus, mems, min(memory) / 2**20 if memory else None, min(quotas) if quotas else None)
+
+
+def _both(set_so_far: frozenset[int] | None, found: tuple[int, ...]) -> frozenset[int] | None:
+    """What is in both sets. A file that is empty, or contradicts the others, says nothing."""
+    if not found:
+        return set_so_far
+    return (frozenset(found) if set_so_far is None else set_so_far & set(found)) or set_so_far
+
+
+def _groups(root: Path, controller: str) -> Iterator[Path]:
+    """The folders of the group and of its parents under every hierarchy that may have the controller, inside out."""
+    base = root / "sys/fs/cgroup"
+    paths = {"": "/", controller: "/"}
+    for line in read_text(root / "proc/self/cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        # Outside the part of the tree that a cgroup namespace shows, the path begins with /.. .
+        inside = "/" if ".." in PurePosixPath(path).parts else path
+        for name in names.split(","):
+            paths[name] = inside
+    try:
+        mounted = sorted(folder for folder in base.iterdir() if controller in folder.name.split(","))
+    except OSError:
+        mounted = []
+    for top, path in [(base, paths[""]), (base / "unified", paths[""]), *((one, paths[controller]) for one in mounted)]:
+        relative = PurePosixPath(path.lstrip("/"))
+        for part in (relative, *relative.parents):
+            yield top / part

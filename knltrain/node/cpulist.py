@@ -1,0 +1,61 @@
+"""The kernel's way to write sets of numbers, and files of sysfs that may be missing or damaged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+# More than any kernel is built for (NR_CPUS is at most 8192): a damaged list must not fill the memory.
+_MOST = 1 << 16
+
+
+def parse_cpu_list(text: str) -> tuple[int, ...]:
+    """Turns the kernel's "0-3,8,10-11" into numbers.
+
+    Raises:
+        ValueError: it is no such list.
+    """
+    cpus: list[int] = []
+    for part in text.strip().split(","):
+        if part:
+            first, _, last = part.partition("-")
+            start, stop = int(first), int(last or first) + 1
+            if not 0 <= start < stop <= _MOST:
+                raise ValueError(f"{part!r} is no range of CPUs")
+            cpus.extend(range(start, stop))
+    return tuple(cpus)
+
+
+def format_cpu_list(cpus: Iterable[int]) -> str:
+    """Writes numbers as the kernel does: "0-3,8,10-11"."""
+    ranges: list[list[int]] = []
+    for cpu in sorted(set(cpus)):
+        if ranges and ranges[-1][1] == cpu - 1:
+            ranges[-1][1] = cpu
+        else:
+            ranges.append([cpu, cpu])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in ranges)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file without the space around it, or nothing where there is no such file."""
+    try:
+        return path.read_bytes().decode("utf-8", "replace").strip()
+    except OSError:
+        return ""
+
+
+def read_number(path: Path) -> int | None:
+    """The number in a file, or None."""
+    try:
+        return int(read_text(path))
+    except ValueError:
+        return None
+
+
+def read_cpus(path: Path) -> tuple[int, ...]:
+    """The set of numbers in a file; empty where there is none."""
+    try:
+        return parse_cpu_list(read_text(path))
+    except ValueError:
+        return ()
