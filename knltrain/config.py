@@ -26,6 +26,7 @@ Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
 NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1)]
+CountFromZero = Annotated[int, Meta(ge=0)]
 
 OptimizerName = Literal["lars", "sgd"]
 VariantName = Literal["paper", "mlperf", "larc", "heavy-ball", "nesterov"]
@@ -131,7 +132,9 @@ class RunConfig:
     )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
-    workers: Count | None = _field(None, "decode threads per rank; default one per core of the rank")
+    workers: CountFromZero | None = _field(
+        None, "decode threads per rank; 0 decodes between the steps; default one per core of the rank"
+    )
     on_bad: Literal["fail", "skip"] = _field(
         "fail", "an image that cannot be decoded: end the run, or take the next good one in its place"
     )

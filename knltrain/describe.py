@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw
 from knltrain.config import RunConfig
 from knltrain.console import Console
 from knltrain.data.datasets import open_folder
-from knltrain.data.decode import DecodeError
+from knltrain.data.decode import DecodeError, decoder_of_parts
 from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader, Share
 from knltrain.data.packed import Packed
@@ -66,6 +66,11 @@ def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) ->
         config = dataclasses.replace(config, image_size=size, augment=augmentation)
     rate = _rate(dataset, config)
     console.line(f"{rate:,.0f} img/s on one core, {config.augment.name} to {config.image_size} pixels")
+    if not isinstance(dataset, Packed) and decoder_of_parts() is None:
+        console.warn(
+            "JPEGs are decoded whole, not only where a crop needs them: that takes the native kernels, and a "
+            "libjpeg-turbo as Pillow's wheels bring it"
+        )
     _draw_sheet(open_folder(root, usable[0]), config, sheet)
     console.line(f"{sheet}: {_SHEET * _SHEET} images as the network sees them")
     return {"data": str(root), "parts": parts, "images_per_s_per_core": rate, "sheet": str(sheet)}

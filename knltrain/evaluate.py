@@ -101,9 +101,8 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
             raise DataError(f"{config.data}/val has other classes than {folder} was trained on")
         model = model_of(config, len(dataset.classes))
         checkpoint.load_weights(folder, model)
-        loader = Loader(
-            dataset, config, dtype=DTYPES[precision], workers=config.workers or threads, cpus=place.plan.decode
-        )
+        workers = threads if config.workers is None else config.workers
+        loader = Loader(dataset, config, dtype=DTYPES[precision], workers=workers, cpus=place.plan.decode)
         console.line(f"{config.model} of {folder} on {len(dataset):,} images, {precision}, {threads} threads a rank")
         with contextlib.closing(loader):
             start = time.perf_counter()

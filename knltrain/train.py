@@ -265,7 +265,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         if all_steps != progress.step * group.world_size:
             raise KnltrainError(f"{out}: ranks found different checkpoints; OUT must be a folder that all nodes share")
         engine = build_engine(engine_name, precision, model, optimizer)
-        workers = config.workers or threads
+        workers = threads if config.workers is None else config.workers
         train_loader, val_loader = (
             cleanup.enter_context(
                 contextlib.closing(Loader(part, config, dtype=engine.dtype, workers=workers, cpus=place.plan.decode))

@@ -88,7 +88,7 @@ class TrainingStep:
             "malloc": malloc,
         }
         if dataset:
-            workers = config.workers or self.threads
+            workers = self.threads if config.workers is None else config.workers
             self._loader = Loader(dataset, config, dtype=self.engine.dtype, workers=workers)
             self._batches: Iterator[Batch] = self._loader.training(self._share, 0, sys.maxsize)
             self.settings |= {"data": config.data, "augment": config.augment.name, "workers": workers}

@@ -48,8 +48,14 @@ def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
     height, width = short_side(image.shape[0], image.shape[1], resize)
     if (height, width) != image.shape[:2]:
         image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    left, top, right, bottom = map(int, centre(height, width, size)[:4])
+    return image[top:bottom, left:right]
+
+
+def centre(height: int, width: int, size: int) -> Box:
+    """The middle ``size`` x ``size`` pixels of an image that has as many."""
     top, left = round((height - size) / 2), round((width - size) / 2)
-    return image[top : top + size, left : left + size]
+    return Box(left, top, left + size, top + size)
 
 
 def flips(draws: NDArray[np.float64]) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from knltrain.data.augment import Pixels, short_side
+from knltrain.data.augment import Pixels, centre, short_side
 from knltrain.data.decode import DecodeError, EncodedImage
 
 # As most who store ImageNet for training do; of a photograph, about a seventh of its pixels' bytes.
@@ -63,8 +63,8 @@ def to_square(data: bytes, size: int) -> Pixels:
         DecodeError: the bytes are no image, or not a whole one.
     """
     pixels = scaled(EncodedImage(data), size)
-    top, left = round((pixels.shape[0] - size) / 2), round((pixels.shape[1] - size) / 2)
-    return pixels[top : top + size, left : left + size]
+    left, top, right, bottom = map(int, centre(pixels.shape[0], pixels.shape[1], size)[:4])
+    return pixels[top:bottom, left:right]
 
 
 def to_jpeg(data: bytes, size: int) -> Encoded:

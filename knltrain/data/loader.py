@@ -6,10 +6,10 @@ import contextlib
 import os
 import threading
 from collections import deque
-from collections.abc import Collection, Generator, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Generator, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from knltrain.ops.native import kernels
 
 # Micro-batches decoded ahead of the trainer: one that waits for it, one that the threads go on with.
 _AHEAD = 2
+
+_T = TypeVar("_T")
 
 
 class SourceImage(Protocol):
@@ -109,6 +111,18 @@ class _Item(NamedTuple):
     draws: NDArray[np.float64] | None
 
 
+class _Here(Executor):
+    """Runs what is submitted at once, in the thread that submits it."""
+
+    def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
+        future: Future[_T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 class Loader:
     """Decodes, augments and normalises the images of a data set.
 
@@ -119,7 +133,7 @@ class Loader:
         dataset: where images come from; closed with the loader.
         config: names the augmentation and the size.
         dtype: of the images, float32 or bf16.
-        workers: decode threads.
+        workers: decode threads; with 0 the thread that takes a batch makes it.
         cpus: logical CPUs they run on; by default those of the thread that makes the loader.
     """
 
@@ -136,7 +150,8 @@ class Loader:
         # A worker's few torch calls must not start OpenMP threads of their own. The setting is per thread for threads
         # that have computed already, as the trainer's has by now.
         torch.get_num_threads()
-        self._pool = ThreadPoolExecutor(workers, "decode", initializer=self._begin)
+        self._ahead = _AHEAD if workers else 0
+        self._pool = ThreadPoolExecutor(workers, "decode", initializer=self._begin) if workers else _Here()
 
     def _begin(self) -> None:
         """What a decode thread does first."""
@@ -204,7 +219,7 @@ class Loader:
         try:
             for items in batches:
                 pending.append(self._submit(items))
-                if len(pending) > _AHEAD:
+                if len(pending) > self._ahead:
                     yield _finished(*pending.popleft())
             while pending:
                 yield _finished(*pending.popleft())
@@ -218,7 +233,7 @@ class Loader:
         images = torch.empty((len(items), 3, size, size), dtype=self._dtype, memory_format=torch.channels_last)
         labels = torch.from_numpy(self._dataset.labels[[item.sample for item in items]])
         # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
-        chunk = max(1, min(32, -(-len(items) // (2 * self._workers))))
+        chunk = max(1, min(32, -(-len(items) // (2 * max(1, self._workers)))))
         futures = [
             self._pool.submit(
                 self._fill,
@@ -288,10 +303,12 @@ class Loader:
                 sample = (sample + 1) % len(self._dataset)
 
     def _around(self, sample: int, draws: NDArray[np.float64] | None) -> tuple[Pixels, Box]:
-        size = self._config.image_size
+        size, resize = self._config.image_size, self._config.resize
         image = self._dataset.image(sample)
         if draws is None:
-            return augment.centre_crop(image.pixels(), resize=self._config.resize, size=size), Box(0, 0, size, size)
+            if (image.height, image.width) == augment.short_side(image.height, image.width, resize):
+                return image.around(augment.centre(image.height, image.width, size), size)
+            return augment.centre_crop(image.pixels(), resize=resize, size=size), Box(0, 0, size, size)
         box = augment.training_box(self._config, image.height, image.width, draws)
         return image.around(box._replace(flip=False), size)
 

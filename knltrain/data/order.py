@@ -7,11 +7,14 @@ applied to counters.
 Training is one endless stream of positions p = 0, 1, 2, …; position p is place ``p % N`` of epoch ``p // N``. Step t
 takes the positions [t B, (t+1) B), so an epoch need not be a whole number of steps, no batch is short, and resuming
 needs the step alone.
+
+``python -m knltrain.data.order SEED IMAGES EPOCHS`` prints the stream: a sample's number on each line.
 """
 
 from __future__ import annotations
 
 import functools
+import sys
 
 import numpy as np
 from numpy.typing import NDArray
@@ -60,3 +63,9 @@ def draws(seed: int, first: int, stop: int, num_draws: int) -> NDArray[np.float6
     positions = np.arange(first, stop)[:, None]
     bits = random_bits(seed, _DRAWS, positions, np.arange(num_draws))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+if __name__ == "__main__":
+    _seed, _images, _epochs = map(int, sys.argv[1:])
+    for _sample in samples(_seed, _images, 0, _images * _epochs):
+        print(_sample)

@@ -1,5 +1,7 @@
 import contextlib
 import os
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -10,6 +12,7 @@ from conftest import write_jpeg
 from knltrain.config import AugmentConfig, RunConfig
 from knltrain.data import order
 from knltrain.data.augment import centre_crop
+from knltrain.data.decode import DecodedImage
 from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader, Share
 from knltrain.ops.crops import MEAN, STD, normalize
@@ -48,6 +51,71 @@ def test_the_same_images_at_any_number_of_ranks_workers_and_micro_batches(make_l
     for step in range(4):
         assert torch.equal(whole[step], torch.cat([images[step] for images, _ in ranks]))
         assert torch.equal(labels[step], torch.cat([labels[step] for _, labels in ranks]))
+
+
+@pytest.mark.parametrize("shape", [(32, 47), (61, 32)])
+def test_evaluation_of_images_that_need_no_scaling_takes_their_middle(shape, tmp_path):
+    write_jpeg(tmp_path / "val" / "a" / "0.jpg", *shape, seed=1)
+    config = RunConfig(image_size=24, augment=AugmentConfig(resize=32))
+    dataset = Folder(tmp_path / "val")
+    loader = Loader(dataset, config, dtype=torch.float32, workers=1)
+    (batch,) = loader.evaluation(batch=4, rank=0, world_size=1)
+    loader.close()
+    expected = torch.empty((1, 3, 24, 24)).contiguous(memory_format=torch.channels_last)
+    crop = centre_crop(dataset.image(0).pixels(), resize=32, size=24)
+    normalize(torch.from_numpy(np.ascontiguousarray(crop))[None], expected)
+    assert torch.equal(batch.images, expected)
+
+
+class Numbered:
+    """Grey images whose label is their number."""
+
+    classes = ("any",)
+    labels = np.arange(101)
+
+    def __len__(self):
+        return 101
+
+    def image(self, index):
+        return DecodedImage(np.full((8, 8, 3), index, np.uint8))
+
+    def close(self):
+        pass
+
+
+@pytest.fixture(scope="module")
+def printed_order():
+    command = [sys.executable, "-m", "knltrain.data.order", "5", "101", "3"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.split()
+    assert sorted(map(int, printed[101:202])) == list(range(101))
+    return list(map(int, printed))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 8])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_three_epochs_come_in_the_order_that_the_script_prints(world_size, workers, printed_order):
+    config = RunConfig(image_size=8, seed=5, augment=AugmentConfig(name="crop-flip", resize=8))
+    of_ranks = []
+    for rank in range(world_size):
+        loader = Loader(Numbered(), config, dtype=torch.float32, workers=workers)
+        images, labels = steps(loader, Share(12, 12 // world_size, rank, world_size), 0, 26)
+        loader.close()
+        of_ranks.append([step.tolist() for step in labels])
+        for step, numbers in zip(images, labels, strict=True):
+            grey = (step[:, 0, 0, 0] * STD[0] + MEAN[0]) * 255
+            assert torch.equal(grey.round().long(), numbers)
+    seen = [sample for step in zip(*of_ranks, strict=True) for rank in step for sample in rank]
+    assert seen[: 3 * 101] == printed_order
+
+
+def test_without_workers_a_bad_image_ends_the_run_as_with_them(image_folder, tmp_path):
+    broken = tmp_path / "train" / "a"
+    write_jpeg(broken / "0.jpg", 30, 30, seed=0)
+    (broken / "0.jpg").write_bytes((broken / "0.jpg").read_bytes()[:200])
+    loader = Loader(Folder(tmp_path / "train"), CONFIG, dtype=torch.float32, workers=0)
+    with pytest.raises(DataError, match=r"0\.jpg"):
+        next(loader.training(Share(2, 2, 0, 1), 0, 1))
+    loader.close()
 
 
 def test_a_later_start_goes_on_in_the_same_stream(make_loader):

@@ -1,63 +1,36 @@
-"""knltrain prepare, and reading what it writes."""
+"""knltrain prepare."""
 
 import errno
 import io
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import write_jpeg
 from PIL import Image
+from prepared import SIZE, jpeg, prepare, webdataset
 
 from knltrain import prepare as preparing
-from knltrain.config import AugmentConfig, RunConfig
 from knltrain.console import Console
 from knltrain.data import augment, order
-from knltrain.data import tar as tarred
-from knltrain.data.datasets import open_data, open_folder, open_part
+from knltrain.data.datasets import open_folder
 from knltrain.data.decode import EncodedImage
 from knltrain.data.folder import DataError, Folder
-from knltrain.data.loader import Loader, Share
 from knltrain.data.manifest import JOURNAL, NAME
-from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.ops.crops import normalize
-
-SIZE = 32
-
-
-def prepare(src, dst, *, format="raw", size=SIZE, workers=2, on_bad="fail"):
-    return preparing.prepare(src, dst, Console(), format=format, size=size, workers=workers, on_bad=on_bad)
 
 
 def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.fixture(scope="module")
-def raw(image_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("raw") / "out"
-    prepare(image_folder, out)
-    return out
-
-
-@pytest.fixture(scope="module")
-def shards(image_folder, tmp_path_factory):
-    out = tmp_path_factory.mktemp("tar") / "out"
-    prepare(image_folder, out, format="tar")
-    return out
 
 
 @pytest.fixture
@@ -383,338 +356,6 @@ def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw
         prepare(src, tmp_path / "other")
 
 
-# Reading
-
-
-def batches(root, config, *, rank=0, ranks=1, workers=2, steps=3, part="train"):
-    loader = Loader(
-        open_part(config_for(config, root), part), config_for(config, root), dtype=torch.float32, workers=workers
-    )
-    try:
-        return [
-            (images.clone(), labels)
-            for images, labels in loader.training(Share(16, 16 // ranks, rank, ranks), 0, steps)
-        ]
-    finally:
-        loader.close()
-
-
-def config_for(config, root):
-    return replace(config, data=str(root))
-
-
-CROPS = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name="crop-flip", resize=SIZE))
-
-
-@pytest.mark.parametrize("name", ["crop-flip", "pad-crop-flip"])
-def test_raw_crops_are_the_reference_paths(raw, name):
-    config = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name=name, resize=SIZE))
-    dataset = open_folder(raw, "train")
-    for step, (images, labels) in enumerate(batches(raw, config)):
-        samples = order.samples(5, 48, 16 * step, 16 * step + 16)
-        drawn = order.draws(5, 16 * step, 16 * step + 16, augment.NUM_DRAWS)
-        assert labels.tolist() == dataset.labels[samples].tolist()
-        for image, sample, row in zip(images, samples.tolist(), drawn, strict=True):
-            box = augment.training_box(config, SIZE, SIZE, row)
-            pixels = np.ascontiguousarray(augment.cut(dataset.image(sample).pixels(), box, 24))
-            out = torch.empty(1, 3, 24, 24).contiguous(memory_format=torch.channels_last)
-            normalize(torch.from_numpy(pixels[None]), out)
-            assert torch.equal(image, out[0])
-
-
-def test_raw_random_resized_crops_are_the_reference_paths_but_for_rounding(raw):
-    config = RunConfig(image_size=24, seed=5, augment=AugmentConfig(name="rrc", resize=SIZE))
-    dataset = open_folder(raw, "train")
-    images, _ = batches(raw, config, steps=1)[0]
-    samples, drawn = order.samples(5, 48, 0, 16), order.draws(5, 0, 16, augment.NUM_DRAWS)
-    for image, sample, row in zip(images, samples.tolist(), drawn, strict=True):
-        pixels = augment.cut(dataset.image(sample).pixels(), augment.training_box(config, SIZE, SIZE, row), 24)
-        out = torch.empty(1, 3, 24, 24).contiguous(memory_format=torch.channels_last)
-        normalize(torch.from_numpy(np.array(pixels[None])), out)
-        assert (image - out[0]).abs().max() <= 1.01 / 255 / 0.224
-
-
-@pytest.mark.parametrize("name", ["crop-flip", "pad-crop-flip", "rrc"])
-def test_boxes_of_many_are_the_boxes_of_each(name):
-    config = RunConfig(image_size=24, augment=AugmentConfig(name=name, resize=36))
-    rows = order.draws(1, 0, 200, augment.NUM_DRAWS)
-    found, flips = augment.training_boxes(config, 48, rows)
-    for got, flip, row in zip(found, flips, rows, strict=True):
-        box = augment.training_box(config, 48, 48, row)
-        expected = (box.top, box.left, box.bottom - box.top, box.right - box.left)
-        np.testing.assert_allclose(got, expected, atol=2e-6)
-        assert flip == box.flip
-
-
-@pytest.mark.parametrize("size, resize", [(24, 32), (32, 32), (24, 28)])
-def test_evaluation_from_raw_is_centre_crops(raw, size, resize):
-    config = RunConfig(image_size=size, data=str(raw), augment=AugmentConfig(resize=resize))
-    dataset = open_folder(raw, "val")
-    loader = Loader(open_part(config, "val"), config, dtype=torch.float32, workers=1)
-    images = torch.cat([batch.images for batch in loader.evaluation(batch=5, rank=0, world_size=1)])
-    loader.close()
-    for index, image in enumerate(images):
-        pixels = augment.centre_crop(dataset.image(index).pixels(), resize=resize, size=size)
-        out = torch.empty(1, 3, size, size).contiguous(memory_format=torch.channels_last)
-        normalize(torch.from_numpy(np.array(pixels[None])), out)
-        assert (image - out[0]).abs().max() <= (0 if resize == SIZE else 2.01 / 255 / 0.224)
-
-
-def test_the_same_batches_at_any_number_of_ranks_and_threads(raw, shards):
-    for root in (raw, shards):
-        whole = batches(root, CROPS)
-        for ranks in (1, 2, 4):
-            for workers in (1, 8):
-                parts = [batches(root, CROPS, rank=rank, ranks=ranks, workers=workers) for rank in range(ranks)]
-                for step in range(3):
-                    assert torch.equal(torch.cat([part[step][0] for part in parts]), whole[step][0])
-                    assert torch.equal(torch.cat([part[step][1] for part in parts]), whole[step][1])
-
-
-def test_a_tar_reads_as_its_folder(image_folder, tmp_path):
-    """Bytes as they were: every image of the folder, in the order of the shards."""
-    prepare(image_folder, tmp_path / "out", format="tar", size=0)
-    tar, folder = open_folder(tmp_path / "out", "train"), Folder(image_folder / "train")
-    assert isinstance(tar, Tar)
-    assert tar.classes == folder.classes
-    for index, sample in enumerate(order.permutation(0, 0, 48).tolist()):
-        assert np.array_equal(tar.image(index).pixels(), folder.image(sample).pixels())
-        assert tar.labels[index] == folder.labels[sample]
-
-
-def webdataset(path, files):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for name, data in files:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def jpeg(seed, size=40):
-    out = io.BytesIO()
-    rng = np.random.default_rng(seed)
-    Image.fromarray(np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((size, size)))).save(
-        out, "JPEG"
-    )
-    return out.getvalue()
-
-
-def test_anybodys_webdataset(tmp_path):
-    """Names with folders, other files of a sample, labels before images, several shards, no manifest."""
-    webdataset(tmp_path / "train-000.tar", [("a/x.cls", b"3\n"), ("a/x.jpg", jpeg(0)), ("a/y.json", b"{}"),
-                                            ("a/y.JPEG", jpeg(1)), ("a/y.cls", b"0")])  # fmt: skip
-    webdataset(tmp_path / "train-001.tar", [("z.jpg", jpeg(2)), ("z.cls", b"1")])
-    webdataset(tmp_path / "val-000.tar", [("z.jpg", jpeg(3)), ("z.cls", b"5")])
-    train, val = open_data(RunConfig(data=str(tmp_path), image_size=24))
-    assert train.labels.tolist() == [3, 0, 1]
-    assert train.classes == val.classes == tuple("012345")
-    assert "train-001.tar: z.jpg" in train.name(len(train) - 1)
-
-
-def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeypatch):
-    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
-    assert len(Tar(tmp_path, "train")) == 1
-    made = list(tmp_path.glob("*.npz"))
-    assert len(made) == 1
-    with monkeypatch.context() as patch:
-        patch.setattr("knltrain.data.tar._make_index", lambda _: pytest.fail("it is there"))
-        assert len(Tar(tmp_path, "train")) == 1
-    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0"), ("b.jpg", jpeg(1)), ("b.cls", b"1")])
-    assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
-    made[0].write_bytes(b"damaged")
-    assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
-def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, own_cache):
-    webdataset(tmp_path / "in/train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
-    (tmp_path / "in").chmod(0o500)
-    assert len(Tar(tmp_path / "in", "train")) == 1
-    assert list(own_cache.glob("tar-*.npz"))
-
-
-@pytest.mark.parametrize("files, message", [
-    ([("a.jpg", b"x")], r"a\.jpg has no \.cls"),
-    ([("a.jpg", b"x"), ("a.cls", b"dog")], "no class number"),
-    ([("a.cls", b"1")], "no images"),
-])  # fmt: skip
-def test_tars_that_are_no_data(tmp_path, files, message):
-    webdataset(tmp_path / "train-0.tar", files)
-    with pytest.raises(DataError, match=message):
-        Tar(tmp_path, "train")
-
-
-# Damage
-
-
-def copied(root, tmp_path):
-    shutil.copytree(root, tmp_path / "copy")
-    return tmp_path / "copy"
-
-
-def test_a_shard_cut_short_is_found_at_start_up(raw, shards, tmp_path):
-    for root, name in ((raw, "train/images-00000.npy"), (shards, "train-00000.tar")):
-        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
-        path = copied(root, tmp_path) / name
-        os.truncate(path, path.stat().st_size - 1000)
-        with pytest.raises(DataError, match=f"{path.name}.*bytes where meta.json says.*again"):
-            open_folder(tmp_path / "copy", "train")
-        path.unlink()
-        with pytest.raises(DataError, match=f"{path.name}.*No such file.*again"):
-            open_folder(tmp_path / "copy", "train")
-
-
-def test_a_foreign_tar_cut_short(tmp_path):
-    webdataset(
-        tmp_path / "train-0.tar", [("a.jpg", jpeg(0, 400)), ("a.cls", b"0"), ("b.jpg", jpeg(1, 400)), ("b.cls", b"1")]
-    )
-    size = (tmp_path / "train-0.tar").stat().st_size
-    os.truncate(tmp_path / "train-0.tar", size // 3)
-    with pytest.raises(DataError, match=r"cut short|damaged"):
-        Tar(tmp_path, "train")
-
-
-def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
-    files = [(f"{i}.{s}", d) for i in range(8) for s, d in (("jpg", jpeg(i)), ("cls", b"0"))]
-    webdataset(tmp_path / "train-0.tar", files)
-    tar = Tar(tmp_path, "train")
-    os.truncate(tmp_path / "train-0.tar", tar.where(5)[1] + 10)
-    loader = Loader(tar, CROPS, dtype=torch.float32, workers=2)
-    with pytest.raises(DataError, match=r"train-0\.tar: .*: the shard is cut short.*--on-bad skip"):
-        list(loader.training(Share(8, 8, 0, 1), 0, 1))
-    loader.close()
-
-
-def test_skipped_images_are_the_next_good_ones_at_any_rank_layout(tmp_path):
-    files = [(f"{i}.{s}", d) for i in range(12) for s, d in (("jpg", jpeg(i)), ("cls", str(i).encode()))]
-    for bad in (3, 4, 11):
-        files[2 * bad] = (f"{bad}.jpg", b"\xff\xd8 damaged")
-    webdataset(tmp_path / "train-0.tar", files)
-    config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip", augment=AugmentConfig(name="crop-flip"))
-    seen = []
-    for ranks in (1, 2, 4):
-        parts = []
-        for rank in range(ranks):
-            loader = Loader(open_part(config, "train"), config, dtype=torch.float32, workers=2)
-            parts += list(loader.training(Share(12, 12 // ranks, rank, ranks), 0, 1))
-            assert ranks > 1 or loader.skipped == 3
-            loader.close()
-        seen.append((torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])))
-    for images, labels in seen[1:]:
-        assert torch.equal(images, seen[0][0])
-        assert torch.equal(labels, seen[0][1])
-    samples = order.samples(0, 12, 0, 12)
-    assert seen[0][1].tolist() == [{3: 5, 4: 5, 11: 0}.get(s, s) for s in samples.tolist()]
-
-
-def test_all_bad_is_an_error_even_where_bad_ones_are_skipped(tmp_path):
-    webdataset(tmp_path / "train-0.tar", [("a.jpg", b"x"), ("a.cls", b"0"), ("b.jpg", b"y"), ("b.cls", b"0")])
-    config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip")
-    loader = Loader(Tar(tmp_path, "train"), config, dtype=torch.float32, workers=1)
-    with pytest.raises(DataError, match="no image"):
-        list(loader.training(Share(2, 2, 0, 1), 0, 1))
-    loader.close()
-
-
-@pytest.mark.parametrize("spare", [2, 3, 4])
-def test_more_shards_than_files_may_be_open(tmp_path, spare):
-    for number in range(8):
-        webdataset(tmp_path / f"train-{number}.tar", [("a.jpg", jpeg(number)), ("a.cls", b"0")])
-    tar = Tar(tmp_path, "train")
-    expected = [tar.image(index).pixels() for index in range(8)]
-    tar.close()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = [os.open("/dev/null", os.O_RDONLY) for _ in range(spare)]  # the numbers that are left
-    for number in free:
-        os.close(number)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(free) + 1, hard))
-        got = [tar.image(index).pixels() for index in (*range(8), 0)]
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    tar.close()
-    assert all(np.array_equal(one, other) for one, other in zip(got, [*expected, expected[0]], strict=True))
-
-
-@pytest.mark.parametrize("fixture", ["raw", "shards"])
-def test_files_are_closed(fixture, request):
-    root = request.getfixturevalue(fixture)
-
-    def open_now():
-        maps = Path("/proc/self/maps").read_text().count(str(root))
-        return maps + sum(str(root) in os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")
-                          if os.path.exists(f"/proc/self/fd/{fd}"))  # fmt: skip
-
-    before = open_now()
-    loader = Loader(open_part(config_for(CROPS, root), "train"), CROPS, dtype=torch.float32, workers=2)
-    next(iter(loader.training(Share(16, 16, 0, 1), 0, 2)))
-    assert open_now() > before
-    loader.close()
-    del loader
-    assert open_now() == before
-
-
-@pytest.mark.parametrize("fixture", ["raw", "shards"])
-def test_memory_stays_flat_over_epochs(fixture, request):
-    """Memory of the process's own: pages of mapped files are the system's, to take back when it likes."""
-    root = request.getfixturevalue(fixture)
-    script = (
-        "import sys, torch\nfrom knltrain.config import RunConfig, AugmentConfig\n"
-        "from knltrain.data.datasets import open_part\nfrom knltrain.data.loader import Loader, Share\n"
-        "from knltrain.node.memory import keep_freed_memory\n"
-        "def anonymous():\n"
-        "    line = next(line for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"
-        "    return int(line.split()[1]) / 1024\n"
-        "keep_freed_memory()\n"
-        "config = RunConfig(data=sys.argv[1], image_size=24, augment=AugmentConfig(resize=32))\n"
-        "loader = Loader(open_part(config, 'train'), config, dtype=torch.float32, workers=2)\n"
-        "seen = []\n"
-        "for step, _ in enumerate(loader.training(Share(48, 48, 0, 1), 0, 150)):\n"
-        "    if step % 50 == 49: seen.append(anonymous())\n"
-        "print(*seen)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", script, str(root)], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    first, _, last = map(float, run.stdout.split())
-    assert last - first < 4, run.stdout
-
-
-def test_images_smaller_than_the_network_needs(raw):
-    with pytest.raises(ConfigError, match=r"32 pixels, smaller than image-size 64.*--size"):
-        open_part(RunConfig(data=str(raw), image_size=64), "train")
-
-
-def test_an_index_of_imagenets_size(tmp_path):
-    """A process that opens it, to the second and the MiB, as a user's would: what torch needs is there before."""
-    count = 1_281_167
-    path = tmp_path / "train-00000.tar"
-    with open(path, "wb") as file:
-        file.truncate(count * 1024)
-    index = tarred.TarIndex(
-        np.zeros(count, np.int32), np.arange(count) * 1024, np.full(count, 1000), np.arange(count) % 1000
-    )
-    state = path.stat()
-    stamp = np.array([(state.st_size, state.st_mtime_ns)])
-    assert tarred._write_index(tmp_path / f"train-index-v{tarred._VERSION}.npz", np.array([path.name]), stamp, index)
-    script = (
-        "import resource, sys, time\nfrom pathlib import Path\nfrom knltrain.data import order\n"
-        "from knltrain.data.tar import Tar\n"
-        "rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-        "before, start = rss(), time.perf_counter()\n"
-        "tar = Tar(Path(sys.argv[1]), 'train')\n"
-        "opened = time.perf_counter() - start\n"
-        "start = time.perf_counter(); order.permutation(0, 0, len(tar)); shuffled = time.perf_counter() - start\n"
-        "print(len(tar), opened, shuffled, rss() - before)\n"
-    )
-    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=120)
-    assert run.returncode == 0, run.stderr
-    length, opened, shuffled, mib = map(float, run.stdout.split())
-    print(f"opened in {opened:.2f} s, shuffled in {shuffled:.2f} s, {mib:.0f} MiB")
-    assert length == count
-    assert mib < 200
-
-
 def test_interrupting_the_command_says_so(image_folder, tmp_path):
     command = [sys.executable, "-m", "knltrain", "prepare", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
@@ -751,30 +392,6 @@ def test_the_command(image_folder, tmp_path):
     small = ("--model", "alexnet_bn_small", "--image-size", 32, "--global-batch", 16, "--max-steps", 2)
     trained = knltrain("train", "--recipe", "alexnet-bn-32k", "--data", "raw", *small)
     assert trained.returncode == 0, trained.stderr
-
-
-def test_somebody_elses_meta_json_means_nothing(image_folder, tmp_path):
-    shutil.copytree(image_folder, tmp_path / "copy")
-    for text in ('{"author": "me"}', "[]", "{}"):
-        (tmp_path / "copy" / NAME).write_text(text)
-        assert isinstance(open_folder(tmp_path / "copy", "train"), Folder)
-
-
-def test_packed_refuses_what_does_not_fit(raw, tmp_path):
-    copy = copied(raw, tmp_path)
-    np.save(copy / "train/labels.npy", np.zeros(47, np.int64))
-    with pytest.raises(DataError, match="does not fit"):
-        open_folder(copy, "train")
-    meta = json.loads((copy / NAME).read_text())
-    for damaged in ('{"format": "raw", "shards": {}}', json.dumps(meta)[:-20], ""):
-        (copy / NAME).write_text(damaged)
-        with pytest.raises(DataError, match=r"meta\.json"):
-            open_folder(copy, "train")
-    meta["size"] = 31
-    (copy / NAME).write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="not images of 31 pixels"):
-        open_folder(copy, "train")
-    assert isinstance(open_folder(raw, "train"), Packed)
 
 
 def test_images_that_would_be_enlarged(image_folder, tmp_path, capsys):
