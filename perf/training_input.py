@@ -89,7 +89,7 @@ def measure(
             fields |= {"augment.name": augment, "augment.resize": round(config.image_size * 256 / 224)}
         contestants[name] = (override(config, fields), None, 0)
     for count in workers:
-        contestants[f"torchvision, folder, rrc, {count} workers"] = (config, roots["folder"], count)
+        contestants[f"torchvision, folder, rrc, {count} worker{'s' * (count > 1)}"] = (config, roots["folder"], count)
     answers, reasons = take_turns(_serve, contestants, console, rounds=rounds, count=steps)
     noise = answers["noise"]
     rows: list[dict[str, Any]] = []
