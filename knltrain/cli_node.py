@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 
 import click
 
 from knltrain.command import JSON, reports_errors
 from knltrain.errors import ConfigError
+
+_RUN_BY_RANKS = ("train", "eval")
 
 
 @click.command()
@@ -44,3 +49,45 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
         click.echo(json.dumps(picture.as_dict(node, planned), indent=2))
     if as_json:
         click.echo(json.dumps(picture.as_dict(node, planned)))
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option("-n", "ranks", metavar="RANKS", type=click.IntRange(min=1), help="Ranks in all; default --ppn per node.")
+@click.option("--ppn", type=click.IntRange(min=1), help="Ranks per node; default what plan has for this one.")
+@click.option("--hosts", metavar="A,B,...", help="Nodes; default this one, or those of the Slurm job.")
+@click.option("--dry-run", is_flag=True, help="Print the line and start nothing.")
+@JSON
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- train ...")
+@reports_errors
+def launch(
+    ranks: int | None, ppn: int | None, hosts: str | None, dry_run: bool, as_json: bool, arguments: tuple[str, ...]
+) -> None:
+    """Start ranks with the mpiexec there is (Intel MPI, MPICH or Open MPI); each takes its place by the plan."""
+    from knltrain.node.affinity import plan_node
+    from knltrain.node.launch import command_line, count_ranks, find_mpiexec
+    from knltrain.node.topology import read_node
+
+    if not arguments or arguments[0] not in _RUN_BY_RANKS:
+        raise ConfigError("nothing to launch: end with -- and what every rank runs, as in `-- train --recipe NAME`")
+    if as_json and not dry_run:
+        raise ConfigError("--json: only --dry-run has a result; for that of the training, give --json after `train`")
+    names = hosts.split(",") if hosts else []
+    if not all(names):
+        raise ConfigError(f"--hosts {hosts}: give names with commas between them, as in node1,node2")
+    mpiexec = find_mpiexec()
+    nodes = len(names) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    ranks, ppn = count_ranks(ranks, ppn, nodes, len(plan_node(read_node()).ranks))
+    program = [sys.executable, "-m", "knltrain", *arguments]
+    environment = {**os.environ, **mpiexec.environment}
+    line = command_line(mpiexec, ranks, ppn, names, program, environment)
+    text = shlex.join([*(f"{name}={value}" for name, value in mpiexec.environment.items()), *line])
+    # What is started may end its own output with JSON.
+    click.echo(text, err=as_json or not dry_run)
+    if as_json:
+        click.echo(json.dumps({"command": line, "environment": dict(mpiexec.environment), "mpi": mpiexec.kind,
+                               "ranks": ranks, "ranks_per_node": ppn, "hosts": names}))  # fmt: skip
+    if not dry_run:
+        # In our place: signals reach mpiexec, which passes them on, its exit code is ours, and nothing stays behind.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.execve(line[0], line, environment)

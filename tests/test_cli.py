@@ -48,6 +48,7 @@ FLAGS = {
     "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify"},
     "data": {"json", "help", "recipe", "sheet", "image-size", "augment.name", "augment.resize"},
     "recipes": {"json", "help"},
+    "launch": {"json", "help", "ppn", "hosts", "dry-run"},
     "plan": {"json", "help", "ranks-per-node", "topology", "format"},
 }
 
@@ -96,6 +97,11 @@ def invoke(*arguments):
         (["bench", "--threads", "0"], 2, "--threads 0: give positive numbers"),
         (["bench", "--threads", "1,100000"], 2, "100000 threads: this process may use"),
         (["tune", "--model", "lenet"], 2, "no 'lenet'"),
+        (["launch", "-n", "2"], 2, "nothing to launch"),
+        (["launch", "-n", "2", "--", "recipes"], 2, "nothing to launch"),
+        (["launch", "-n", "9", "--ppn", "2", "--hosts", "a,b", "--", "train"], 2, "-n 9 does not fit 2 node(s)"),
+        (["launch", "--hosts", "a,,b", "--", "train"], 2, "--hosts a,,b"),
+        (["launch", "--json", "--", "train"], 2, "--json: only --dry-run"),
         (["plan", "--topology", "/nowhere"], 2, "/nowhere: no folder sys or proc in it"),
         (["plan", "--ranks-per-node", "0"], 2, "ranks-per-node"),
     ],

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -18,9 +17,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knltrain.errors import KnltrainError
 from knltrain.node.ranks import Ranks
+from knltrain.node.rendezvous import START_TIMEOUT_S, meet
 
-# Long enough for the slowest node to import torch from a parallel file system, short enough to notice a missing one.
-_START_TIMEOUT = timedelta(minutes=10)
+_START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo says of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused")
 
@@ -43,10 +42,12 @@ class Group:
         self.backend = "none"
         if ranks.size == 1:
             return
+        meeting = meet(ranks)
+        meeting.export()
         try:
             dist.init_process_group(
                 "gloo",
-                init_method=ranks.init_method,
+                init_method=meeting.init_method,
                 rank=ranks.rank,
                 world_size=ranks.size,
                 timeout=_START_TIMEOUT,
@@ -54,7 +55,7 @@ class Group:
         except (RuntimeError, ValueError) as error:
             raise KnltrainError(
                 f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) did not find the others at "
-                f"{os.environ.get('MASTER_ADDR', ranks.init_method)}: {str(error).splitlines()[0]}"
+                f"{meeting.address or meeting.init_method}: {str(error).splitlines()[0]}"
             ) from None
         if dist.get_world_size() != ranks.size:
             raise KnltrainError(f"{ranks.launcher} started {ranks.size} ranks, the group has {dist.get_world_size()}")

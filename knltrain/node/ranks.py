@@ -1,8 +1,13 @@
-"""Who this process is: rank and world size, as told by whichever launcher started it."""
+"""Who this process is: rank and world size, as told by whichever launcher started it.
+
+Launchers are asked innermost first: torchrun, Open MPI, Hydra (MPICH, Intel MPI), srun. Torchrun may run under srun,
+mpiexec inside a batch script whose variables linger, and both start their helpers on other nodes through srun.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,7 +20,13 @@ class Ranks:
 
     Attributes:
         launcher: torchrun, openmpi, hydra (MPICH, Intel MPI), slurm, or none.
-        init_method: where the process group meets, as torch.distributed takes it; empty when alone.
+        rank: this process.
+        size: all processes.
+        local_rank: this process among those of its node.
+        local_size: those.
+        init_method: where the process group meets, as torch.distributed takes it; empty when alone, and where ranks
+            are on several nodes and have yet to find each other (:func:`knltrain.node.rendezvous.meet`).
+        hosts: names of the nodes, the first rank's first, where the launcher tells them.
     """
 
     launcher: str
@@ -24,9 +35,14 @@ class Ranks:
     local_rank: int
     local_size: int
     init_method: str = ""
+    hosts: tuple[str, ...] = ()
+
+    @property
+    def on_several_nodes(self) -> bool:
+        """Whether some rank runs elsewhere."""
+        return self.local_size < self.size
 
 
-# Innermost launcher first: torchrun may run under srun, and mpiexec inside an sbatch script whose variables linger.
 # name, rank, size, local rank, local size
 _LAUNCHERS = (
     ("torchrun", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
@@ -47,30 +63,60 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     """Reads the launcher's variables, in the order torchrun, Open MPI, Hydra (MPICH, Intel MPI), Slurm.
 
     Raises:
-        ConfigError: the launchers contradict each other (several processes were started, but the innermost
-            launcher says there is one), a variable is no number, or several nodes have no rendezvous address.
+        ConfigError: the launchers contradict each other (each of several processes has started a launcher of its
+            own), a variable is no number, or the launcher is unknown.
     """
     environ = os.environ if environ is None else environ
-    found = [launcher for launcher in _LAUNCHERS if launcher[1] in environ and launcher[2] in environ]
+    found = [_read(environ, *keys) for keys in _LAUNCHERS if keys[1] in environ and keys[2] in environ]
+    # With --mpi=pmi2, srun sets PMI_RANK and PMI_SIZE as well, but not what Hydra says of a node.
+    if len(found) > 1 and found[0].launcher == "hydra" and "MPI_LOCALNRANKS" not in environ:
+        found.pop(0)
     if not found:
         return Ranks("none", 0, 1, 0, 1)
-    name, *keys = found[0]
-    rank, size = _number(environ, keys[0]), _number(environ, keys[1])
-    if not 0 <= rank < size:
-        raise ConfigError(f"{keys[0]}={rank} does not fit {keys[1]}={size}; start through {name} or unset both")
-    for other, _, other_size, *_ in found[1:]:
-        if size == 1 and _number(environ, other_size) > 1:
+    inner = found[0]
+    for outer in found[1:]:
+        same = (inner.rank, inner.size) == (outer.rank, outer.size)
+        if outer.size > 1 and not same and (inner.size < outer.size or not inner.on_several_nodes):
+            keys = next(keys for keys in _LAUNCHERS if keys[0] == inner.launcher)
+            says = "this one is alone" if inner.size == 1 else f"these are all of {inner.size}, on one node"
             raise ConfigError(
-                f"{other} started {environ[other_size]} processes, but {name} says this one is alone "
-                f"({keys[1]}=1): each would train a model of its own. Start knltrain with one launcher only, "
-                f"or unset {keys[0]} and {keys[1]}"
+                f"{outer.launcher} started {outer.size} processes, but {inner.launcher} says {says} "
+                f"({keys[2]}={inner.size}): each would train a model of its own. Start knltrain with one launcher "
+                f"only, or unset {keys[1]} and {keys[2]}"
             )
-    if size == 1:
-        return Ranks(name, 0, 1, 0, 1)
-    # Slurm writes "2(x3),1": only the count on this node matters, and one node has one entry.
-    local_size = int(environ.get(keys[3], str(size)).split("(")[0].split(",")[0])
-    local_rank = _number(environ, keys[2]) if keys[2] in environ else rank
-    return Ranks(name, rank, size, local_rank, local_size, _meeting_point(environ, name, size, local_size))
+    if inner.size == 1:
+        return Ranks(inner.launcher, 0, 1, 0, 1)
+    if inner.launcher == "hydra" and "MPI_LOCALNRANKS" not in environ:
+        raise ConfigError(
+            f"a launcher that is none of torchrun, Open MPI, Hydra and srun started {inner.size} processes (PMI_SIZE); "
+            "export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
+        )
+    return inner
+
+
+def _read(
+    environ: Mapping[str, str], name: str, rank_key: str, size_key: str, local_rank_key: str, local_size_key: str
+) -> Ranks:
+    """What one launcher says."""
+    rank, size = _number(environ, rank_key), _number(environ, size_key)
+    if not 0 <= rank < size:
+        raise ConfigError(f"{rank_key}={rank} does not fit {size_key}={size}; start through {name} or unset both")
+    hosts: tuple[str, ...] = ()
+    local_rank = _number(environ, local_rank_key) if local_rank_key in environ else rank
+    if name == "slurm":
+        counts = expand_counts(environ.get(local_size_key, str(size)))
+        node = _number(environ, "SLURM_NODEID") if "SLURM_NODEID" in environ else 0
+        if not 0 <= node < len(counts):
+            raise ConfigError(f"SLURM_NODEID={node} does not fit {local_size_key}={environ[local_size_key]}")
+        local_size = counts[node]
+        listed = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST", "")
+        hosts = expand_hosts(listed) if listed else ()
+    else:
+        local_size = _number(environ, local_size_key) if local_size_key in environ else size
+    if not 0 <= local_rank < local_size <= size:
+        raise ConfigError(f"{name}: local rank {local_rank} of {local_size} does not fit rank {rank} of {size}")
+    several = local_size < size
+    return Ranks(name, rank, size, local_rank, local_size, _meeting_point(environ, name, size, several=several), hosts)
 
 
 def _number(environ: Mapping[str, str], key: str) -> int:
@@ -80,14 +126,20 @@ def _number(environ: Mapping[str, str], key: str) -> int:
         raise ConfigError(f"{key}={environ[key]} is no number; the launcher's variables are damaged") from None
 
 
-def _meeting_point(environ: Mapping[str, str], launcher: str, size: int, local_size: int) -> str:
-    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+def _meeting_point(environ: Mapping[str, str], launcher: str, size: int, *, several: bool) -> str:
+    if size == 1:
+        return ""
+    given = [name for name in ("MASTER_ADDR", "MASTER_PORT") if environ.get(name)]
+    if len(given) == 2:
         return "env://"
-    if local_size < size:
-        raise ConfigError(
-            f"{launcher} started {size} ranks on several nodes, and MASTER_ADDR and MASTER_PORT are not set: "
-            "export the address of rank 0's node and a free port there"
-        )
+    if given and several:
+        raise ConfigError(f"{given[0]} is set alone: export both MASTER_ADDR and MASTER_PORT, or none of them")
+    if several:
+        if launcher == "torchrun":
+            raise ConfigError(
+                "torchrun's MASTER_ADDR and MASTER_PORT are missing; the launcher's variables are damaged"
+            )
+        return ""
     # All ranks of a node have the same parent (mpiexec's proxy, slurmstepd), and its start time sets this job's
     # file apart from one left by an earlier process of the same number.
     parent = os.getppid()
@@ -95,3 +147,48 @@ def _meeting_point(environ: Mapping[str, str], launcher: str, size: int, local_s
         started = stat.read().rpartition(")")[2].split()[19]
     folder = environ.get("TMPDIR", "/tmp")
     return f"file://{folder}/knltrain-{os.getuid()}-{parent}-{started}"
+
+
+def expand_counts(text: str) -> list[int]:
+    """Expands Slurm's ``2(x3),1`` to a number for each node.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    counts: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d{1,6})\))?", part.strip())
+        if not match:
+            raise ConfigError(f"{text!r} is no list of tasks per node; Slurm's variables are damaged")
+        counts += [int(match[1])] * int(match[2] or 1)
+    return counts
+
+
+def expand_hosts(text: str) -> tuple[str, ...]:
+    """Expands Slurm's ``node[001-003,7],gpu-a`` to names, leading zeros kept.
+
+    Raises:
+        ConfigError: it is no such list.
+    """
+    names: list[str] = []
+    # Commas inside brackets do not part names.
+    for pattern in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
+        expanded = [""]
+        for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", pattern):
+            choices = [literal] if literal else _expand_ranges(ranges, text)
+            expanded = [prefix + choice for prefix in expanded for choice in choices]
+        names += expanded
+    if re.sub(r"\[[\d,-]+\]", "", text).count("[") or not names:
+        raise ConfigError(f"{text!r} is no list of nodes; Slurm's variables are damaged")
+    return tuple(names)
+
+
+def _expand_ranges(ranges: str, text: str) -> list[str]:
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
+        if not match or (match[2] and not 0 <= int(match[2]) - int(match[1]) < 1_000_000):
+            raise ConfigError(f"{text!r} is no list of nodes; Slurm's variables are damaged")
+        first, last = match[1], match[2] or match[1]
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+    return numbers

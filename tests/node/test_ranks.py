@@ -1,7 +1,7 @@
 import pytest
 
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import discover
+from knltrain.node.ranks import discover, expand_counts, expand_hosts
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -45,13 +45,76 @@ def test_many_processes_of_one_rank_each_are_refused(outer):
         discover({**outer, "RANK": "0", "WORLD_SIZE": "1"})
 
 
-def test_several_nodes_need_an_address():
+def test_ranks_on_several_nodes_have_yet_to_meet():
     apart = {**HYDRA, "PMI_SIZE": "4"}
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        discover(apart)
+    assert discover(apart).on_several_nodes
+    assert discover(apart).init_method == ""
     assert discover({**apart, "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}).init_method == "env://"
-    with pytest.raises(ConfigError, match="MASTER_ADDR"):
-        discover({**SLURM, "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"})
+    for alone in ({"MASTER_ADDR": "node1"}, {"MASTER_PORT": "29500"}):
+        with pytest.raises(ConfigError, match="set alone: export both"):
+            discover({**apart, **alone})
+
+
+def test_tasks_per_node_are_those_of_this_node():
+    step = {"SLURM_PROCID": "7", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "0", "SLURM_NODEID": "3",
+            "SLURM_STEP_TASKS_PER_NODE": "2(x2),3,1", "SLURM_STEP_NODELIST": "node[001-003,7]"}  # fmt: skip
+    ranks = discover(step)
+    assert (ranks.local_size, ranks.hosts) == (1, ("node001", "node002", "node003", "node7"))
+    assert discover({**step, "SLURM_PROCID": "6", "SLURM_LOCALID": "2", "SLURM_NODEID": "2"}).local_size == 3
+    with pytest.raises(ConfigError, match="SLURM_NODEID=4"):
+        discover({**step, "SLURM_NODEID": "4"})
+
+
+def test_srun_with_pmi2_is_srun():
+    """It sets PMI_RANK and PMI_SIZE, and nothing else that Hydra sets."""
+    step = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+            "SLURM_STEP_TASKS_PER_NODE": "4(x2)", "PMI_RANK": "5", "PMI_SIZE": "8", "PMI_FD": "14"}  # fmt: skip
+    assert (discover(step).launcher, discover(step).local_rank, discover(step).local_size) == ("slurm", 1, 4)
+
+
+def test_a_launcher_that_says_nothing_of_its_nodes_is_refused():
+    with pytest.raises(ConfigError, match="none of torchrun, Open MPI, Hydra and srun started 4 processes"):
+        discover({"PMI_RANK": "1", "PMI_SIZE": "4"})
+
+
+def test_a_launcher_in_each_task_of_another_is_refused():
+    tasks = {
+        "SLURM_PROCID": "0",
+        "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": "0",
+        "SLURM_STEP_TASKS_PER_NODE": "1(x2)",
+    }
+    alone = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4"}
+    with pytest.raises(ConfigError, match="slurm started 2 processes, but torchrun says these are all of 4, on one"):
+        discover({**tasks, **alone})
+    assert discover({**tasks, **TORCHRUN}).size == 4, "one torchrun a node, together"
+    # mpiexec starts its helpers on other nodes through srun, one a node.
+    helpers = {**HYDRA, "PMI_SIZE": "4"}
+    assert discover({**tasks, **helpers}).launcher == "hydra"
+    with pytest.raises(ConfigError, match="slurm started 8 processes"):
+        discover({**tasks, "SLURM_STEP_NUM_TASKS": "8", "SLURM_STEP_TASKS_PER_NODE": "4(x2)", **helpers})
+
+
+@pytest.mark.parametrize("text, names", [
+    ("vm", "vm"), ("a,b-2", "a b-2"), ("node[001-003,7],gpu-a", "node001 node002 node003 node7 gpu-a"),
+    ("n[9-11]", "n9 n10 n11"), ("rack[0-1]n[08-09]-ib", "rack0n08-ib rack0n09-ib rack1n08-ib rack1n09-ib"),
+    ("login.site.org,n[1]", "login.site.org n1"),
+])  # fmt: skip
+def test_compressed_node_lists(text, names):
+    assert expand_hosts(text) == tuple(names.split())
+
+
+@pytest.mark.parametrize("text", ["n[1-", "n[3-1]", "n[a]", "n[1-99999999]", "[", "", "n[]"])
+def test_damaged_node_lists(text):
+    with pytest.raises(ConfigError, match="no list of nodes"):
+        expand_hosts(text)
+
+
+def test_counts():
+    assert expand_counts("2(x3),1") == [2, 2, 2, 1]
+    for text in ("", "2(x)", "many", "2(3)"):
+        with pytest.raises(ConfigError, match="no list of tasks"):
+            expand_counts(text)
 
 
 @pytest.mark.parametrize("change", [{"PMI_RANK": "2"}, {"PMI_RANK": "-1"}, {"PMI_SIZE": "two"}, {"PMI_RANK": ""}])

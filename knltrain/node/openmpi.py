@@ -1,0 +1,78 @@
+"""Ranks under Open MPI tell each other where they are, through MPI itself.
+
+Its process managers (ORTE, PRRTE) speak PMIx, whose library's structures change; MPI_Allgather does not. It runs in a
+process of its own, so that the rank is not one with MPI's threads and handlers in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from knltrain.errors import KnltrainError
+
+# The same for Open MPI 1.10 to 5: MPI's C symbols of versions 4 and 5 share it.
+_LIBRARY = "libmpi.so.40"
+_LENGTH = 2048
+
+
+class OpenMpi:
+    """MPI_COMM_WORLD of the job that this process's rank belongs to.
+
+    Raises:
+        KnltrainError: Open MPI's library is not found, or does not start.
+    """
+
+    def __init__(self) -> None:
+        self._library = _load()
+        if self._library.MPI_Init(None, None):
+            raise KnltrainError("Open MPI's MPI_Init failed; export MASTER_ADDR and MASTER_PORT instead")
+        count = ctypes.c_int()
+        self._library.MPI_Comm_size(self._world, ctypes.byref(count))
+        self._size = count.value
+
+    @property
+    def _world(self) -> ctypes.c_void_p:
+        return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self._library, "ompi_mpi_comm_world")))
+
+    def share(self, rank: int, text: str) -> Callable[[int], str]:
+        """Gives a text to the other ranks and returns a function from a rank to its text. All ranks call it."""
+        byte = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self._library, "ompi_mpi_byte")))
+        mine = ctypes.create_string_buffer(text.encode()[: _LENGTH - 1], _LENGTH)
+        everybodys = ctypes.create_string_buffer(self._size * _LENGTH)
+        if self._library.MPI_Allgather(mine, _LENGTH, byte, everybodys, _LENGTH, byte, self._world):
+            raise KnltrainError("Open MPI's MPI_Allgather failed; export MASTER_ADDR and MASTER_PORT instead")
+        raw = everybodys.raw
+        return lambda other: raw[other * _LENGTH : (other + 1) * _LENGTH].split(b"\0")[0].decode()
+
+    def close(self) -> None:
+        """Ends MPI in this process."""
+        self._library.MPI_Finalize()
+
+
+def _load() -> ctypes.CDLL:
+    for path in (_LIBRARY, *_beside_the_launcher()):
+        try:
+            return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
+        except OSError:
+            continue
+    raise KnltrainError(
+        f"Open MPI's {_LIBRARY} is not found; add its folder to LD_LIBRARY_PATH, or export MASTER_ADDR and MASTER_PORT"
+    )
+
+
+def _beside_the_launcher() -> Iterator[str]:
+    """Where the daemon that started this rank has its own libraries from."""
+    process = os.getppid()
+    try:
+        # This process's parent is the rank, whose parent is the daemon.
+        status = Path(f"/proc/{process}/status").read_text()
+        daemon = int(re.findall(r"^PPid:\s*(\d+)", status, re.MULTILINE)[0])
+        maps = Path(f"/proc/{daemon}/maps").read_text()
+    except (OSError, IndexError, ValueError):
+        return
+    folders = {Path(path).parent for path in re.findall(r"(/\S*/lib(?:open-rte|open-pal|prrte|pmix)\S*)", maps)}
+    yield from (str(folder / _LIBRARY) for folder in sorted(folders))

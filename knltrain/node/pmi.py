@@ -1,0 +1,110 @@
+"""The little of PMI-1 that lets ranks under Hydra tell each other where they are.
+
+The protocol is lines of ``key=value`` over a descriptor that mpiexec's proxy leaves in PMI_FD; it works on any number
+of nodes, with no network but Hydra's own and no shared folder.
+https://flux-framework.readthedocs.io/projects/flux-rfc/en/latest/spec_13.html describes it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import ctypes
+import os
+import socket
+from collections.abc import Callable
+from urllib.parse import quote, unquote
+
+from knltrain.errors import KnltrainError
+
+
+class Pmi:
+    """A connection to the process manager.
+
+    Args:
+        fd: the descriptor, which stays open: an MPI library in this process may talk over it later.
+        timeout: seconds that an answer may take; the last rank's arrival is waited for.
+
+    Raises:
+        KnltrainError: the process manager does not speak PMI-1.
+    """
+
+    def __init__(self, fd: int, timeout: float) -> None:
+        try:
+            self._socket = socket.socket(fileno=os.dup(fd))
+        except OSError as error:
+            raise KnltrainError(f"PMI_FD={fd}: {error.strerror}; mpiexec's connection is gone") from None
+        self._socket.settimeout(timeout)
+        self._pending = b""
+        self._phase = 0
+        try:
+            self._ask("cmd=init pmi_version=1 pmi_subversion=1", "response_to_init")
+            self._name = self._ask("cmd=get_my_kvsname", "my_kvsname")["kvsname"]
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Closes this end; the process manager does not notice."""
+        self._socket.close()
+
+    def share(self, rank: int, text: str) -> Callable[[int], str]:
+        """Gives a text to the other ranks, and returns a function from a rank to its text. All ranks call it at once.
+
+        Args:
+            rank: this rank.
+            text: some hundred bytes.
+        """
+        self._phase += 1
+        key = f"knltrain-{self._phase}-"
+        self._ask(f"cmd=put kvsname={self._name} key={key}{rank} value={quote(text, safe='')}", "put_result")
+        self._ask("cmd=barrier_in", "barrier_out")
+
+        def of(other: int) -> str:
+            return unquote(self._ask(f"cmd=get kvsname={self._name} key={key}{other}", "get_result")["value"])
+
+        return of
+
+    def leave_at_exit(self) -> None:
+        """Takes leave when the process ends as it should; ending without, it takes the job down.
+
+        An MPI library that was started in this process takes leave itself, and only one may.
+        """
+        atexit.register(self._leave)
+
+    def _leave(self) -> None:
+        if not _mpi_was_started():
+            with contextlib.suppress(KnltrainError):
+                self._ask("cmd=finalize", "finalize_ack")
+        self.close()
+
+    def _ask(self, question: str, answer: str) -> dict[str, str]:
+        try:
+            self._socket.sendall(question.encode() + b"\n")
+            while b"\n" not in self._pending:
+                received = self._socket.recv(65536)
+                if not received:
+                    raise KnltrainError("mpiexec closed its connection (PMI); another rank has ended")
+                self._pending += received
+        except TimeoutError:
+            seconds = self._socket.gettimeout()
+            raise KnltrainError(f"no answer from mpiexec (PMI) in {seconds:g} s: a rank has not started") from None
+        except OSError as error:
+            raise KnltrainError(f"mpiexec's connection (PMI) failed: {error.strerror}; a rank has ended") from None
+        line, _, self._pending = self._pending.partition(b"\n")
+        fields = dict(part.partition("=")[::2] for part in line.decode("utf-8", "replace").split())
+        if fields.get("cmd") != answer or fields.get("rc", "0") != "0":
+            raise KnltrainError(f"mpiexec answered {line.decode('utf-8', 'replace')!r} to {question!r} (PMI-1)")
+        return fields
+
+
+def _mpi_was_started() -> bool:
+    with open("/proc/self/maps") as maps:
+        paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libmpi" in line}
+    for path in paths:
+        with contextlib.suppress(OSError, AttributeError):
+            library, flag = ctypes.CDLL(path, os.RTLD_NOLOAD | os.RTLD_LAZY), ctypes.c_int(0)
+            library.MPI_Initialized(ctypes.byref(flag))
+            if flag.value:
+                return True
+    return False

@@ -1,0 +1,247 @@
+"""How ranks on several nodes find the first of them, and which network they find it over.
+
+MASTER_ADDR and MASTER_PORT win where they are set. Under srun the node list names the first rank's node. Under Hydra
+and Open MPI the first rank tells the others its addresses, in the launcher's own way, and each takes the first that
+answers: a name that resolves to loopback, or a bridge that every node has with the same address, does not. IPv4 only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import ipaddress
+import json
+import os
+import socket
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.node.openmpi import OpenMpi
+from knltrain.node.pmi import Pmi
+from knltrain.node.ranks import Ranks, discover
+
+# Long enough for the slowest node to start Python from a parallel file system.
+START_TIMEOUT_S = 600.0
+_PROBE_TIMEOUT_S = 3.0
+_SIOCGIFADDR = 0x8915
+_ANYWHERE = "198.51.100.1"  # of a network for documentation, which the default route leads to (RFC 5737)
+_MOST_ADDRESSES = 24  # what fits into a kilobyte, the shortest value that PMI-1 allows
+
+
+@dataclasses.dataclass(frozen=True)
+class Meeting:
+    """Where the process group meets.
+
+    Attributes:
+        init_method: as torch.distributed takes it.
+        address: the first rank's, as this rank reaches it; empty on one node.
+        interface: of this rank's, the one that leads to the others; empty on one node and where it is unknown.
+    """
+
+    init_method: str
+    address: str = ""
+    interface: str = ""
+
+    def export(self) -> None:
+        """Tells gloo, oneCCL and libfabric the interface, unless the user has."""
+        if self.interface:
+            for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE"):
+                os.environ.setdefault(name, self.interface)
+
+
+class Exchange(Protocol):
+    """A way to give every rank a text of every other."""
+
+    def share(self, rank: int, text: str) -> Callable[[int], str]:
+        """Gives a text to the other ranks and returns a function from a rank to its text. All ranks call it."""
+
+
+def meet(ranks: Ranks, environ: Mapping[str, str] | None = None) -> Meeting:
+    """Finds where the process group meets. On several nodes all ranks call it, once.
+
+    Args:
+        ranks: this process among its peers.
+        environ: the environment, by default this process's.
+
+    Raises:
+        ConfigError: MASTER_ADDR is loopback, or nothing says where the first rank is.
+        KnltrainError: the ranks do not find each other.
+    """
+    environ = os.environ if environ is None else environ
+    if not ranks.on_several_nodes:
+        return Meeting(ranks.init_method)
+    if ranks.init_method:
+        return _at_master(environ["MASTER_ADDR"], ranks)
+    if ranks.launcher == "slurm":
+        return _by_node_list(ranks, environ)
+    if ranks.launcher == "openmpi":
+        return _in_a_process_of_its_own()
+    if "PMI_FD" not in environ:
+        raise ConfigError(
+            f"{ranks.launcher} started {ranks.size} ranks on several nodes and left no PMI_FD to find each other by; "
+            "export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT, a free port there"
+        )
+    pmi = Pmi(int(environ["PMI_FD"]), START_TIMEOUT_S)
+    try:
+        meeting = agree(pmi, ranks)
+    except BaseException:
+        pmi.close()
+        raise
+    pmi.leave_at_exit()
+    return meeting
+
+
+def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
+    """Lets the first rank tell its addresses, and every other take the first that answers.
+
+    Raises:
+        KnltrainError: none answers a rank.
+    """
+    with contextlib.closing(socket.create_server(("", 0), backlog=1024)) as listener:
+        offer = ""
+        if ranks.rank == 0:
+            addresses = [address for _, address in own_addresses()]
+            named = [address for address in _resolve(socket.gethostname()) if address in addresses]
+            first = list(dict.fromkeys([*named, *addresses]))[:_MOST_ADDRESSES]
+            offer = json.dumps([socket.gethostname()[:64], _stack(), listener.getsockname()[1], first])
+        host, stack, port, offered = json.loads(exchange.share(ranks.rank, offer)(0))
+        # Ranks of one network stack reach the first over loopback, and have no interface to tell.
+        together = stack == _stack()
+        address = "127.0.0.1" if together else _first_that_answers(offered, port)
+        # Nobody leaves before all have tried: who found nothing says so after the others know.
+        choices = exchange.share(ranks.rank, address)
+    if not address:
+        raise KnltrainError(
+            f"rank {ranks.rank} on {socket.gethostname()} reaches none of the addresses of rank 0 on {host} "
+            f"({', '.join(offered) or 'none'}), port {port}: a firewall, or no common network; export MASTER_ADDR and "
+            "MASTER_PORT to name an address"
+        )
+    towards = address
+    if together:  # what the ranks elsewhere reach this node by
+        towards = next((one for one in map(choices, range(1, ranks.size)) if one != "127.0.0.1"), "")
+    return Meeting(f"tcp://{address}:{port}", address, interface_towards(towards) if towards else "")
+
+
+def own_addresses() -> list[tuple[str, str]]:
+    """Names and IPv4 addresses of the interfaces that are up, loopback left out."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # no IPv4 address
+                answer = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+                address = socket.inet_ntoa(answer[20:24])
+                if not ipaddress.ip_address(address).is_loopback:
+                    found.append((name, address))
+    return found
+
+
+def interface_towards(address: str) -> str:
+    """The interface that the kernel's routes take to an address, or that has it; empty for loopback and no route."""
+    own = {ip: name for name, ip in own_addresses()}
+    if address in own:
+        return own[address]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
+        try:
+            one.connect((address, 9))  # sends nothing: the route alone is looked up
+            return own.get(one.getsockname()[0], "")
+        except OSError:
+            return ""
+
+
+def _stack() -> str:
+    """What two processes have in common if they share all network interfaces: kernel and network namespace."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
+
+
+def _resolve(host: str) -> list[str]:
+    """The IPv4 addresses of a name, loopback left out; none where it has none."""
+    try:
+        found = [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
+    except OSError:
+        return []
+    return [address for address in dict.fromkeys(found) if not ipaddress.ip_address(address).is_loopback]
+
+
+def _first_that_answers(addresses: list[str], port: int) -> str:
+    own = {address for _, address in own_addresses()}
+    for address in addresses:
+        # A bridge that every node has with the same address (docker0) leads to this node itself.
+        if address not in own:
+            with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S):
+                return address
+    return ""
+
+
+def _at_master(host: str, ranks: Ranks) -> Meeting:
+    addresses = _resolve(host)
+    # On its own node a name may well be loopback's; then the route to anywhere tells the interface.
+    named = not host.replace(".", "").isdigit() and host != "localhost"
+    if not addresses and named and ranks.rank == ranks.local_rank:
+        return Meeting(ranks.init_method, host, interface_towards(_ANYWHERE))
+    if not addresses:
+        raise ConfigError(
+            f"MASTER_ADDR={host} is no address that other nodes can reach (unknown, or loopback), and the "
+            f"{ranks.size} ranks are on several; give the address of rank 0's node"
+        )
+    return Meeting(ranks.init_method, addresses[0], interface_towards(addresses[0]))
+
+
+def _by_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Meeting:
+    if len(ranks.hosts) < 2:
+        raise ConfigError(
+            f"srun started {ranks.size} ranks on several nodes, and SLURM_STEP_NODELIST does not name them; "
+            "export MASTER_ADDR and MASTER_PORT"
+        )
+    head = ranks.hosts[0]
+    here = int(environ.get("SLURM_NODEID", "0")) == 0
+    # On the first node its own name may well be loopback's: the way to the second node is what counts there.
+    addresses = _resolve(ranks.hosts[1] if here else head)
+    if not addresses:
+        name = ranks.hosts[1] if here else head
+        raise KnltrainError(
+            f"node {name} of the job has no address that {socket.gethostname()} could reach: its name is unknown or "
+            "resolves to loopback; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT"
+        )
+    # All ranks come to the same port without a word: one that differs from job to job and from step to step.
+    port = 20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 31 + int(environ.get("SLURM_STEP_ID", "0"))) % 12000
+    address = "127.0.0.1" if here else addresses[0]
+    return Meeting(f"tcp://{address}:{port}", address, interface_towards(addresses[0]))
+
+
+def _in_a_process_of_its_own() -> Meeting:
+    try:
+        result = subprocess.run(
+            [sys.executable, "-m", "knltrain.node.rendezvous"], capture_output=True, text=True, timeout=START_TIMEOUT_S
+        )
+    except subprocess.TimeoutExpired:
+        raise KnltrainError(
+            f"the ranks under Open MPI did not find each other in {START_TIMEOUT_S:.0f} s: one has not started"
+        ) from None
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise KnltrainError(f"ranks under Open MPI did not find each other: {last}")
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return Meeting(**found)
+
+
+def _main() -> None:
+    mpi = OpenMpi()
+    try:
+        meeting = agree(mpi, discover())
+    finally:
+        mpi.close()
+    print(json.dumps(dataclasses.asdict(meeting)))
+
+
+if __name__ == "__main__":
+    try:
+        _main()
+    except KnltrainError as error:
+        sys.exit(str(error))
