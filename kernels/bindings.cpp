@@ -11,6 +11,7 @@
 #include <string>
 #include <vector>
 
+#include "ccl.h"
 #include "cpu.h"
 #include "jpeg.h"
 #include "kernels.h"
@@ -102,6 +103,7 @@ NB_MODULE(_kernels, m) {
             if (variant.runs) names.push_back(variant.name);
         return names;
     });
+    bind_ccl(m);
     m.def("use_isa", use_isa);
     m.def("use_openmp", [](Address parallel, Address thread_num, Address num_threads) {
         use_openmp(at<void>(parallel), at<void>(thread_num), at<void>(num_threads));

@@ -94,9 +94,12 @@ class AugmentConfig:
 class CommConfig:
     """What travels between ranks."""
 
-    backend: Literal["auto", "gloo"] = _field("auto", "process group back end")
+    backend: Literal["auto", "ccl", "gloo"] = _field("auto", "process group; auto: oneCCL where it loads, else gloo")
     dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
     bucket_mb: Positive = _field(25.0, "size of a gradient bucket, MiB")
+    timeout_s: Positive = _field(
+        600.0, "longest wait for another rank after the first step, seconds; writing a checkpoint has to fit"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -102,14 +102,14 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     """
     config, engine, group = run.config, run.engine, run.group
     model, clock = data_parallel(engine.model, config.comm, group.world_size, engine.optimizer.carried)
-    last_step = run.last_step
+    first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
-    batches = run.train_loader.training(run.share, run.progress.step, last_step)
+    batches = run.train_loader.training(run.share, first_step, last_step)
 
     with contextlib.closing(batches):
-        if run.progress.evaluated_step < run.progress.step and run.crossed(run.progress.step):
+        if run.progress.evaluated_step < first_step and run.crossed(first_step):
             evaluate_epoch(run, log, bar)  # a signal left no time for it
-        for step in range(run.progress.step, last_step):
+        for step in range(first_step, last_step):
             step_start, data_s, loss_sum, lr = time.perf_counter(), 0.0, 0.0, run.lr(step)
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = lr
@@ -137,7 +137,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             engine.optimizer.step()
             step_s = time.perf_counter() - step_start
 
-            done = step + 1
+            done = group.last_step = step + 1
             row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr,
                    "images_per_s": config.global_batch / step_s, "data_s": data_s, "step_s": step_s,
                    "comm_s": clock.take(), "rss_mb": resident_mb()}  # fmt: skip
@@ -152,6 +152,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                 save_checkpoint(run, time.perf_counter() - started)
             if stops:
                 return False
+            if step == first_step:
+                group.expect_steps(config.comm.timeout_s)
     return True
 
 
@@ -231,7 +233,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         with running_on(place.plan.comm):  # where the threads that it makes then stay
-            group = cleanup.enter_context(Group(ranks))
+            group = cleanup.enter_context(Group(ranks, config.comm.backend))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             guard_out(config, out)
@@ -279,9 +281,12 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         )
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
-                "threads": threads, "workers": workers, "backend": group.backend, "local_batch": share.local_batch,
+                "threads": threads, "workers": workers, "backend": "none", "local_batch": share.local_batch,
                 "accumulate": share.accumulate, "steps": steps, "precision": precision, "engine": engine.name,
                 "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
+        if group.backend:
+            plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
+                     "transport": group.backend.transport, "oneccl": group.backend.settings}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), resume_from)
         log = None
         if group.is_first:
@@ -368,8 +373,13 @@ def announce(
     console.line(
         f"{plan['precision']}, engine {plan['engine']}, {plan['threads']} threads and {plan['workers']} decoders a rank"
     )
-    if plan["world_size"] > 1:
-        console.line(f"gradients travel over {plan['backend']} in {config.comm.dtype}")
+    if run.group.backend:
+        backend = run.group.backend
+        console.line(
+            f"gradients travel in {config.comm.dtype} over {backend.name} ({backend.version}, {backend.transport})"
+        )
+        if backend.note:
+            console.line(backend.note)
     elif config.comm != configuration.CommConfig():
         console.warn("comm.* has no effect on a single rank")
     if resume_from:

@@ -79,7 +79,7 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
         "world_size": group.world_size,
         "ranks_per_node": ranks.local_size,
         "threads": threads,
-        "backend": "gloo" if group.world_size == 1 else group.backend,
+        "backend": group.backend.name if group.backend else "gloo",
         "repeats": repeats,
         "rows": rows,
         **provenance(node),

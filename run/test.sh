@@ -2,7 +2,7 @@
 # The whole test suite, in the reference environment or against another PyTorch.
 #
 #   bash run/test.sh [pytest arguments]                     .venv: torch 2.8 with IPEX and torchvision, timm, optax
-#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch alone
+#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch and oneCCL
 #
 # Safe to run twice: the second run installs nothing.
 set -euo pipefail
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --torch ]; then
     environment=.venv-torch-$2
-    requirements=("torch==$2" -e '.[test]')
+    requirements=("torch==$2" -e '.[ccl,test]')
     shift 2
 else
     environment=.venv

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,15 +15,19 @@ import torch.distributed as dist
 # they hold never ends. Its threads would then meet an interpreter that does.
 import torch.distributed.nn.functional
 from torch import nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from knltrain.errors import KnltrainError
+from knltrain.comm.backend import Chosen, choose_backend, gloo
+from knltrain.comm.ccl import ProcessGroupCCL
+from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.ranks import Ranks
 from knltrain.node.rendezvous import START_TIMEOUT_S, meet
 
 _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
-# What gloo says of a peer that is gone.
-_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused")
+# What gloo, oneCCL and the store say of a peer that is gone.
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
+         "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
 
 
 class Group:
@@ -32,22 +38,32 @@ class Group:
 
     Args:
         ranks: this process among its peers.
+        backend: auto, ccl or gloo; see ``backend.py``.
+
+    Attributes:
+        backend: what was chosen, or None with one rank.
+        last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
 
     Raises:
+        ConfigError: ccl was asked for and cannot be had.
         KnltrainError: the ranks do not find each other.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
+    def __init__(self, ranks: Ranks, backend: str = "auto") -> None:
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
-        self.backend = "none"
+        self.backend: Chosen | None = None
+        self.last_step: int | None = None
         if ranks.size == 1:
             return
         meeting = meet(ranks)
         meeting.export()
         try:
+            store, *_ = next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))
+            store.set_timeout(_START_TIMEOUT)
+            self.backend = self._agree(choose_backend(backend, ranks), backend, store)
             dist.init_process_group(
-                "gloo",
-                init_method=meeting.init_method,
+                self.backend.name,
+                store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
                 rank=ranks.rank,
                 world_size=ranks.size,
                 timeout=_START_TIMEOUT,
@@ -57,9 +73,19 @@ class Group:
                 f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) did not find the others at "
                 f"{meeting.address or meeting.init_method}: {str(error).splitlines()[0]}"
             ) from None
-        if dist.get_world_size() != ranks.size:
-            raise KnltrainError(f"{ranks.launcher} started {ranks.size} ranks, the group has {dist.get_world_size()}")
-        self.backend = dist.get_backend()
+
+    def _agree(self, chosen: Chosen, asked: str, store: Any) -> Chosen:
+        """All ranks take ccl, or none does."""
+        keys = [f"backend{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], f"{chosen.name} {socket.gethostname()}")
+        store.wait(keys, _START_TIMEOUT)
+        answers = [answer.decode().split(maxsplit=1) for answer in store.multi_get(keys)]
+        without = sorted({host for name, host in answers if name == "gloo"})
+        if chosen.name == "gloo" or not without:
+            return chosen
+        if asked == "ccl":
+            raise ConfigError(f"comm.backend ccl: {', '.join(without)} cannot; install oneCCL there, or take gloo")
+        return gloo(f"gradients travel over gloo, which is slower than ccl: {', '.join(without)} cannot take ccl")
 
     def __enter__(self) -> Group:
         return self
@@ -122,9 +148,20 @@ class Group:
             reason = str(error).splitlines()[0]
             if self.world_size == 1 or not any(word in reason for word in _LOST):
                 raise
+            step = f"; all ranks finished step {self.last_step}" if self.last_step else ""
             raise KnltrainError(
-                f"another rank has ended or does not answer; what that rank printed is the cause ({reason})"
+                f"another rank has ended or does not answer{step}; what that rank printed is the cause ({reason})"
             ) from None
+
+    def expect_steps(self, timeout_s: float) -> None:
+        """From now on no rank waits for another longer than this; a start takes longer than a step."""
+        if self.world_size == 1:
+            return
+        timeout, group = timedelta(seconds=timeout_s), dist.group.WORLD
+        if isinstance(group, ProcessGroupCCL):
+            group.set_timeout(timeout)
+        else:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
     def close(self) -> None:
         """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""

@@ -1,4 +1,4 @@
-"""Two gloo ranks on this machine, started as users start them."""
+"""Two ranks on this machine, started as users start them."""
 
 import json
 import os
@@ -42,6 +42,12 @@ def start(command, image_folder, out, *options, **environment):
     )
 
 
+def ccl_is_here():
+    """Whether ranks choose oneCCL by themselves; in a process of its own, for none of it may be loaded here."""
+    code = "from knltrain.comm import oneccl; oneccl.load()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 def weights(out):
     return load_file(max(Path(out, "checkpoints").iterdir()) / "model.safetensors")
 
@@ -83,7 +89,8 @@ def test_two_ranks_are_one(launcher, alone, image_folder, tmp_path):
     top1 = [json.loads(Path(path, "summary.json").read_text())["top1"] for path in (alone, out)]
     assert top1[0] == top1[1]
     plan = json.loads((out / "config.json").read_text())["plan"]
-    assert plan["backend"] == "gloo"
+    assert plan["backend"] == ("ccl" if ccl_is_here() else "gloo")
+    assert plan["transport"] == ("ofi" if ccl_is_here() else "tcp")
     assert plan["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 

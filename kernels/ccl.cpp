@@ -1,0 +1,533 @@
+// Collectives of oneCCL between CPUs, for knltrain/comm/ccl.py.
+//
+// oneCCL is opened at run time by the path that Python found. Nothing of it is needed to build this file, so one binary
+// serves with it, without it, and with each 2021.x release of it: their C++ interface is that of libccl.so.1, and the
+// part used is declared here. Entry points are looked up by mangled name, which spells the types of all arguments: an
+// interface that differs is refused when it is loaded. tests/comm/test_abi.py holds names and layouts against oneCCL's
+// headers.
+//
+// oneCCL is called by one thread at a time. Without workers of its own (one core a rank) it progresses only inside
+// event::test, so somebody has to drive it: the thread that waits for its own operation, or else the one in next().
+#include "ccl.h"
+
+#include <dlfcn.h>
+#include <sched.h>
+
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include <unistd.h>
+
+namespace nb = nanobind;
+
+namespace knltrain {
+namespace {
+
+using Address = uintptr_t;
+using Counts = std::vector<size_t>;
+using Buffers = std::vector<void *>;
+using Clock = std::chrono::steady_clock;
+using Kvs = std::shared_ptr<void>;           // std::shared_ptr<ccl::v1::kvs>
+using KvsAddress = std::array<char, 256>;    // ccl::v1::kvs::address_type
+constexpr int kDatatypes = 12;               // ccl::v1::datatype, int8 to bfloat16
+constexpr int kReductions = 4;               // ccl::v1::reduction, without custom
+
+// ccl::v1::event holds a std::unique_ptr, ccl::v1::communicator a std::shared_ptr; both are returned through memory.
+struct Event {
+    void *impl = nullptr;
+    Event() = default;
+    Event(const Event &) = delete;
+    ~Event();
+};
+struct Comm {
+    void *impl = nullptr, *owners = nullptr;
+    Comm() = default;
+    Comm(const Comm &) = delete;
+    ~Comm();
+};
+using Events = std::vector<Event>;
+
+// ccl::v1::library_version, whose last member is a string of oneCCL's own.
+struct Version {
+    unsigned major, minor, update;
+    const char *status, *date, *full;
+    size_t backend_length;
+    char *backend;
+    ~Version() { delete[] backend; }
+};
+
+// Attributes are always oneCCL's own defaults, of which only the address is needed.
+using Attr = const void *;
+
+struct Api {
+    Kvs (*create_main_kvs)(Attr);
+    Kvs (*create_kvs)(const KvsAddress &, Attr);
+    KvsAddress (*get_address)(const void *kvs);
+    Comm (*create_communicator)(int size, int rank, Kvs, Attr);
+    void (*destroy_communicator)(Comm *);
+    void (*destroy_event)(Event *);
+    bool (*test)(Event *);
+    Event (*allgatherv)(const void *, size_t, const Buffers &, const Counts &, int type, const Comm &, Attr, const Events &);
+    Event (*allreduce)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
+    Event (*alltoallv)(const void *, const Counts &, void *, const Counts &, int type, const Comm &, Attr, const Events &);
+    Event (*barrier)(const Comm &, Attr, const Events &);
+    Event (*broadcast)(void *, size_t, int type, int root, const Comm &, Attr, const Events &);
+    Event (*recv)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
+    Event (*reduce)(const void *, void *, size_t, int type, int op, int root, const Comm &, Attr, const Events &);
+    Event (*reduce_scatter)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
+    Event (*send)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
+    Attr allgatherv_attr, allreduce_attr, alltoallv_attr, barrier_attr, broadcast_attr, comm_attr, kvs_attr, pt2pt_attr,
+        reduce_attr, reduce_scatter_attr;
+    Version (*get_library_version)();
+};
+Api api{};
+void *library = nullptr;
+
+Event::~Event() {
+    if (impl != nullptr) api.destroy_event(this);
+}
+Comm::~Comm() {
+    if (impl != nullptr) api.destroy_communicator(this);
+}
+
+template <class T> void find(T &entry, const char *name) {
+    void *found = dlsym(library, name);
+    if (found == nullptr) {
+        library = nullptr;
+        throw std::runtime_error(std::string("it has no ") + name + ": another interface than oneCCL 2021's");
+    }
+    entry = reinterpret_cast<T>(found);
+}
+
+void load(const std::string &path) {
+    if (library != nullptr) return;
+    // For what it opens itself: its symbols have to be seen.
+    library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
+    if (library == nullptr) throw std::runtime_error(dlerror());
+#define CCL_EVENTS "RKSt6vectorINS0_5eventESaI"
+    find(api.create_main_kvs, "_ZN3ccl2v115create_main_kvsERKNS0_8kvs_attrE");
+    find(api.create_kvs, "_ZN3ccl2v110create_kvsERKSt5arrayIcLm256EERKNS0_8kvs_attrE");
+    find(api.get_address, "_ZNK3ccl2v13kvs11get_addressEv");
+    find(api.create_communicator,
+         "_ZN3ccl2v119create_communicatorEiiSt10shared_ptrINS0_13kvs_interfaceEERKNS0_9comm_attrE");
+    find(api.destroy_communicator, "_ZN3ccl2v112communicatorD1Ev");
+    find(api.destroy_event, "_ZN3ccl2v15eventD1Ev");
+    find(api.test, "_ZN3ccl2v15event4testEv");
+    find(api.allgatherv,
+         "_ZN3ccl2v110allgathervEPKvmRKSt6vectorIPvSaIS4_EERKS3_ImSaImEENS0_8datatypeERKNS0_12communicatorE"
+         "RKNS0_15allgatherv_attrERKS3_INS0_5eventESaISK_EE");
+    find(api.allreduce,
+         "_ZN3ccl2v19allreduceEPKvPvmNS0_8datatypeENS0_9reductionERKNS0_12communicatorERKNS0_14allreduce_attrE"
+         CCL_EVENTS "SD_EE");
+    find(api.alltoallv,
+         "_ZN3ccl2v19alltoallvEPKvRKSt6vectorImSaImEEPvS7_NS0_8datatypeERKNS0_12communicatorERKNS0_14alltoallv_attrE"
+         "RKS3_INS0_5eventESaISG_EE");
+    find(api.barrier, "_ZN3ccl2v17barrierERKNS0_12communicatorERKNS0_12barrier_attrE" CCL_EVENTS "S8_EE");
+    find(api.broadcast,
+         "_ZN3ccl2v19broadcastEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_14broadcast_attrE" CCL_EVENTS "SA_EE");
+    find(api.recv, "_ZN3ccl2v14recvEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_10pt2pt_attrE" CCL_EVENTS "SA_EE");
+    find(api.reduce,
+         "_ZN3ccl2v16reduceEPKvPvmNS0_8datatypeENS0_9reductionEiRKNS0_12communicatorERKNS0_11reduce_attrE"
+         CCL_EVENTS "SD_EE");
+    find(api.reduce_scatter,
+         "_ZN3ccl2v114reduce_scatterEPKvPvmNS0_8datatypeENS0_9reductionERKNS0_12communicatorERKNS0_19reduce_scatter_attrE"
+         CCL_EVENTS "SD_EE");
+    find(api.send, "_ZN3ccl2v14sendEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_10pt2pt_attrE" CCL_EVENTS "SA_EE");
+#undef CCL_EVENTS
+    find(api.allgatherv_attr, "_ZN3ccl2v123default_allgatherv_attrE");
+    find(api.allreduce_attr, "_ZN3ccl2v122default_allreduce_attrE");
+    find(api.alltoallv_attr, "_ZN3ccl2v122default_alltoallv_attrE");
+    find(api.barrier_attr, "_ZN3ccl2v120default_barrier_attrE");
+    find(api.broadcast_attr, "_ZN3ccl2v122default_broadcast_attrE");
+    find(api.comm_attr, "_ZN3ccl2v117default_comm_attrE");
+    find(api.kvs_attr, "_ZN3ccl2v116default_kvs_attrE");
+    find(api.pt2pt_attr, "_ZN3ccl2v118default_pt2pt_attrE");
+    find(api.reduce_attr, "_ZN3ccl2v119default_reduce_attrE");
+    find(api.reduce_scatter_attr, "_ZN3ccl2v127default_reduce_scatter_attrE");
+    find(api.get_library_version, "_ZN3ccl2v119get_library_versionEv");
+}
+
+void check_loaded() {
+    if (library == nullptr) throw std::invalid_argument("oneCCL is not loaded");
+}
+
+// Communicators that were made and not closed. While there is one, the library's own clean-up at the end of the process
+// may wait for ranks that are gone.
+int open_communicators = 0;
+
+void leave_without_cleanup(int status, void *) {
+    if (open_communicators == 0) return;
+    std::fflush(nullptr);
+    _exit(status);
+}
+
+struct Communicator {
+    Comm comm;
+    int rank, size;
+    bool open = true;
+};
+
+// One operation of a communicator. What it reads and writes belongs to the caller until it is done.
+struct Request {
+    std::shared_ptr<Communicator> of;
+    std::function<void(const Comm &, Event *)> submit;
+    bool in_background;
+    int64_t number;
+    Event event;
+    bool over = false;  // oneCCL is finished with it; of the thread that drives
+    bool done = false;  // the same, for all, under the engine's lock
+    std::string error;
+    ~Request() {
+        if (!done) event.impl = nullptr;  // to free what still runs would be worse than to keep it
+    }
+};
+using RequestPtr = std::shared_ptr<Request>;
+
+// How long after the last sign of life oneCCL is asked again at once (a thread that waits has nothing else to do; one in
+// the background takes the core from somebody), then after others had the core, then in naps. A call that takes longer
+// than kLook has moved something.
+constexpr auto kSpinWaiting = std::chrono::microseconds(500), kSpinBehind = std::chrono::microseconds(20);
+constexpr auto kLook = std::chrono::microseconds(5), kNap = std::chrono::microseconds(50);
+constexpr auto kYield = std::chrono::microseconds(2000);
+
+Clock::time_point after(double seconds) {
+    return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
+}
+
+class Engine {
+   public:
+    void add(const RequestPtr &request) {
+        {
+            std::lock_guard lock(mutex_);
+            if (!request->of->open) throw std::invalid_argument("the communicator is closed");
+            queue_.push_back(request);
+        }
+        if (request->in_background) changed_.notify_all();
+    }
+
+    // Waits until it is done, driving oneCCL where nobody else does.
+    bool wait(const RequestPtr &request, double seconds) {
+        const auto until = after(seconds);
+        std::unique_lock lock(mutex_);
+        while (!request->done && Clock::now() < until)
+            drive_or_wait(lock, until, kSpinWaiting, true, [&] { return request->done; });
+        return request->done;
+    }
+
+    // The next operation in the background that is done, or null after so many seconds or after stop().
+    RequestPtr next(double seconds) {
+        const auto until = after(seconds);
+        std::unique_lock lock(mutex_);
+        while (finished_.empty() && !stopped_ && Clock::now() < until)
+            drive_or_wait(lock, until, kSpinBehind, !(queue_.empty() && running_.empty()),
+                          [&] { return stopped_ || !finished_.empty(); });
+        if (finished_.empty()) return nullptr;
+        RequestPtr request = finished_.front();
+        finished_.pop_front();
+        return request;
+    }
+
+    bool is_done(const RequestPtr &request) {
+        std::lock_guard lock(mutex_);
+        return request->done;
+    }
+
+    void stop(bool stopped) {
+        std::lock_guard lock(mutex_);
+        stopped_ = stopped;
+        changed_.notify_all();
+    }
+
+    // Calls oneCCL in another way, alone.
+    template <class F> void alone(F call) {
+        std::unique_lock lock(mutex_);
+        changed_.wait(lock, [&] { return !driven_; });
+        driven_ = true;
+        lock.unlock();
+        const auto release = [&] {
+            lock.lock();
+            driven_ = false;
+            changed_.notify_all();
+        };
+        try {
+            call();
+        } catch (...) {
+            release();
+            throw;
+        }
+        release();
+    }
+
+    // What the communicator still has to do is never asked for again.
+    void abandon(const std::shared_ptr<Communicator> &of) {
+        alone([&] {
+            std::lock_guard lock(mutex_);
+            of->open = false;
+            const auto gone = [&](const RequestPtr &request) { return request->of == of; };
+            queue_.erase(std::remove_if(queue_.begin(), queue_.end(), gone), queue_.end());
+            running_.erase(std::remove_if(running_.begin(), running_.end(), gone), running_.end());
+        });
+    }
+
+   private:
+    template <class F>
+    void drive_or_wait(std::unique_lock<std::mutex> &lock, Clock::time_point until, Clock::duration spin, bool work,
+                       F enough) {
+        if (driven_ || !work)
+            // Woken also by a thread that stops driving, and by a new operation.
+            changed_.wait_until(lock, until);
+        else
+            drive(lock, until, spin, enough);
+    }
+
+    // Calls oneCCL until `enough`. The lock is held on entry and on return, not in between.
+    template <class F>
+    void drive(std::unique_lock<std::mutex> &lock, Clock::time_point until, Clock::duration spin, F enough) {
+        driven_ = true;
+        auto now = Clock::now(), alive = now;
+        while (!enough() && now < until) {
+            while (!queue_.empty()) {
+                running_.push_back(queue_.front());
+                queue_.pop_front();
+                lock.unlock();
+                start(*running_.back());
+                lock.lock();
+            }
+            if (running_.empty()) break;
+            lock.unlock();
+            const auto before = Clock::now();
+            bool any = false;
+            for (const RequestPtr &request : running_) any |= request->over = is_over(*request);
+            now = Clock::now();
+            if (any || now - before > kLook)
+                alive = now;
+            else if (now - alive < spin)
+                __builtin_ia32_pause();
+            else if (now - alive < kYield)
+                sched_yield();
+            else
+                std::this_thread::sleep_for(kNap);
+            lock.lock();
+            if (any) collect();
+        }
+        driven_ = false;
+        changed_.notify_all();
+    }
+
+    static void start(Request &request) {
+        try {
+            request.submit(request.of->comm, &request.event);
+        } catch (const std::exception &error) {
+            request.error = error.what();
+        }
+    }
+
+    static bool is_over(Request &request) {
+        if (!request.error.empty()) return true;
+        try {
+            return api.test(&request.event);
+        } catch (const std::exception &error) {
+            request.error = error.what();
+            return true;
+        }
+    }
+
+    void collect() {
+        for (const RequestPtr &request : running_)
+            if (request->over) {
+                request->done = true;
+                if (request->in_background) finished_.push_back(request);
+            }
+        running_.erase(std::remove_if(running_.begin(), running_.end(), [](const auto &r) { return r->done; }),
+                       running_.end());
+        changed_.notify_all();
+    }
+
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<RequestPtr> queue_, finished_;
+    std::vector<RequestPtr> running_;
+    bool driven_ = false, stopped_ = false;
+};
+
+// Never destroyed: a thread may still wait in it when the process ends.
+Engine &engine() {
+    static Engine *one = new Engine;
+    return *one;
+}
+
+using CommunicatorPtr = std::shared_ptr<Communicator>;
+
+// The key-value store over which the ranks of a communicator meet.
+struct MeetingPoint {
+    Kvs kvs;
+};
+
+CommunicatorPtr connect(int size, int rank, const MeetingPoint &point) {
+    check_loaded();
+    if (size < 1 || rank < 0 || rank >= size)
+        throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(size));
+    CommunicatorPtr made;
+    engine().alone([&] {
+        made.reset(new Communicator{api.create_communicator(size, rank, point.kvs, api.comm_attr), rank, size});
+    });
+    ++open_communicators;
+    // After whatever oneCCL has registered by now, so that it is called before.
+    on_exit(leave_without_cleanup, nullptr);
+    return made;
+}
+
+void close(const CommunicatorPtr &of) {
+    engine().alone([&] {
+        if (!of->open) return;
+        of->open = false;
+        if (of->comm.impl != nullptr) api.destroy_communicator(&of->comm);
+        of->comm.impl = nullptr;
+        --open_communicators;
+    });
+}
+
+// The checks here are the last before addresses are used; comm/ccl.py makes them in the words of tensors.
+RequestPtr enqueue(const CommunicatorPtr &of, bool in_background, int type, int op, int peer,
+                   std::function<Event(const Comm &)> call) {
+    if (type < 0 || type >= kDatatypes) throw std::invalid_argument("no data type " + std::to_string(type));
+    if (op < 0 || op >= kReductions) throw std::invalid_argument("no reduction " + std::to_string(op));
+    if (peer < 0 || peer >= of->size) throw std::invalid_argument("no rank " + std::to_string(peer));
+    static std::atomic<int64_t> numbers{0};
+    RequestPtr request(new Request{of, {}, in_background, ++numbers});
+    request->submit = [call = std::move(call)](const Comm &comm, Event *event) {
+        // Returned straight into place: an event cannot be copied, and only oneCCL may move one.
+        event->~Event();
+        new (event) Event(call(comm));
+    };
+    engine().add(request);
+    return request;
+}
+
+void check_count(size_t given, int size) {
+    if (given != size_t(size))
+        throw std::invalid_argument(std::to_string(given) + " given for " + std::to_string(size) + " ranks");
+}
+
+void *at(Address address) { return reinterpret_cast<void *>(address); }
+
+}  // namespace
+
+void bind_ccl(nb::module_ &parent) {
+    using Guard = nb::call_guard<nb::gil_scoped_release>;
+    nb::module_ m = parent.def_submodule("ccl");
+    m.def("load", load);
+    m.def("version", [] {
+        check_loaded();
+        const Version version = api.get_library_version();
+        return std::to_string(version.major) + "." + std::to_string(version.minor) + "." +
+               std::to_string(version.update);
+    });
+
+    nb::class_<MeetingPoint>(m, "MeetingPoint").def_prop_ro("address", [](const MeetingPoint &point) {
+        const KvsAddress address = api.get_address(point.kvs.get());
+        return nb::bytes(address.data(), address.size());
+    });
+    m.def("open_meeting_point", [] {
+        check_loaded();
+        return MeetingPoint{api.create_main_kvs(api.kvs_attr)};
+    }, Guard());
+    m.def("join_meeting_point", [](const nb::bytes &address) {
+        check_loaded();
+        KvsAddress bytes;
+        if (address.size() != bytes.size()) throw std::invalid_argument("an address has 256 bytes");
+        std::memcpy(bytes.data(), address.c_str(), bytes.size());
+        nb::gil_scoped_release release;
+        return MeetingPoint{api.create_kvs(bytes, api.kvs_attr)};
+    });
+
+    nb::class_<Request>(m, "Request")
+        .def_prop_ro("done", [](const RequestPtr &request) { return engine().is_done(request); })
+        .def_ro("error", &Request::error)
+        .def_ro("number", &Request::number)
+        .def("wait", [](const RequestPtr &request, double seconds) { return engine().wait(request, seconds); }, Guard());
+    m.def("next", [](double seconds) { return engine().next(seconds); }, Guard());
+    m.def("stop", [](bool stopped) { engine().stop(stopped); }, Guard());
+
+    nb::class_<Communicator>(m, "Communicator")
+        .def_ro("rank", &Communicator::rank)
+        .def_ro("size", &Communicator::size)
+        .def("close", close, Guard())
+        .def("abandon", [](const CommunicatorPtr &of) { engine().abandon(of); }, Guard())
+        .def("barrier", [](const CommunicatorPtr &of, bool background) {
+            return enqueue(of, background, 0, 0, 0, [](const Comm &comm) { return api.barrier(comm, api.barrier_attr, {}); });
+        })
+        .def("broadcast", [](const CommunicatorPtr &of, Address data, size_t count, int type, int root, bool background) {
+            return enqueue(of, background, type, 0, root, [=](const Comm &comm) {
+                return api.broadcast(at(data), count, type, root, comm, api.broadcast_attr, {});
+            });
+        })
+        .def("all_reduce", [](const CommunicatorPtr &of, Address from, Address to, size_t count, int type, int op,
+                              bool background) {
+            return enqueue(of, background, type, op, 0, [=](const Comm &comm) {
+                return api.allreduce(at(from), at(to), count, type, op, comm, api.allreduce_attr, {});
+            });
+        })
+        .def("reduce", [](const CommunicatorPtr &of, Address from, Address to, size_t count, int type, int op, int root,
+                          bool background) {
+            return enqueue(of, background, type, op, root, [=](const Comm &comm) {
+                return api.reduce(at(from), at(to), count, type, op, root, comm, api.reduce_attr, {});
+            });
+        })
+        .def("reduce_scatter", [](const CommunicatorPtr &of, Address from, Address to, size_t count, int type, int op,
+                                  bool background) {
+            return enqueue(of, background, type, op, 0, [=](const Comm &comm) {
+                return api.reduce_scatter(at(from), at(to), count, type, op, comm, api.reduce_scatter_attr, {});
+            });
+        })
+        .def("all_gather", [](const CommunicatorPtr &of, Address from, size_t count, const std::vector<Address> &to,
+                              const Counts &counts, int type, bool background) {
+            check_count(to.size(), of->size);
+            check_count(counts.size(), of->size);
+            Buffers pieces;
+            for (Address piece : to) pieces.push_back(at(piece));
+            return enqueue(of, background, type, 0, 0, [=](const Comm &comm) {
+                return api.allgatherv(at(from), count, pieces, counts, type, comm, api.allgatherv_attr, {});
+            });
+        })
+        .def("all_to_all", [](const CommunicatorPtr &of, Address from, const Counts &sent, Address to,
+                              const Counts &received, int type, bool background) {
+            check_count(sent.size(), of->size);
+            check_count(received.size(), of->size);
+            return enqueue(of, background, type, 0, 0, [=](const Comm &comm) {
+                return api.alltoallv(at(from), sent, at(to), received, type, comm, api.alltoallv_attr, {});
+            });
+        })
+        .def("send", [](const CommunicatorPtr &of, Address data, size_t count, int type, int peer, bool background) {
+            return enqueue(of, background, type, 0, peer, [=](const Comm &comm) {
+                return api.send(at(data), count, type, peer, comm, api.pt2pt_attr, {});
+            });
+        })
+        .def("recv", [](const CommunicatorPtr &of, Address data, size_t count, int type, int peer, bool background) {
+            return enqueue(of, background, type, 0, peer, [=](const Comm &comm) {
+                return api.recv(at(data), count, type, peer, comm, api.pt2pt_attr, {});
+            });
+        });
+    m.def("connect", connect, Guard());
+}
+
+}  // namespace knltrain

@@ -1,0 +1,165 @@
+"""What a collective of oneCCL is told of tensors: addresses, counts, types; and what it is refused for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+# ccl::datatype. What is only moved may have any type, as bytes.
+_TYPES = {torch.int8: 0, torch.uint8: 1, torch.int32: 4, torch.int64: 6,
+          torch.float16: 8, torch.float32: 9, torch.float64: 10, torch.bfloat16: 11}  # fmt: skip
+_BYTE = _TYPES[torch.uint8]
+# ccl::reduction. An average is a sum of what was divided before. Of truth values, sum and product are max and min.
+_SUM, _PRODUCT, _MIN, _MAX = range(4)
+_REDUCTIONS = {"SUM": _SUM, "AVG": _SUM, "PRODUCT": _PRODUCT, "MIN": _MIN, "MAX": _MAX}
+_OF_BOOL = {_SUM: _MAX, _PRODUCT: _MIN, _MIN: _MIN, _MAX: _MAX}
+
+
+def all_of(steps: Any) -> Callable[[], None] | None:
+    """One step made of those that are there."""
+    there = [step for step in steps if step is not None]
+
+    def finish() -> None:
+        for step in there:
+            step()
+
+    return finish if there else None
+
+
+def _check(tensor: Tensor) -> None:
+    if tensor.device.type != "cpu" or tensor.layout != torch.strided:
+        raise ValueError(f"ccl moves dense tensors in CPU memory; this one is {tensor.layout} on {tensor.device}")
+
+
+def in_place(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+    """A contiguous tensor for oneCCL to write, and how it gets to where it belongs if it is not the tensor itself."""
+    _check(tensor)
+    if tensor.is_contiguous():
+        return tensor, None
+    flat = tensor.contiguous()
+
+    def finish() -> None:
+        tensor.copy_(flat)
+
+    return flat, finish
+
+
+def moved(tensor: Tensor) -> tuple[int, int, int]:
+    """Address, count and type of what is moved and not computed with."""
+    _check(tensor)
+    dtype = _TYPES.get(tensor.dtype)
+    if dtype is None:
+        return tensor.data_ptr(), tensor.numel() * tensor.element_size(), _BYTE
+    return tensor.data_ptr(), tensor.numel(), dtype
+
+
+def reduced(tensor: Tensor, op: int) -> tuple[int, int, int, int]:
+    """Address, count, type and reduction of what is computed with."""
+    _check(tensor)
+    if tensor.dtype == torch.bool:
+        return tensor.data_ptr(), tensor.numel(), _BYTE, _OF_BOOL[op]
+    return tensor.data_ptr(), tensor.numel(), _TYPES[tensor.dtype], op
+
+
+def name_of(options: Any) -> str:
+    """The name of the reduction that the options ask for."""
+    op = getattr(options, "reduceOp", dist.ReduceOp.SUM)
+    return next((name for name, value in dist.ReduceOp.RedOpType.__members__.items() if op == value), str(op))
+
+
+def reduction(what: str, options: Any, tensors: list[Tensor], size: int) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """OneCCL's reduction, and what is done to a tensor before.
+
+    Raises:
+        ValueError: oneCCL has no such reduction, or not for these tensors.
+    """
+    name = name_of(options)
+    if name not in _REDUCTIONS:
+        raise ValueError(f"{what}: oneCCL does not reduce by {name}; it has {', '.join(_REDUCTIONS)}")
+    for tensor in tensors:
+        if tensor.dtype not in _TYPES and tensor.dtype != torch.bool:
+            raise ValueError(f"{what}: oneCCL does not compute with {tensor.dtype}")
+        if name == "AVG" and not tensor.is_floating_point():
+            raise ValueError(f"{what}: the average of {tensor.dtype} is not one; take SUM")
+    if name == "AVG":
+        return _SUM, lambda tensor: tensor.div_(size)
+    return _REDUCTIONS[name], lambda tensor: tensor
+
+
+def root_of(options: Any, size: int) -> int:
+    """The rank that sends to all or receives from all.
+
+    Raises:
+        ValueError: there is no such rank.
+    """
+    root = int(getattr(options, "rootRank", 0))
+    if not 0 <= root < size:
+        raise ValueError(f"rank {root} is not one of this group's {size}")
+    return root
+
+
+def check_pieces(what: str, pieces: list[Tensor], mine: Tensor, size: int) -> None:
+    """Sees that there is a tensor for each rank, all of one size and type.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if len(pieces) != size:
+        raise ValueError(f"{what}: {len(pieces)} tensors for {size} ranks")
+    for piece in pieces:
+        if piece.numel() != mine.numel() or piece.dtype != mine.dtype:
+            raise ValueError(
+                f"{what}: {tuple(piece.shape)}, {piece.dtype} does not go with {tuple(mine.shape)}, {mine.dtype}"
+            )
+
+
+def check_whole(what: str, whole: Tensor, part: Tensor, size: int) -> None:
+    """Sees that a tensor holds as much as all ranks' parts, in one piece.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if whole.numel() != size * part.numel() or whole.dtype != part.dtype:
+        raise ValueError(
+            f"{what}: {tuple(whole.shape)}, {whole.dtype} is not {size} times {tuple(part.shape)}, {part.dtype}"
+        )
+    if not whole.is_contiguous():
+        raise ValueError(f"{what}: the tensor of all ranks is not contiguous")
+
+
+def split(whole: Tensor, size: int) -> tuple[Tensor, ...]:
+    """The equal parts of all ranks."""
+    return whole.view(-1).chunk(size) if whole.numel() else (whole,) * size
+
+
+def check_exchange(what: str, outputs: list[Tensor], inputs: list[Tensor], size: int) -> None:
+    """Sees that there is a tensor for each rank in both directions, all of one type.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if len(outputs) != size or len(inputs) != size:
+        raise ValueError(f"{what}: {len(inputs)} inputs and {len(outputs)} outputs for {size} ranks")
+    if len(types := {tensor.dtype for tensor in (*outputs, *inputs)}) > 1:
+        raise ValueError(f"{what}: tensors of {' and '.join(sorted(map(str, types)))} do not go together")
+
+
+def rows_of(tensor: Tensor, sizes: list[int], ranks: int) -> list[Tensor]:
+    """The part of each rank: the first dimension cut into sizes, or into equal parts.
+
+    Raises:
+        ValueError: the sizes do not make up the tensor.
+    """
+    if not tensor.is_contiguous():
+        raise ValueError("all_to_all_single: a tensor is not contiguous")
+    rows = tensor.shape[0] if tensor.ndim else 0
+    if not sizes and rows % ranks:
+        raise ValueError(f"all_to_all_single: {rows} rows do not divide by {ranks} ranks")
+    sizes = sizes or [rows // ranks] * ranks
+    if len(sizes) != ranks or sum(sizes) != rows:
+        raise ValueError(f"all_to_all_single: sizes {sizes} for {ranks} ranks and {rows} rows")
+    return list(tensor.split(sizes))
