@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes a virtual environment and installs into it, once.
 #
 #   make_environment FOLDER REQUIREMENT...

