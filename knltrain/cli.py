@@ -16,7 +16,7 @@ import click
 
 import knltrain
 from knltrain import config as configuration
-from knltrain.cli_node import launch, plan
+from knltrain.cli_node import doctor, launch, plan
 from knltrain.command import JSON, STOPPED, reports_errors
 from knltrain.config import EngineName, Precision, RunConfig
 from knltrain.errors import ConfigError
@@ -69,6 +69,7 @@ def main() -> None:
 
 
 main.add_command(plan)
+main.add_command(doctor)
 main.add_command(launch)
 
 _NO_STRICT = click.option(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import platform
 import shlex
 import sys
 from pathlib import Path
 
 import click
 
-from knltrain.command import JSON, reports_errors
+from knltrain.command import FAILED, JSON, reports_errors
 from knltrain.errors import ConfigError
 
 _RUN_BY_RANKS = ("train", "eval")
@@ -49,6 +51,37 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
         click.echo(json.dumps(picture.as_dict(node, planned), indent=2))
     if as_json:
         click.echo(json.dumps(picture.as_dict(node, planned)))
+
+
+_COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
+
+
+@click.command()
+@click.option("--data", metavar="DIR", help="Try this data folder as well: how fast it opens, reads and decodes.")
+@JSON
+@reports_errors
+def doctor(data: str | None, as_json: bool) -> None:
+    """Say what is wrong with this node, what it costs, and what to do about it.
+
+    Exit code 1 with an error among the findings, 0 otherwise: a warning is no failure.
+    """
+    from knltrain.doctor import examine
+    from knltrain.node.finding import SEVERITIES, as_row, worst, worst_first
+
+    if sys.stderr.isatty():
+        click.echo("trying torch and two ranks takes some seconds", err=True)
+    findings = worst_first(examine(Path(data) if data else None))
+    for finding in findings:
+        row = as_row(finding)
+        label = click.style(finding.severity, _COLOURS[finding.severity])
+        click.echo(label + row.removeprefix(finding.severity), err=as_json)
+    counts = [(sum(finding.severity == severity for finding in findings), severity) for severity in SEVERITIES]
+    click.echo(f"{platform.node()}: {', '.join(f'{count} {severity}' for count, severity in counts)}", err=as_json)
+    if as_json:
+        rows = [dataclasses.asdict(finding) for finding in findings]
+        click.echo(json.dumps({"host": platform.node(), "worst": worst(findings), "findings": rows}))
+    if worst(findings) == "error":
+        sys.exit(FAILED)
 
 
 @click.command(context_settings={"ignore_unknown_options": True})

@@ -99,19 +99,24 @@ def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, 
         ConfigError: no kernels for fused, no compiler for torch.compile, no IPEX, or an IPEX made for another torch.
     """
     if asked != "auto":
-        _refuse_missing_parts(asked)
+        refuse_missing_parts(asked)
         return asked
     measured = stored_engine(model, precision, node, threads)
     if measured is not None:
         try:
-            _refuse_missing_parts(measured)
+            refuse_missing_parts(measured)
             return measured
         except ConfigError as error:
             warnings.warn(f"the fastest engine by `knltrain tune` is {measured}, but: {error}", stacklevel=2)
     return "eager" if why_not() else "fused"
 
 
-def _refuse_missing_parts(asked: str) -> None:
+def refuse_missing_parts(asked: str) -> None:
+    """Refuses an engine that does not run here.
+
+    Raises:
+        ConfigError: as :func:`choose_engine`.
+    """
     if asked == "fused" and (reason := why_not()):
         raise ConfigError(f"engine fused: no native kernels: {reason}; or use --engine eager")
     if asked == "compile" and not (shutil.which("g++") or shutil.which("clang++")):

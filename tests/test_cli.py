@@ -50,6 +50,7 @@ FLAGS = {
     "recipes": {"json", "help"},
     "launch": {"json", "help", "ppn", "hosts", "dry-run"},
     "plan": {"json", "help", "ranks-per-node", "topology", "format"},
+    "doctor": {"json", "help", "data"},
 }
 
 

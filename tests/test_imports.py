@@ -17,7 +17,7 @@ FLOORS = [
     {"cli"},
     {"cli_node"},
     {"command"},
-    {"train", "evaluate", "bench", "tune", "prepare", "describe"},
+    {"train", "evaluate", "bench", "tune", "prepare", "describe", "doctor"},
     {"engine", "checkpoint", "metrics"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},
@@ -26,6 +26,7 @@ FLOORS = [
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
 NEIGHBOURS = {
     ("tune", "bench"),
+    ("doctor", "describe"),
     ("models", "ops"),
     ("optim", "ops"),
     ("data", "ops"),

@@ -33,7 +33,7 @@ _UNPINNED = {
     "openmpi": "mpiexec --bind-to none",
     "slurm": "srun --cpu-bind=none, with enough --cpus-per-task",
 }
-_BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
+BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,7 @@ def drift(place: Place) -> str:
     Libraries change what they find: an OpenMP runtime that binds its first thread, a package that sets its own mask.
     """
     wanted, got = set(place.plan.compute), os.sched_getaffinity(0)
-    if wanted <= got or any(name in os.environ for name in _BINDING_VARIABLES):
+    if wanted <= got or any(name in os.environ for name in BINDING_VARIABLES):
         return ""
     return f"rank {place.ranks.rank} was put on CPUs {format_cpu_list(wanted)} and is on {format_cpu_list(got)} now"
 

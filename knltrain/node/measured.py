@@ -56,6 +56,19 @@ def stored_engine(model: str, precision: str, node: Node, threads: int) -> str |
     return str(found[-1]) if found else None
 
 
+def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]:
+    """Returns images/s of every model that ``knltrain tune`` measured in these settings, with its fastest engine."""
+    rates = {}
+    for one in _read():
+        model = str(one["settings"].get("model"))
+        if settings_of(model, precision, node, threads).items() <= one["settings"].items():
+            rows = one.get("engines")
+            found = [row.get("images_per_s") for row in rows if row.get("engine") == one["fastest"]] if rows else []
+            if found and isinstance(found[0], float):
+                rates[model] = found[0]
+    return rates
+
+
 def check_writable() -> None:
     """Sees that :func:`store` will be able to write, before anything is measured.
 

@@ -30,7 +30,7 @@ from knltrain.node.ranks import Ranks, discover
 START_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 3.0
 _SIOCGIFADDR = 0x8915
-_ANYWHERE = "198.51.100.1"  # of a network for documentation, which the default route leads to (RFC 5737)
+ANYWHERE = "198.51.100.1"  # of a network for documentation, which the default route leads to (RFC 5737)
 _MOST_ADDRESSES = 24  # what fits into a kilobyte, the shortest value that PMI-1 allows
 
 
@@ -184,7 +184,7 @@ def _at_master(host: str, ranks: Ranks) -> Meeting:
     # On its own node a name may well be loopback's; then the route to anywhere tells the interface.
     named = not host.replace(".", "").isdigit() and host != "localhost"
     if not addresses and named and ranks.rank == ranks.local_rank:
-        return Meeting(ranks.init_method, host, interface_towards(_ANYWHERE))
+        return Meeting(ranks.init_method, host, interface_towards(ANYWHERE))
     if not addresses:
         raise ConfigError(
             f"MASTER_ADDR={host} is no address that other nodes can reach (unknown, or loopback), and the "

@@ -76,6 +76,17 @@ def isa() -> str | None:
     return asked or supported[-1]
 
 
+def best_isa() -> str | None:
+    """The best variant that this processor runs, whatever KNLTRAIN_ISA says. None without kernels."""
+    module, _ = _load()
+    return None if module is None else str(module.supported_isas()[-1])
+
+
+def has_openmp() -> bool:
+    """Whether torch's OpenMP runtime was found, on whose threads the kernels run."""
+    return _openmp_of_torch() is not None
+
+
 def _openmp_of_torch() -> list[int] | None:
     """Addresses of OpenMP's entry points in the runtime that torch's own threads come from."""
     # A preloaded runtime stands before the one torch was linked to, for torch and so for us.

@@ -1,0 +1,127 @@
+"""Two short-lived ranks on this node that add up a tensor in every type that the trainer sends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+# The types of comm.dtype.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+ELEMENTS = 1_000_000
+_RANKS = 2
+_TIMES = 5
+# A rank that is alone gives up before it is ended, and can say why.
+_GIVE_UP = 0.7
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """What became of one type.
+
+    Attributes:
+        dtype: fp32 or bf16.
+        seconds: of one all-reduce of ``ELEMENTS`` elements, the median; 0 where it failed.
+        reason: why it failed; empty where the sums were right.
+    """
+
+    dtype: str
+    seconds: float
+    reason: str = ""
+
+
+def all_reduce_of_two(limit_s: float) -> list[Reduced]:
+    """Starts two ranks over gloo, as the trainer would, and ends them whatever they do.
+
+    Args:
+        limit_s: for all of it, torch's import included.
+
+    Returns:
+        One for each of ``DTYPES``, in that order.
+    """
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        files = [
+            (
+                stack.enter_context(open(Path(folder, f"out{rank}"), "w+")),
+                stack.enter_context(open(Path(folder, f"err{rank}"), "w+")),
+            )
+            for rank in range(_RANKS)
+        ]
+        command = [sys.executable, "-m", "knltrain.comm.probe", str(Path(folder, "meet")), str(_GIVE_UP * limit_s)]
+        # One thread each: the ranks of this node may have taken its cores.
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        processes = [
+            subprocess.Popen([*command, str(rank)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ)
+            for rank, (out, err) in enumerate(files)
+        ]
+        deadline = time.monotonic() + limit_s
+        late = []
+        try:
+            for rank, process in enumerate(processes):
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    late.append(rank)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        out, err = ([_text(stream) for stream in streams] for streams in zip(*files, strict=True))
+    reason = _why(processes, late, err, limit_s)
+    # gloo speaks on stdout too.
+    rows = [json.loads(line) for line in out[0].splitlines() if line.startswith("{")]
+    done = {row["dtype"]: Reduced(**row) for row in rows}
+    return [done.get(dtype, Reduced(dtype, 0.0, reason)) for dtype in DTYPES]
+
+
+def _text(stream: IO[str]) -> str:
+    stream.seek(0)
+    return stream.read()
+
+
+def _why(processes: list[subprocess.Popen[bytes]], late: list[int], errors: list[str], limit_s: float) -> str:
+    """What the ranks that did not finish said last."""
+    said = [lines[-1] for text in errors if (lines := text.strip().splitlines())]
+    if late:
+        return f"no answer of rank {' and '.join(map(str, late))} within {limit_s:g} s"
+    ended = next((process.returncode for process in processes if process.returncode), 0)
+    return said[0] if said else f"a rank ended with {ended} and said nothing"
+
+
+def _rank(meet: str, give_up_s: float, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meet}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
+    )
+    expected = sum(range(1, _RANKS + 1))
+    for name, dtype in DTYPES.items():
+        times, right = [], True
+        for _ in range(_TIMES):
+            tensor = torch.full((ELEMENTS,), rank + 1, dtype=dtype)
+            dist.barrier()
+            start = time.perf_counter()
+            dist.all_reduce(tensor)
+            times.append(time.perf_counter() - start)
+            right = right and bool((tensor == expected).all())
+        reason = "" if right else f"the sum of {_RANKS} ranks is wrong"
+        print(
+            json.dumps({"dtype": name, "seconds": statistics.median(times) if right else 0.0, "reason": reason}),
+            flush=True,
+        )
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    _rank(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
