@@ -18,6 +18,9 @@ from typing import IO
 import torch
 import torch.distributed as dist
 
+from knltrain.comm.backend import choose_backend
+from knltrain.node.ranks import Ranks
+
 # The types of comm.dtype.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ELEMENTS = 1_000_000
@@ -42,11 +45,12 @@ class Reduced:
     reason: str = ""
 
 
-def all_reduce_of_two(limit_s: float) -> list[Reduced]:
-    """Starts two ranks over gloo, as the trainer would, and ends them whatever they do.
+def all_reduce_of_two(limit_s: float, backend: str = "gloo") -> list[Reduced]:
+    """Starts two ranks, as the trainer would, and ends them whatever they do.
 
     Args:
         limit_s: for all of it, torch's import included.
+        backend: gloo or ccl.
 
     Returns:
         One for each of ``DTYPES``, in that order.
@@ -59,7 +63,8 @@ def all_reduce_of_two(limit_s: float) -> list[Reduced]:
             )
             for rank in range(_RANKS)
         ]
-        command = [sys.executable, "-m", "knltrain.comm.probe", str(Path(folder, "meet")), str(_GIVE_UP * limit_s)]
+        command = [sys.executable, "-m", "knltrain.comm.probe", str(Path(folder, "meet")), str(_GIVE_UP * limit_s),
+                   backend]  # fmt: skip
         # One thread each: the ranks of this node may have taken its cores.
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         processes = [
@@ -80,7 +85,7 @@ def all_reduce_of_two(limit_s: float) -> list[Reduced]:
                 process.wait()
         out, err = ([_text(stream) for stream in streams] for streams in zip(*files, strict=True))
     reason = _why(processes, late, err, limit_s)
-    # gloo speaks on stdout too.
+    # gloo and oneCCL speak on stdout too.
     rows = [json.loads(line) for line in out[0].splitlines() if line.startswith("{")]
     done = {row["dtype"]: Reduced(**row) for row in rows}
     return [done.get(dtype, Reduced(dtype, 0.0, reason)) for dtype in DTYPES]
@@ -100,10 +105,11 @@ def _why(processes: list[subprocess.Popen[bytes]], late: list[int], errors: list
     return said[0] if said else f"a rank ended with {ended} and said nothing"
 
 
-def _rank(meet: str, give_up_s: float, rank: int) -> None:
+def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
     torch.set_num_threads(1)
+    choose_backend(backend, Ranks("none", rank, _RANKS, rank, _RANKS))
     dist.init_process_group(
-        "gloo", init_method=f"file://{meet}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
+        backend, init_method=f"file://{meet}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
     )
     expected = sum(range(1, _RANKS + 1))
     for name, dtype in DTYPES.items():
@@ -124,4 +130,4 @@ def _rank(meet: str, give_up_s: float, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    _rank(sys.argv[1], float(sys.argv[2]), int(sys.argv[3]))
+    _rank(sys.argv[1], float(sys.argv[2]), sys.argv[3], int(sys.argv[4]))

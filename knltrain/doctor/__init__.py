@@ -16,7 +16,7 @@ from knltrain.node.finding import Finding, run_check
 
 # Each reads a few small files, or asks the resolver for this host's name.
 _LIMIT_S = 5.0
-_TRIED = ("kernels", "engines", "openmp", "all-reduce")
+_TRIED = ("kernels", "engines", "openmp", "all-reduce", "oneccl")
 
 
 def examine(data: Path | None = None) -> list[Finding]:

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from knltrain.comm.backend import choose_backend
 from knltrain.comm.probe import DTYPES, ELEMENTS, all_reduce_of_two
 from knltrain.config import EngineName, RunConfig
 from knltrain.data.datasets import open_folder
@@ -29,6 +30,7 @@ from knltrain.node.binding import Place, drift
 from knltrain.node.finding import Finding
 from knltrain.node.measured import measured_rates
 from knltrain.node.mounts import file_system, is_network
+from knltrain.node.ranks import Ranks
 from knltrain.node.topology import read_node
 from knltrain.ops import native
 
@@ -63,6 +65,7 @@ def checks_of(place: Place | None, data: Path) -> dict[str, Callable[[], Finding
         "engines": engines,
         "openmp": lambda: openmp(Path("/proc/self/maps").read_text("utf-8", "replace"), _preloaded()),
         "all-reduce": all_reduce,
+        "oneccl": oneccl,
         "data": functools.partial(data_folder, data),
     }
 
@@ -205,6 +208,32 @@ def all_reduce() -> Finding:
         "unset GLOO_SOCKET_IFNAME or name another interface; a line in /etc/hosts for this host; see to "
         "firewalls on loopback",
     )
+
+
+def oneccl() -> Finding:
+    """Whether training with several ranks takes oneCCL, what it goes over, and two ranks of this node over it."""
+    chosen = choose_backend("auto", Ranks("none", 0, 2, 0, 2))
+    if chosen.name != "ccl":
+        return Finding(
+            "oneccl",
+            "note",
+            chosen.note,
+            "several ranks wait longer for each other",
+            "pip install 'knltrain[ccl]', or CCL_ROOT for a oneCCL of your site",
+        )
+    about = f"{chosen.version} over {chosen.transport}{f'; {chosen.note}' if chosen.note else ''}"
+    results = all_reduce_of_two(_PROBE_LIMIT_S, "ccl")
+    failed = [one for one in results if one.reason]
+    if failed:
+        return Finding(
+            "oneccl",
+            "error",
+            f"{about}, 2 ranks on this node: {'; '.join(f'{one.dtype}: {one.reason}' for one in failed)}",
+            "a run with several ranks fails as it starts",
+            "--comm.backend gloo; CCL_LOG_LEVEL=info shows what oneCCL tries; unset CCL_* and FI_* that are not needed",
+        )
+    shown = ", ".join(f"{one.dtype} {1e3 * one.seconds:.1f} ms" for one in results)
+    return Finding("oneccl", "ok", f"{about}, 2 ranks on this node, {ELEMENTS:,} elements: {shown}")
 
 
 def data_folder(folder: Path) -> Finding:

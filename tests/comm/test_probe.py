@@ -6,7 +6,9 @@ import subprocess
 import pytest
 
 from knltrain.comm import probe
+from knltrain.comm.backend import choose_backend
 from knltrain.comm.probe import DTYPES, all_reduce_of_two
+from knltrain.node.ranks import Ranks
 
 
 @pytest.fixture
@@ -30,6 +32,15 @@ def test_every_type_is_added_up(started):
     results = all_reduce_of_two(120)
     assert [one.dtype for one in results] == list(DTYPES) == ["fp32", "bf16"]
     assert [one.reason for one in results] == ["", ""]
+    assert all(one.seconds > 0 for one in results)
+
+
+def test_every_type_is_added_up_over_oneccl(started):
+    if choose_backend("auto", Ranks("none", 0, 2, 0, 2)).name != "ccl":
+        started += [subprocess.CompletedProcess(["", "", "", "/nowhere/meet"], 0)] * 2
+        pytest.skip("oneCCL is not installed")
+    results = all_reduce_of_two(120, "ccl")
+    assert [(one.dtype, one.reason) for one in results] == [("fp32", ""), ("bf16", "")]
     assert all(one.seconds > 0 for one in results)
 
 

@@ -81,7 +81,7 @@ def test_this_machine(knltrain, image_folder):
     answer = json.loads(result.stdout.splitlines()[-1])
     found = {finding["name"]: finding for finding in answer["findings"]}
     assert found.keys() == {*checks.CHECKS, "interface", "libfabric", "torch", "kernels", "engines", "openmp",
-                            "all-reduce", "data"}  # fmt: skip
+                            "all-reduce", "oneccl", "data"}  # fmt: skip
     assert result.returncode == (answer["worst"] == "error")
     assert {name: found[name]["cause"] for name in ("torch", "openmp", "all-reduce", "data")
             if found[name]["severity"] == "error"} == {}  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from knltrain.comm.backend import Chosen
 from knltrain.comm.probe import Reduced
 from knltrain.config import ConfigError
 from knltrain.doctor import computing
@@ -138,6 +139,24 @@ def test_all_reduce(monkeypatch, reasons, severity, words):
     assert finding.severity == severity
     assert words in finding.cause
     assert finding.remedy == "--comm.dtype fp32" or severity != "warning"
+
+
+def test_oneccl(monkeypatch):
+    monkeypatch.setattr(computing, "choose_backend", lambda *_: Chosen("gloo", "torch", "tcp", note="not installed"))
+    assert (computing.oneccl().severity, computing.oneccl().cause) == ("note", "not installed")
+    monkeypatch.setattr(computing, "choose_backend", lambda *_: Chosen("ccl", "oneCCL 2021.13", "ofi", note="kept X"))
+    asked = []
+    answers = [Reduced("fp32", 0.004), Reduced("bf16", 0.003)]
+    monkeypatch.setattr(computing, "all_reduce_of_two", lambda limit_s, backend: asked.append(backend) or answers)
+    finding = computing.oneccl()
+    assert finding.severity == "ok"
+    assert finding.cause.startswith("oneCCL 2021.13 over ofi; kept X, 2 ranks")
+    assert "fp32 4.0 ms, bf16 3.0 ms" in finding.cause
+    answers[1] = Reduced("bf16", 0.0, "no provider")
+    finding = computing.oneccl()
+    assert (finding.severity, asked[-1]) == ("error", "ccl")
+    assert "bf16: no provider" in finding.cause
+    assert "--comm.backend gloo" in finding.remedy
 
 
 def test_a_data_folder(image_folder, monkeypatch, tmp_path):
