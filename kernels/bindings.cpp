@@ -103,6 +103,7 @@ NB_MODULE(_kernels, m) {
             if (variant.runs) names.push_back(variant.name);
         return names;
     });
+    nb::set_leak_warnings(false);  // a process that ends with an error keeps what oneCCL may still use
     bind_ccl(m);
     m.def("use_isa", use_isa);
     m.def("use_openmp", [](Address parallel, Address thread_num, Address num_threads) {

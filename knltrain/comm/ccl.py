@@ -120,7 +120,7 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
                 self._ask_store(lambda: self._store.set(f"{work.mark}/{self._rank}", "1"))
             if waited < limit:
                 return None
-            self._unusable = f"{self._who_is_missing(work)} within {waited:.0f} s"
+            self._unusable = f"{self._who_is_missing(work)} within {limit:g} s"
             self._comm.abandon()
         return RuntimeError(f"{work.what}: {self._unusable}")
 

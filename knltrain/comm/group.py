@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import os
+import re
 import socket
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -30,15 +34,28 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "C
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
 
 
+def _end_the_job() -> None:
+    """Has Hydra's mpiexec end all ranks. By itself it would wait for one that is stopped; torchrun and srun do not.
+
+    A line of the Process Management Interface, version 1, on the descriptor that the launcher has opened for it.
+    """
+    with contextlib.suppress(KeyError, ValueError, OSError):
+        descriptor = int(os.environ["PMI_FD"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.write(descriptor, b"cmd=abort exitcode=1\n")
+
+
 class Group:
     """All ranks of a run; with one rank, every call is a no-op that returns its input.
 
     As a context manager, it leaves the group at the end of its block. Not after an error: what is under way would then
-    be waited for, and the other ranks with it; the end of this process tells them.
+    be waited for, and the other ranks with it; the end of this process tells them, or its launcher does.
 
     Args:
         ranks: this process among its peers.
         backend: auto, ccl or gloo; see ``backend.py``.
+        timeout_s: the longest wait of a collective with gloo; with ccl that of :meth:`expect_steps` counts.
 
     Attributes:
         backend: what was chosen, or None with one rank.
@@ -49,7 +66,7 @@ class Group:
         KnltrainError: the ranks do not find each other.
     """
 
-    def __init__(self, ranks: Ranks, backend: str = "auto") -> None:
+    def __init__(self, ranks: Ranks, backend: str = "auto", timeout_s: float = _START_TIMEOUT.total_seconds()) -> None:
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
         self.backend: Chosen | None = None
         self.last_step: int | None = None
@@ -66,7 +83,7 @@ class Group:
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
                 rank=ranks.rank,
                 world_size=ranks.size,
-                timeout=_START_TIMEOUT,
+                timeout=_START_TIMEOUT if self.backend.name == "ccl" else timedelta(seconds=timeout_s),
             )
         except (RuntimeError, ValueError) as error:
             raise KnltrainError(
@@ -93,6 +110,8 @@ class Group:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
             self.close()
+        elif self.world_size > 1 and issubclass(error, Exception):
+            atexit.register(_end_the_job)
 
     @property
     def is_first(self) -> bool:
@@ -149,19 +168,18 @@ class Group:
             if self.world_size == 1 or not any(word in reason for word in _LOST):
                 raise
             step = f"; all ranks finished step {self.last_step}" if self.last_step else ""
+            if named := re.search(r"rank \d+ on .* did not take part.*", reason):
+                raise KnltrainError(
+                    f"{named[0].rstrip(')')}{step}; it has ended, hangs, or waits for its data"
+                ) from None
             raise KnltrainError(
                 f"another rank has ended or does not answer{step}; what that rank printed is the cause ({reason})"
             ) from None
 
     def expect_steps(self, timeout_s: float) -> None:
-        """From now on no rank waits for another longer than this; a start takes longer than a step."""
-        if self.world_size == 1:
-            return
-        timeout, group = timedelta(seconds=timeout_s), dist.group.WORLD
-        if isinstance(group, ProcessGroupCCL):
-            group.set_timeout(timeout)
-        else:
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
+        """With ccl, from now on no rank waits for another longer than this; a start takes longer than a step."""
+        if self.world_size > 1 and isinstance(dist.group.WORLD, ProcessGroupCCL):
+            dist.group.WORLD.set_timeout(timedelta(seconds=timeout_s))
 
     def close(self) -> None:
         """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""

@@ -31,7 +31,14 @@ SHORTER = {
 }
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
 SLURM = "sbatch --nodes 16 run/slurm.sbatch --recipe resnet50-8k --data imagenet"
-ELSEWHERE = {SLURM, "bash run/quickstart.sh", "bash run/test.sh", "pip install '.[intel]'", "pip install ."}
+ELSEWHERE = {
+    SLURM,
+    "bash run/quickstart.sh",
+    "bash run/test.sh",
+    "pip install '.[intel]'",
+    "pip install '.[ccl]'",
+    "pip install .",
+}
 
 
 def blocks(language):
