@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
 from types import UnionType
@@ -131,6 +132,7 @@ def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_jso
 
     summary, finished = run(config, console, place)
     if not finished:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher whose other ranks were quicker to end
         if summary:
             console.line(f"stopped by a signal after step {summary['steps']:,}; the same command goes on from there")
         sys.exit(STOPPED)

@@ -98,8 +98,7 @@ class CommConfig:
     dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
     bucket_mb: Positive = _field(25.0, "size of a gradient bucket, MiB")
     timeout_s: Positive = _field(
-        600.0,
-        "longest wait for another rank, seconds (ccl: from the second step on); a checkpoint has to fit",
+        600.0, "longest wait for another rank after the first step, seconds; writing a checkpoint has to fit"
     )
 
 

@@ -101,7 +101,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             after an epoch: average batch-norm statistics, evaluate, write a checkpoint
     """
     config, engine, group = run.config, run.engine, run.group
-    model, clock = data_parallel(engine.model, config.comm, group.world_size, engine.optimizer.carried)
+    model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
     first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
     batches = run.train_loader.training(run.share, first_step, last_step)
@@ -153,7 +153,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             if stops:
                 return False
             if step == first_step:
-                group.expect_steps(config.comm.timeout_s)
+                with running_on(run.place.plan.comm):
+                    group.expect_steps(config.comm.timeout_s)
     return True
 
 
@@ -233,7 +234,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         with running_on(place.plan.comm):  # where the threads that it makes then stay
-            group = cleanup.enter_context(Group(ranks, config.comm.backend, config.comm.timeout_s))
+            group = cleanup.enter_context(Group(ranks, config.comm.backend))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             guard_out(config, out)
@@ -286,7 +287,8 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
                 "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
         if group.backend:
             plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
-                     "transport": group.backend.transport, "oneccl": group.backend.settings}  # fmt: skip
+                     "transport": group.backend.transport, "interface": group.interface,
+                     "oneccl": group.backend.settings}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), resume_from)
         log = None
         if group.is_first:
@@ -303,7 +305,8 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         (skipped,) = group.sum(train_loader.skipped + val_loader.skipped)
         if skipped:
             console.warn(f"{skipped:,.0f} images could not be decoded; the next good ones took their places")
-    summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if ranks.rank == 0 else {}
+        summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if group.is_first else {}
+        group.barrier()  # launchers end the others when one rank ends with a code that is not 0, as it does when stopped
     return summary, finished
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
+from knltrain.comm.group import Group
 from knltrain.config import CommConfig
 
 
@@ -37,19 +38,19 @@ class GradientClock:
 
 
 def data_parallel(
-    model: nn.Module, config: CommConfig, world_size: int, carried: dict[Tensor, Tensor]
+    model: nn.Module, config: CommConfig, group: Group, carried: dict[Tensor, Tensor]
 ) -> tuple[nn.Module, GradientClock]:
     """Wraps a model so that its gradients are the mean over the ranks; alone, returns the model itself.
 
     Args:
         model: with equal weights on every rank, or rank 0's are taken.
         config: bucket size, and the type in which gradients travel.
-        world_size: ranks.
+        group: the ranks.
         carried: by parameter, float32 sums of the gradients of a step's earlier micro-batches; they join the last
             one's before it travels.
     """
     clock = GradientClock()
-    if world_size == 1:
+    if group.world_size == 1:
         return model, clock
     # Running statistics stay each rank's own between evaluations, see Group.average_running_statistics.
     with warnings.catch_warnings():
@@ -64,7 +65,7 @@ def data_parallel(
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             if parameter in carried:
                 gradient.copy_(carried.pop(parameter).add_(gradient))
-        sent = buffer.div_(world_size).to(wire)
+        sent = buffer.div_(group.world_size).to(wire)
         state.started()
 
         def arrived(future: torch.futures.Future[list[Tensor]]) -> Tensor:
@@ -72,7 +73,8 @@ def data_parallel(
             (received,) = future.value()
             return buffer.copy_(received) if received is not buffer else buffer
 
-        mean: torch.futures.Future[Tensor] = dist.all_reduce(sent, async_op=True).get_future().then(arrived)
+        work = dist.all_reduce(sent, group=group.channel, async_op=True)
+        mean: torch.futures.Future[Tensor] = work.get_future().then(arrived)
         return mean
 
     parallel.register_comm_hook(clock, reduce_mean)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import os
 import re
 import socket
-import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -24,7 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
+from knltrain.comm.rollcall import RollCall
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.node.pmi import end_the_job
 from knltrain.node.ranks import Ranks
 from knltrain.node.rendezvous import START_TIMEOUT_S, meet
 
@@ -32,18 +32,6 @@ _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo, oneCCL and the store say of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
-
-
-def _end_the_job() -> None:
-    """Has Hydra's mpiexec end all ranks. By itself it would wait for one that is stopped; torchrun and srun do not.
-
-    A line of the Process Management Interface, version 1, on the descriptor that the launcher has opened for it.
-    """
-    with contextlib.suppress(KeyError, ValueError, OSError):
-        descriptor = int(os.environ["PMI_FD"])
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.write(descriptor, b"cmd=abort exitcode=1\n")
 
 
 class Group:
@@ -55,10 +43,11 @@ class Group:
     Args:
         ranks: this process among its peers.
         backend: auto, ccl or gloo; see ``backend.py``.
-        timeout_s: the longest wait of a collective with gloo; with ccl that of :meth:`expect_steps` counts.
 
     Attributes:
         backend: what was chosen, or None with one rank.
+        interface: of this rank's network interfaces, the one that leads to the others; empty on one node.
+        channel: the process group that collectives go through, or None for the default one.
         last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
 
     Raises:
@@ -66,14 +55,18 @@ class Group:
         KnltrainError: the ranks do not find each other.
     """
 
-    def __init__(self, ranks: Ranks, backend: str = "auto", timeout_s: float = _START_TIMEOUT.total_seconds()) -> None:
+    def __init__(self, ranks: Ranks, backend: str = "auto") -> None:
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
         self.backend: Chosen | None = None
+        self.interface = ""
         self.last_step: int | None = None
+        self.channel: dist.ProcessGroup | None = None
+        self._roll_call: RollCall | None = None
         if ranks.size == 1:
             return
         meeting = meet(ranks)
         meeting.export()
+        self.interface = meeting.interface
         try:
             store, *_ = next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))
             store.set_timeout(_START_TIMEOUT)
@@ -83,7 +76,7 @@ class Group:
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
                 rank=ranks.rank,
                 world_size=ranks.size,
-                timeout=_START_TIMEOUT if self.backend.name == "ccl" else timedelta(seconds=timeout_s),
+                timeout=_START_TIMEOUT,
             )
         except (RuntimeError, ValueError) as error:
             raise KnltrainError(
@@ -92,11 +85,12 @@ class Group:
             ) from None
 
     def _agree(self, chosen: Chosen, asked: str, store: Any) -> Chosen:
-        """All ranks take ccl, or none does."""
+        """All ranks take ccl, or none does; each learns the others' hosts."""
         keys = [f"backend{rank}" for rank in range(self.world_size)]
         store.set(keys[self.rank], f"{chosen.name} {socket.gethostname()}")
         store.wait(keys, _START_TIMEOUT)
         answers = [answer.decode().split(maxsplit=1) for answer in store.multi_get(keys)]
+        self._roll_call = RollCall(store, self.rank, [host for _, host in answers])
         without = sorted({host for name, host in answers if name == "gloo"})
         if chosen.name == "gloo" or not without:
             return chosen
@@ -110,8 +104,11 @@ class Group:
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         if error is None:
             self.close()
-        elif self.world_size > 1 and issubclass(error, Exception):
-            atexit.register(_end_the_job)
+            return
+        if self._roll_call:
+            self._roll_call.end()
+        if self.world_size > 1 and issubclass(error, Exception):
+            atexit.register(end_the_job)
 
     @property
     def is_first(self) -> bool:
@@ -123,13 +120,13 @@ class Group:
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, group=self.channel)
         return tensor.tolist()
 
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(group=self.channel)
 
     def average_running_statistics(self, model: nn.Module) -> None:
         """Averages batch norm's running means and variances over the ranks, in place.
@@ -149,7 +146,7 @@ class Group:
         if not statistics:
             return
         flat = torch.cat([buffer.flatten() for buffer in statistics])
-        dist.all_reduce(flat)
+        dist.all_reduce(flat, group=self.channel)
         flat /= self.world_size
         for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
             buffer.copy_(mean.view_as(buffer))
@@ -172,16 +169,28 @@ class Group:
                 raise KnltrainError(
                     f"{named[0].rstrip(')')}{step}; it has ended, hangs, or waits for its data"
                 ) from None
+            who = (self._roll_call and self._roll_call.lost()) or "another rank"
             raise KnltrainError(
-                f"another rank has ended or does not answer{step}; what that rank printed is the cause ({reason})"
+                f"{who} has ended or does not answer{step}; what that rank printed is the cause ({reason})"
             ) from None
 
     def expect_steps(self, timeout_s: float) -> None:
-        """With ccl, from now on no rank waits for another longer than this; a start takes longer than a step."""
-        if self.world_size > 1 and isinstance(dist.group.WORLD, ProcessGroupCCL):
-            dist.group.WORLD.set_timeout(timedelta(seconds=timeout_s))
+        """From now on no rank waits for another longer than this; a start takes longer than a step.
+
+        All ranks call it at once.
+        """
+        if self.world_size == 1:
+            return
+        timeout = timedelta(seconds=timeout_s)
+        if isinstance(dist.group.WORLD, ProcessGroupCCL):
+            dist.group.WORLD.set_timeout(timeout)
+        else:
+            # gloo's connections keep the time-out that they were made with.
+            self.channel = dist.new_group(backend="gloo", timeout=timeout)
 
     def close(self) -> None:
         """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""
+        if self._roll_call:
+            self._roll_call.end()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

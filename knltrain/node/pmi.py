@@ -12,6 +12,9 @@ import contextlib
 import ctypes
 import os
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from urllib.parse import quote, unquote
 
@@ -73,7 +76,7 @@ class Pmi:
         atexit.register(self._leave)
 
     def _leave(self) -> None:
-        if not _mpi_was_started():
+        if not _mpi_was_started() and not _ending:
             with contextlib.suppress(KnltrainError):
                 self._ask("cmd=finalize", "finalize_ack")
         self.close()
@@ -96,6 +99,44 @@ class Pmi:
         if fields.get("cmd") != answer or fields.get("rc", "0") != "0":
             raise KnltrainError(f"mpiexec answered {line.decode('utf-8', 'replace')!r} to {question!r} (PMI-1)")
         return fields
+
+
+_ending = False
+# For what was said to be on its way before mpiexec ends whoever passes it on.
+_SAID_S = 0.5
+# mpiexec ends the job on every host, but does not end itself before each host has said so, and one that cannot be reached
+# never does.
+_CLEANUP_S = 10
+_SEE_TO_IT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
+
+
+def end_the_job() -> None:
+    """Has Hydra's mpiexec, if that started this rank, end all ranks of the job.
+
+    By itself it waits for a rank that is stopped, and for a host that cannot be reached. Of the latter only a rank on
+    mpiexec's own host can free it.
+    """
+    global _ending
+    with contextlib.suppress(KeyError, ValueError, OSError):
+        fd = int(os.environ["PMI_FD"])
+        sys.stdout.flush()
+        sys.stderr.flush()
+        time.sleep(_SAID_S)
+        if mpiexec := _mpiexec():
+            subprocess.Popen(
+                ["sh", "-c", _SEE_TO_IT, "sh", str(mpiexec), str(_CLEANUP_S)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+            )  # fmt: skip
+        os.write(fd, b"cmd=abort exitcode=1\n")
+        _ending = True
+
+
+def _mpiexec() -> int:
+    """The process id of mpiexec, where it is this rank's proxy's parent; 0 on the other hosts."""
+    with open(f"/proc/{os.getppid()}/stat") as stat:
+        parent = int(stat.read().rpartition(")")[2].split()[1])
+    with open(f"/proc/{parent}/comm") as comm:
+        return parent if comm.read().startswith("mpiexec") else 0
 
 
 def _mpi_was_started() -> bool:

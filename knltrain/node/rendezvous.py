@@ -116,6 +116,8 @@ def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
         address = "127.0.0.1" if together else _first_that_answers(offered, port)
         # Nobody leaves before all have tried: who found nothing says so after the others know.
         choices = exchange.share(ranks.rank, address)
+    # And nobody goes on to the port before it is free: a connection to this listener would be reset.
+    exchange.share(ranks.rank, "")
     if not address:
         raise KnltrainError(
             f"rank {ranks.rank} on {socket.gethostname()} reaches none of the addresses of rank 0 on {host} "

@@ -25,11 +25,15 @@ SelectTypeParameters=CR_Core
 JobAcctGatherType=jobacct_gather/none
 MpiDefault=pmi2
 ReturnToService=2
-# A requeued job may start again after a second, and not after two minutes.
-SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0
+# A requeued job starts again when its old credential has expired, and not after two minutes.
+AuthInfo=cred_expire=5
+SchedulerParameters=sched_interval=1,sched_min_interval=0,batch_sched_delay=0,bf_interval=1
 KillWait=20
 NodeName=head NodeAddr={address} CPUs={cpus} State=UNKNOWN
-PartitionName=all Nodes=head Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=head Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=head PriorityTier=2
 """
 _SETUP = """
 # Slurm resolves no address, not even a written one, where loopback is the only interface.
@@ -60,6 +64,8 @@ class Slurm:
         self._conf.write_text(_CONF.format(cpus=len(os.sched_getaffinity(0)), **places))
         self.host = Host("head", folder / "head", _SETUP.format(**places))
         self._logs = [folder / "head" / "log", folder / "slurmctld.log", folder / "slurmd.log"]
+        with (folder / "head" / "hosts").open("a") as hosts:
+            hosts.write(f"{_ADDRESS} head\n")
         try:
             until(lambda: self.run("sinfo", "-h", "-o", "%T", check=False).stdout.strip() == "idle", _START_S, self.log)
         except BaseException:

@@ -19,7 +19,7 @@ def command(launcher, ranks):
     if launcher == "torchrun":
         return [*TORCHRUN, "knltrain"]
     if launcher == "Intel MPI":
-        return [*mpiexec(ranks), *KNLTRAIN]
+        return [*mpiexec("-n", ranks), *KNLTRAIN]
     if launcher == "MPICH":
         return [need_program("mpiexec.mpich"), "-n", ranks, *KNLTRAIN]
     # It refuses root, and more ranks than cores.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cluster import runs
+from cluster.runs import TORCHRUN, weights
 from conftest import write_jpeg
-from safetensors.torch import load_file
 
 from knltrain.metrics import read_metrics
 
@@ -20,19 +21,10 @@ COMMON = """
     --recipe alexnet-512 --image-size 67 --augment.resize 77 --dropout 0 --precision fp32 --engine eager
     --global-batch 64 --optim.lr 0.2 --schedule.warmup-epochs 0 --max-steps 3
 """
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
-
-
-def find_mpiexec():
-    beside = Path(sys.executable).parent / "mpiexec"
-    return str(beside) if beside.exists() else shutil.which("mpiexec")
 
 
 def mpiexec(ranks):
-    path = find_mpiexec()
-    if path is None:
-        pytest.skip("no mpiexec: neither impi-rt in this environment nor one on the PATH")
-    return [path, "-n", str(ranks), sys.executable, "-m"]
+    return [*runs.mpiexec("-n", ranks), sys.executable, "-m"]
 
 
 def start(command, image_folder, out, *options, **environment):
@@ -46,10 +38,6 @@ def ccl_is_here():
     """Whether ranks choose oneCCL by themselves; in a process of its own, for none of it may be loaded here."""
     code = "from knltrain.comm import oneccl; oneccl.load()"
     return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-
-
-def weights(out):
-    return load_file(max(Path(out, "checkpoints").iterdir()) / "model.safetensors")
 
 
 def assert_equal_within_rounding(got, expected):
