@@ -307,11 +307,15 @@ def bench(as_json: bool, steps: int, **options: Any) -> None:
 @click.option("--model", default="resnet50", show_default=True, help="Network, as train names it.")
 @click.option("--batch", help="Images a step; default 32, 128 for AlexNet, 256 for alexnet_bn_small.")
 @click.option("--precision", type=click.Choice(Precision.__args__), default="auto", show_default=True)  # type: ignore[attr-defined]
-@click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps timed of each engine.")
+@click.option(
+    "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps timed of each engine and layout."
+)
+@click.option("--budget", type=click.IntRange(min=0), default=600, show_default=True,
+              help="Seconds for the layouts of ranks, after the engines; 0 leaves them out.")  # fmt: skip
 @JSON
 @reports_errors
-def tune(model: str, batch: str | None, precision: str, steps: int, as_json: bool) -> None:
-    """Measure which engine is the fastest for a model on this node; --engine auto goes by it from then on."""
+def tune(model: str, batch: str | None, precision: str, steps: int, budget: int, as_json: bool) -> None:
+    """Measure the fastest engine and layout of ranks on this node; --engine auto, plan and launch go by them then."""
     batch = batch or str(_USUAL_BATCH.get(model, 32))
     config = _measured_config(model=model, global_batch=batch, precision=precision)
 
@@ -319,8 +323,13 @@ def tune(model: str, batch: str | None, precision: str, steps: int, as_json: boo
     from knltrain.tune import tune as measure
 
     console = Console(json=as_json)
-    result = measure(config, console, steps=steps)
+    result = measure(config, console, steps=steps, budget_s=budget)
     console.line(f"{result['fastest']} is the fastest engine here; {result['stored']} has it for --engine auto")
+    if best := result["layout"]:
+        console.line(
+            f"{best['ranks_per_node']} x {best['threads']} threads, local batch {best['local_batch']}, is the fastest "
+            "layout measured; knltrain plan and launch go by it"
+        )
     if as_json:
         click.echo(json.dumps(result))
 

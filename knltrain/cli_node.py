@@ -19,7 +19,9 @@ _RUN_BY_RANKS = ("train", "eval")
 
 
 @click.command()
-@click.option("--ranks-per-node", type=click.IntRange(min=1), help="Default one per NUMA domain with cores.")
+@click.option(
+    "--ranks-per-node", type=click.IntRange(min=1), help="Default what tune measured, or one per NUMA domain."
+)
 @click.option("--topology", metavar="DIR", help="Plan for another node: DIR holds copies of files of its sys and proc.")
 @click.option(
     "--format", type=click.Choice(["text", "json", "env", "mpiexec", "slurm"]), default="text", show_default=True,
@@ -30,14 +32,14 @@ _RUN_BY_RANKS = ("train", "eval")
 def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json: bool) -> None:
     """Show which rank gets which cores of this node, and where its threads, decoders and memory are."""
     from knltrain.node import picture
-    from knltrain.node.affinity import plan_node
+    from knltrain.node.chosen import plan_as_measured
     from knltrain.node.topology import read_node
 
     root = Path(topology or "/")
     if not any((root / name).is_dir() for name in ("sys", "proc")):
         raise ConfigError(f"{root}: no folder sys or proc in it; docs/clusters.md says how to copy those of a node")
     node = read_node(root)
-    planned = plan_node(node, ranks_per_node)
+    planned = plan_as_measured(node, ranks_per_node)
     if format == "text":
         click.echo(picture.as_text(node, planned), err=as_json)
     elif format == "env":
@@ -96,7 +98,7 @@ def launch(
     ranks: int | None, ppn: int | None, hosts: str | None, dry_run: bool, as_json: bool, arguments: tuple[str, ...]
 ) -> None:
     """Start ranks with the mpiexec there is (Intel MPI, MPICH or Open MPI); each takes its place by the plan."""
-    from knltrain.node.affinity import plan_node
+    from knltrain.node.chosen import plan_as_measured
     from knltrain.node.launch import command_line, count_ranks, find_mpiexec
     from knltrain.node.topology import read_node
 
@@ -109,7 +111,7 @@ def launch(
         raise ConfigError(f"--hosts {hosts}: give names with commas between them, as in node1,node2")
     mpiexec = find_mpiexec()
     nodes = len(names) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    ranks, ppn = count_ranks(ranks, ppn, nodes, len(plan_node(read_node()).ranks))
+    ranks, ppn = count_ranks(ranks, ppn, nodes, len(plan_as_measured(read_node()).ranks))
     program = [sys.executable, "-m", "knltrain", *arguments]
     environment = {**os.environ, **mpiexec.environment}
     line = command_line(mpiexec, ranks, ppn, names, program, environment)

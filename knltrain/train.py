@@ -306,7 +306,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         if skipped:
             console.warn(f"{skipped:,.0f} images could not be decoded; the next good ones took their places")
         summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if group.is_first else {}
-        group.barrier()  # launchers end the others when one rank ends with a code that is not 0, as it does when stopped
+        group.barrier()  # a rank that ends with a code that is not 0, as when stopped, has its launcher end the others
     return summary, finished
 
 

@@ -44,7 +44,7 @@ FLAGS = {
         "threads",
         "out",
     },
-    "tune": {"json", "help", "model", "batch", "precision", "steps"},
+    "tune": {"json", "help", "model", "batch", "precision", "steps", "budget"},
     "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify"},
     "data": {"json", "help", "recipe", "sheet", "image-size", "augment.name", "augment.resize"},
     "recipes": {"json", "help"},

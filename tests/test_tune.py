@@ -1,13 +1,17 @@
 """What tune stores is found where it holds, and nowhere else."""
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -18,7 +22,9 @@ from knltrain.console import Console
 from knltrain.errors import KnltrainError
 from knltrain.node import measured
 from knltrain.node.affinity import threads_per_rank
-from knltrain.node.measured import measured_file, settings_of, store, stored_engine
+from knltrain.node.launch import find_mpiexec
+from knltrain.node.layouts import Layout
+from knltrain.node.measured import measured_file, settings_of, store, stored_engine, stored_layout
 from knltrain.node.topology import Node, read_node
 
 NODE = Node("Some CPU", frozenset({"avx2"}), (0, 1), ((0,), (1,)), 2)
@@ -43,9 +49,11 @@ def asked(model="resnet50", precision="bf16", node=NODE, threads=2):
 
 def test_tune_measures_and_stores(monkeypatch, cache):
     monkeypatch.setattr(tune, "compare", functools.partial(compare, engines=("eager",)))
-    result = tune.tune(SMALL, QUIET, steps=1)
+    result = tune.tune(SMALL, QUIET, steps=1, budget_s=0)
     assert (result["fastest"], result["stored"]) == ("eager", str(cache / "measured.json"))
     (stored,) = json.loads(measured_file().read_text())
+    assert result["layout"] is None
+    assert {row["reason"] for row in result["layouts"]} == {"the 0 s were over"}
     assert stored["engines"] == result["engines"]
     assert stored["settings"].items() >= {"model": "alexnet_bn_small", "batch": 4, "optimizer": "lars/paper"}.items()
     node = read_node()
@@ -59,7 +67,7 @@ def test_the_shortest_step_wins(monkeypatch):
                {"engine": "compile", "reason": "no compiler"}]  # fmt: skip
     settings = {"precision": "fp32", "threads": 2, "batch": 4, "image_size": 32, "optimizer": "lars/paper"}
     monkeypatch.setattr(tune, "compare", lambda *args, **options: {**settings, "engines": engines})
-    assert tune.tune(SMALL, QUIET, steps=1)["fastest"] == "ipex"
+    assert tune.tune(SMALL, QUIET, steps=1, budget_s=0)["fastest"] == "ipex"
     assert stored_engine("alexnet_bn_small", "fp32", read_node(), 2) == "ipex"
 
 
@@ -125,7 +133,7 @@ def test_an_unwritable_cache_is_refused_before_anything_is_measured(monkeypatch,
     monkeypatch.setenv("KNLTRAIN_CACHE", str(tmp_path / "file" / "sub"))
     monkeypatch.setattr(tune, "compare", lambda *args, **options: pytest.fail("measured"))
     with pytest.raises(KnltrainError, match="KNLTRAIN_CACHE"):
-        tune.tune(SMALL, QUIET, steps=1)
+        tune.tune(SMALL, QUIET, steps=1, budget_s=0)
 
 
 def test_reading_needs_no_torch():
@@ -134,3 +142,124 @@ def test_reading_needs_no_torch():
         "stored_engine('resnet50', 'bf16', read_node(), 2); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+LAYOUTS = [Layout(1, 2, 0, 4), Layout(2, 1, 0, 2), Layout(1, 2, 0, 2)]
+
+
+def test_the_fastest_layout_is_stored_beside_the_engines(monkeypatch):
+    engines = [{"engine": "eager", "images_per_s": 3.0}]
+    settings = {"precision": "fp32", "threads": 2, "batch": 4, "image_size": 32, "optimizer": "lars/paper"}
+    monkeypatch.setattr(tune, "compare", lambda *args, **options: {**settings, "engines": engines})
+    rates = {LAYOUTS[0]: 10.0, LAYOUTS[1]: 30.0}
+
+    def measure(config, layout, steps, deadline):
+        assert (config.engine, config.precision, steps) == ("eager", "fp32", 7)
+        if layout not in rates:
+            raise KnltrainError("training ended with 1: no memory")
+        return {"images_per_s": rates[layout], "step_s": 4 / rates[layout]}
+
+    monkeypatch.setattr(tune, "_measure", measure)
+    monkeypatch.setattr(tune, "layouts", lambda node, batch: LAYOUTS)
+    result = tune.tune(SMALL, QUIET, steps=7, budget_s=60)
+    assert result["layout"] == dataclasses.asdict(LAYOUTS[1])
+    assert [row.get("images_per_s") for row in result["layouts"]] == [10.0, 30.0, None]
+    assert result["layouts"][2]["reason"] == "training ended with 1: no memory"
+    assert stored_layout(read_node()).layout == LAYOUTS[1]
+    assert stored_engine("alexnet_bn_small", "fp32", read_node(), 2) == "eager"
+    assert stored_engine("alexnet_bn_small", "fp32", read_node(), 1) == "eager", "its ranks have one thread"
+
+
+def test_what_there_is_no_time_for_is_not_measured(monkeypatch, capsys):
+    times = iter([0.0, 1.0, 2.0, 11.0, 11.0, 11.0, 11.0])
+    monkeypatch.setattr(tune.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(tune, "_measure", lambda *arguments: {"images_per_s": 1.0, "step_s": 4.0})
+    rows = tune.measure_layouts(SMALL, Console(), LAYOUTS, steps=1, budget_s=10.0)
+    assert ["images_per_s" in row for row in rows] == [True, False, False]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "1 x 2 threads, local batch 4: 1.0 img/s; 8 s of 10 left"
+    assert lines[1] == "2 x 1 threads, local batch 2: the 10 s were over; 0 s of 10 left"
+    assert any(line.split() == ["1", "2", "0", "4", "1.0", "4000.0"] for line in lines)
+
+
+def no_mpiexec():
+    raise KnltrainError("no mpiexec")
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_two_ranks_are_measured_as_training_starts_them(launcher, monkeypatch, tmp_path):
+    if launcher == "torchrun":
+        monkeypatch.setattr(tune, "find_mpiexec", no_mpiexec)
+    else:
+        try:
+            found = find_mpiexec()
+        except KnltrainError as error:
+            pytest.skip(str(error))
+        if found.kind == "openmpi" and os.geteuid() == 0:
+            pytest.skip("Open MPI does not start ranks as root")
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        tune.subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[-1]
+    )
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr(tune.tempfile, "tempdir", None)
+    config = dataclasses.replace(SMALL, engine="eager")
+    row = tune._measure(config, Layout(2, 1, 0, 2), 1, time.monotonic() + 200)
+    assert row["images_per_s"] == pytest.approx(4 / row["step_s"])
+    *_, process = started
+    assert process.returncode is not None
+    run = next(word for word in process.args if str(word).startswith(str(tmp_path)))
+    deadline = time.monotonic() + 60
+    while left := _with_word(run):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+    assert list(tmp_path.glob("tmp*")) == []
+
+
+def _with_word(word):
+    """The processes that have a word in their command."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and word.encode() in (entry / "cmdline").read_bytes().split(b"\0"):
+                found.append(entry.name)
+    return found
+
+
+def test_ranks_that_fail_are_a_reason(monkeypatch):
+    config = dataclasses.replace(SMALL, engine="eager")
+    with pytest.raises(KnltrainError, match=r"training ended with 2: knltrain: local-batch 3 does not divide the 4"):
+        tune._measure(config, Layout(1, 2, 0, 3), 1, time.monotonic() + 200)
+
+
+@pytest.mark.parametrize("text, line", [
+    ("", "no message"),
+    ("--------\nmpiexec has detected an attempt to run as root.\n\nRunning as root\n-----\n",
+     "mpiexec has detected an attempt to run as root."),
+    ("warning: one\nTraceback\nMemoryError: 3\n\n", "MemoryError: 3"),
+    ("knltrain: rank 1: no data\nBAD TERMINATION\n", "knltrain: rank 1: no data"),
+])  # fmt: skip
+def test_the_line_that_matters(text, line):
+    assert tune.what_was_said(text) == line
+
+
+def test_ranks_for_which_the_time_is_over_are_ended(monkeypatch):
+    started = []
+    popen = subprocess.Popen
+    monkeypatch.setattr(
+        tune.subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[-1]
+    )
+    with pytest.raises(KnltrainError, match=r"step 0 of 4 when the time was over"):
+        tune._measure(dataclasses.replace(SMALL, engine="eager"), Layout(1, 2, 0, 4), 1, time.monotonic())
+    assert started[0].returncode is not None
+
+
+def test_ranks_that_do_not_end_are_killed(monkeypatch):
+    monkeypatch.setattr(tune, "_GOODBYE_S", 0.1)
+    code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    tune._end(process)
+    process.stdout.close()
+    assert process.returncode == -signal.SIGKILL

@@ -84,11 +84,13 @@ class Plan:
         ranks: by local rank.
         idle: cores on which nothing runs.
         notes: what a person should know of it, a sentence each.
+        origin: where the number of ranks and threads comes from, for people.
     """
 
     ranks: tuple[RankPlan, ...]
     idle: Cores
     notes: tuple[str, ...]
+    origin: str = ""
 
 
 def asked_threads(environ: Mapping[str, str]) -> int | None:
@@ -161,7 +163,10 @@ def plan_node(
         raise ConfigError(f"{count} ranks per node: give 1 or more")
     shares = _shares(node, count)
     quota = _within_quota(node, shares)
-    comm = comm_cores(min(len(cores) for cores in shares), world_size or count)
+    smallest = min(len(cores) for cores in shares)
+    comm = comm_cores(smallest, world_size or count)
+    if asked:
+        comm = min(comm, max(0, smallest - asked))
     home = {core: domain.number for domain in node.domains for core in domain.cores}
     on = [tuple(sorted({home[core] for core in cores})) for cores in shares]
     ranks = tuple(
@@ -170,7 +175,9 @@ def plan_node(
     )
     busy = {cpu for rank in ranks for cpu in (*rank.compute, *rank.comm, *rank.decode)}
     idle = tuple(core for core in node.cores if not busy & set(core))
-    return Plan(ranks, idle, tuple(_notes(node, ranks, quota=quota, asked=asked)))
+    origin = "one rank per NUMA domain by rule" if ranks_per_node is None else "number of ranks asked for"
+    origin += "; threads as OMP_NUM_THREADS says" if asked else "; threads by rule"
+    return Plan(ranks, idle, tuple(_notes(node, ranks, quota=quota, asked=asked)), origin)
 
 
 def _shares(node: Node, count: int) -> list[Cores]:
@@ -205,8 +212,6 @@ def _within_quota(node: Node, shares: list[Cores]) -> bool:
 def _rank(
     local_rank: int, cores: Cores, domains: tuple[int, ...], comm: int, asked: int | None, memory: MemoryPolicy
 ) -> RankPlan:
-    if asked:
-        comm = min(comm, max(0, len(cores) - asked))
     computing, communicating = cores[: len(cores) - comm], cores[len(cores) - comm :]
     deepest = max(len(core) for core in computing)
     # First threads of all cores, then second ones: that is how many threads take CPUs, fewer or more than cores.

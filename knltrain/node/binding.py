@@ -19,6 +19,7 @@ from typing import Any
 
 from knltrain.errors import KnltrainError
 from knltrain.node.affinity import Plan, RankPlan, plan_node
+from knltrain.node.chosen import threads_as_measured
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.node.ranks import Ranks, discover
 from knltrain.node.topology import Node, read_node
@@ -97,7 +98,10 @@ def find_place(*, strict: bool = True) -> Place:
     """Finds this rank's part of the node, and touches nothing. As :func:`take_place` otherwise."""
     node = read_node()
     pinned = len(node.cpus) < len(node.group_cpus)
-    return place_of(discover(), node, read_node(allowed=set(node.group_cpus)) if pinned else node, strict=strict)
+    whole = read_node(allowed=set(node.group_cpus)) if pinned else node
+    ranks = discover()
+    environ = threads_as_measured(whole, ranks.local_size, os.environ)
+    return place_of(ranks, node, whole, strict=strict, environ=environ)
 
 
 def place_of(

@@ -1,4 +1,4 @@
-"""What ``knltrain tune`` measured on this kind of node, and which engine won.
+"""What ``knltrain tune`` measured on this kind of node, and which engine and which layout of ranks won.
 
 The file is a list of measurements: settings, and what came out of them. A measurement is of use where its settings
 are those asked for; settings that a later version adds do not hide what this one wrote.
@@ -12,12 +12,14 @@ import os
 import tempfile
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import knltrain
 from knltrain.errors import KnltrainError
 from knltrain.node.cache import cache_folder
+from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
 
 
@@ -67,6 +69,48 @@ def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]
             if found and isinstance(found[0], float):
                 rates[model] = found[0]
     return rates
+
+
+@dataclass(frozen=True)
+class MeasuredLayout:
+    """The fastest layout, and what it was measured with.
+
+    Attributes:
+        layout: ranks, threads, cores for communication, local batch.
+        of: model, batch, rate and day, for people.
+    """
+
+    layout: Layout
+    of: str
+
+
+def layout_settings(model: str, precision: str, node: Node, layout: Layout) -> dict[str, object]:
+    """What a measured layout depends on: as :func:`settings_of`, and how the node can be divided."""
+    return {
+        **settings_of(model, precision, node, layout.threads),
+        "ranks_per_node": layout.ranks_per_node,
+        "cores": len(node.cores),
+        "domains": len(node.domains),
+    }
+
+
+def stored_layout(node: Node) -> MeasuredLayout | None:
+    """Returns the layout that was the fastest when ``knltrain tune`` measured such a node last, or None.
+
+    Whatever the model was: a node is divided before anybody says what it will train.
+    """
+    for one in reversed(_read()):
+        try:
+            layout = Layout(**one["layout"])
+            settings, here = one["settings"], layout_settings("", "", node, layout)
+        except (KeyError, TypeError, importlib.metadata.PackageNotFoundError):
+            continue  # engines alone, of an earlier version; something else; or no torch here, for which it holds
+        good = all(isinstance(number, int) and number >= 0 for number in vars(layout).values())
+        wanted = {name: value for name, value in here.items() if name not in ("model", "precision")}
+        if good and layout.ranks_per_node and layout.threads and wanted.items() <= settings.items():
+            of = f"{settings.get('model')} at batch {settings.get('batch')} ({str(one.get('time'))[:10]})"
+            return MeasuredLayout(layout, of)
+    return None
 
 
 def check_writable() -> None:

@@ -41,6 +41,7 @@ def as_text(node: Node, plan: Plan) -> str:
     several = comm_cores(plan.ranks[0].cores, world_size=2)
     if len(plan.ranks) == 1 and several:
         lines += _wrapped(f"note: as one of several nodes, {several} of its cores communicate instead of computing")
+    lines += _wrapped(f"from: {plan.origin}")
     for note in plan.notes:
         lines += _wrapped(f"note: {note}")
     return "\n".join(lines)

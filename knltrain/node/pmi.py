@@ -104,8 +104,8 @@ class Pmi:
 _ending = False
 # For what was said to be on its way before mpiexec ends whoever passes it on.
 _SAID_S = 0.5
-# mpiexec ends the job on every host, but does not end itself before each host has said so, and one that cannot be reached
-# never does.
+# mpiexec ends the job on every host, but does not end itself before each host has said so, which one that cannot be
+# reached never does.
 _CLEANUP_S = 10
 _SEE_TO_IT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
 
