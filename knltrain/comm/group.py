@@ -24,7 +24,7 @@ from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
 from knltrain.comm.rollcall import RollCall
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.node.pmi import end_the_job
+from knltrain.node.pmi import end_the_job, see_mpiexec_end
 from knltrain.node.ranks import Ranks
 from knltrain.node.rendezvous import START_TIMEOUT_S, meet
 
@@ -164,6 +164,7 @@ class Group:
             reason = str(error).splitlines()[0]
             if self.world_size == 1 or not any(word in reason for word in _LOST):
                 raise
+            see_mpiexec_end()  # before any rank ends the job, and this one with it
             step = f"; all ranks finished step {self.last_step}" if self.last_step else ""
             if named := re.search(r"rank \d+ on .* did not take part.*", reason):
                 raise KnltrainError(

@@ -104,17 +104,14 @@ class Pmi:
 _ending = False
 # For what was said to be on its way before mpiexec ends whoever passes it on.
 _SAID_S = 0.5
-# mpiexec ends the job on every host, but does not end itself before each host has said so, which one that cannot be
-# reached never does.
-_CLEANUP_S = 10
+_CLEANUP_S = 15
 _SEE_TO_IT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
 
 
 def end_the_job() -> None:
     """Has Hydra's mpiexec, if that started this rank, end all ranks of the job.
 
-    By itself it waits for a rank that is stopped, and for a host that cannot be reached. Of the latter only a rank on
-    mpiexec's own host can free it.
+    By itself it waits for a rank that is stopped.
     """
     global _ending
     with contextlib.suppress(KeyError, ValueError, OSError):
@@ -122,13 +119,22 @@ def end_the_job() -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_SAID_S)
-        if mpiexec := _mpiexec():
+        os.write(fd, b"cmd=abort exitcode=1\n")
+        _ending = True
+
+
+def see_mpiexec_end() -> None:
+    """Leaves a process behind that ends Hydra's mpiexec in a while, if that is on this host and has not ended by then.
+
+    A rank calls it when it has lost another. mpiexec then ends the job on every host, but does not end itself before
+    each host has said so, which one that cannot be reached never does.
+    """
+    with contextlib.suppress(OSError):
+        if "PMI_FD" in os.environ and (mpiexec := _mpiexec()):
             subprocess.Popen(
                 ["sh", "-c", _SEE_TO_IT, "sh", str(mpiexec), str(_CLEANUP_S)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        os.write(fd, b"cmd=abort exitcode=1\n")
-        _ending = True
 
 
 def _mpiexec() -> int:
