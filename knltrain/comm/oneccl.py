@@ -127,13 +127,17 @@ def configure(ranks: Ranks, environ: MutableMapping[str, str] | None = None) -> 
         environ: the environment, by default this process's.
 
     Raises:
-        ConfigError: ``CCL_ATL_TRANSPORT`` names no transport.
+        ConfigError: ``CCL_ATL_TRANSPORT`` names no transport, or mpi where no mpiexec is.
         UnavailableError: the library of the transport is missing.
     """
     environ = os.environ if environ is None else environ
     transport = environ.get("CCL_ATL_TRANSPORT", "ofi")
     if transport not in TRANSPORTS:
         raise ConfigError(f"CCL_ATL_TRANSPORT={transport}: oneCCL has {' and '.join(TRANSPORTS)}; unset it or name one")
+    if transport == "mpi" and ranks.launcher != "hydra":
+        raise ConfigError(
+            f"CCL_ATL_TRANSPORT=mpi needs ranks that Intel MPI's mpiexec has started, not {ranks.launcher}; unset it"
+        )
     has_workers = "CCL_WORKER_COUNT" in environ or "CCL_WORKER_AFFINITY" in environ
     wanted = {
         "CCL_ATL_TRANSPORT": transport,

@@ -82,6 +82,15 @@ def test_two_ranks_are_one(launcher, alone, image_folder, tmp_path):
     assert plan["threads"] == max(1, len(os.sched_getaffinity(0)) // 2)
 
 
+def test_ranks_over_mpi_are_one_too(alone, image_folder, tmp_path):
+    if not ccl_is_here():
+        pytest.skip("no oneCCL in this environment")
+    result = start(mpiexec(2), image_folder, tmp_path / "run", "--comm.backend", "ccl", CCL_ATL_TRANSPORT="mpi")
+    assert result.returncode == 0, result.stderr
+    assert_equal_within_rounding(weights(tmp_path / "run"), weights(alone))
+    assert "oneCCL obeys what was exported: CCL_ATL_TRANSPORT=mpi" in result.stdout
+
+
 def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
     """One that is still busy when Python has ended takes the process down."""
     script = tmp_path / "threads.py"

@@ -180,6 +180,8 @@ def test_what_the_user_exported_stays():
     assert oneccl.configure(RANKS, {"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
     with pytest.raises(ConfigError, match="CCL_ATL_TRANSPORT=tcp: oneCCL has ofi and mpi"):
         oneccl.configure(RANKS, {"CCL_ATL_TRANSPORT": "tcp"})
+    with pytest.raises(ConfigError, match="needs ranks that Intel MPI's mpiexec has started, not torchrun"):
+        oneccl.configure(RANKS, {"CCL_ATL_TRANSPORT": "mpi"})
 
 
 def test_ccl_that_is_not_there_is_an_error_or_gloo_aloud(monkeypatch):
