@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import threading
 import time
@@ -31,6 +32,7 @@ class RollCall:
         self._noticed, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
         self._thread.start()
+        atexit.register(self.end)  # before the interpreter goes, which a thread inside the store would meet
 
     def _listen(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has gone, and with it whoever could call
@@ -84,5 +86,6 @@ class RollCall:
 
     def end(self) -> None:
         """Answers no more."""
+        atexit.unregister(self.end)
         self._ended.set()
         self._thread.join(_STORE_PATIENCE_S)

@@ -5,9 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from cluster.hosts import until
+from cluster.hosts import need, until
 from cluster.runs import GLOO, KNLTRAIN, SMALL, assert_same_training, losses, mpiexec, plan
 
 TIMEOUT_S = 4
@@ -58,9 +59,10 @@ def cut(network, host):
     network.cut(host)
 
 
-@pytest.mark.parametrize("fault", [kill, stop, cut], ids=lambda fault: fault.__name__)
-def test_a_lost_rank_ends_the_job_and_is_named(fault, network, environment, image_folder, tmp_path):
-    out, said, lost = tmp_path / "run", tmp_path / "said", network.hosts[2]
+# The first rank keeps what the others ask who is there.
+@pytest.mark.parametrize(("fault", "victim"), [(kill, 2), (stop, 2), (stop, 0), (cut, 2)])
+def test_a_lost_rank_ends_the_job_and_is_named(fault, victim, network, environment, image_folder, tmp_path):
+    out, said, lost = tmp_path / "run", tmp_path / "said", network.hosts[victim]
     endless = ["--global-batch", "16", "--local-batch", "4", "--epochs", "1e5", "--checkpoint.every", "1e5"]
     command = [*on_all(network), "train", *SMALL, *GLOO, *endless, "--comm.timeout-s", TIMEOUT_S,
                "--data", image_folder, "--out", out]  # fmt: skip
@@ -82,12 +84,30 @@ def test_a_lost_rank_ends_the_job_and_is_named(fault, network, environment, imag
     assert job.returncode != 0
     text = said.read_text()
     if fault is kill:  # mpiexec is the first to know, and ends the others before they can say so
-        assert re.search(r"RANK 2 PID \d+ RUNNING AT node3", text)
+        assert re.search(rf"RANK {victim} PID \d+ RUNNING AT {lost.name}", text)
     else:
         step = len(losses(out))
-        assert f"rank 2 on node3 has ended or does not answer; all ranks finished step {step}" in text
+        assert f"rank {victim} on {lost.name} has ended or does not answer; all ranks finished step {step}" in text
     assert "Traceback" not in text
 
 
 def trained(out):
     return len(losses(out)) if (out / "metrics.jsonl").exists() else 0
+
+
+def test_hosts_end_with_the_process_that_made_them(tmp_path):
+    need("unshare", "nsenter", "setpriv", "ip")
+    code = (
+        "import sys, time\nfrom pathlib import Path\nfrom cluster.hosts import Host\n"
+        "print(Host('lonely', Path(sys.argv[1])).pid, flush=True)\ntime.sleep(300)\n"
+    )
+    tests = str(Path(__file__).parents[1])
+    maker = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path / "host"], stdout=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": tests},
+    )  # fmt: skip
+    first = Path("/proc", maker.stdout.readline().strip())
+    assert (first / "ns").exists()
+    maker.kill()
+    maker.communicate()
+    until(lambda: not first.exists(), 20, f"{first} is gone")

@@ -9,15 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
+from cluster.runs import TORCHRUN, mpiexec
 
 from knltrain.comm import oneccl
 from knltrain.metrics import read_metrics
 
 TIMEOUT_S = 4
-LAUNCHERS = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
-    "mpiexec": [str(Path(sys.executable).with_name("mpiexec")), "-n", "2", sys.executable],
-}
 
 
 def ranks_of(job):
@@ -48,18 +45,17 @@ def wait_until(condition, seconds, process):
 
 
 @pytest.mark.parametrize("backend", ["ccl", "gloo"])
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_rank_ends_the_job(sent, launcher, backend, image_folder, tmp_path):
-    if launcher == "mpiexec" and not Path(LAUNCHERS["mpiexec"][0]).exists():
-        pytest.skip("no mpiexec: impi-rt is not in this environment")
+    start = TORCHRUN if launcher == "torchrun" else [*mpiexec("-n", 2), sys.executable, "-m"]
     if backend == "ccl":
         try:
             oneccl.find_library()
         except oneccl.UnavailableError as error:
             pytest.skip(str(error))
     job = f"{os.getpid()}-{tmp_path.name}"
-    command = [*LAUNCHERS[launcher], "-m", "knltrain", "train", "--recipe", "cifar-256", "--data", str(image_folder),
+    command = [*start, "knltrain", "train", "--recipe", "cifar-256", "--data", str(image_folder),
                "--out", str(tmp_path / "run"), "--global-batch", "16", "--epochs", "1e5", "--checkpoint.every", "1e5",
                "--comm.backend", backend, "--comm.timeout-s", str(TIMEOUT_S), "--precision", "fp32"]  # fmt: skip
     process = subprocess.Popen(
