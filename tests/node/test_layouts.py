@@ -103,7 +103,10 @@ def test_the_newest_layout_of_such_a_node_is_found_and_no_other(xeon, monkeypatc
                                     {**dataclasses.asdict(FOUR), "sockets": 2}])  # fmt: skip
 def test_a_layout_that_is_none_is_passed_over(xeon, layout):
     keep(xeon, Layout(2, 26, 2, 16))
-    store({**layout_settings("vgg", "bf16", xeon, FOUR), "batch": 32}, {"fastest": "fused", "layout": layout})
+    settings = layout_settings("vgg", "bf16", xeon, FOUR)
+    if isinstance(layout, dict):  # settings that agree with it
+        settings |= {name: layout[name] for name in ("threads", "ranks_per_node") if name in layout}
+    store({**settings, "batch": 32}, {"fastest": "fused", "layout": layout})
     assert stored_layout(xeon).layout == Layout(2, 26, 2, 16)
 
 
