@@ -98,12 +98,13 @@ def torch_itself(place: Place | None) -> Finding:
 def kernels() -> Finding:
     """Whether the native kernels run, and in which variant."""
     if reason := native.why_not():
+        cause, _, remedy = reason.partition("; ")
         return Finding(
             "kernels",
             "warning",
-            reason,
+            cause,
             "training runs without knltrain's kernels, more slowly",
-            "what the cause names; until then --engine auto takes eager",
+            f"{remedy or 'another node'}; until then --engine auto takes eager",
         )
     try:
         variant = native.isa()
