@@ -94,7 +94,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
     fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
     config = override(config, {**fields, "dropout": state["dropout"]})
     with running_on(place.plan.comm):
-        group = Group(ranks)
+        group = Group(ranks, cpus=place.plan.comm)
     with group, group.names_lost_ranks():
         dataset = open_part(config, "val")
         if list(dataset.classes) != state["classes"]:

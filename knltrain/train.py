@@ -234,7 +234,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
         with running_on(place.plan.comm):  # where the threads that it makes then stay
-            group = cleanup.enter_context(Group(ranks, config.comm.backend))
+            group = cleanup.enter_context(Group(ranks, config.comm.backend, place.plan.comm))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             guard_out(config, out)

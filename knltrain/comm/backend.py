@@ -6,6 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -39,12 +40,13 @@ def gloo(note: str = "") -> Chosen:
     return Chosen("gloo", f"torch {torch.__version__}", "tcp", note=note)
 
 
-def choose_backend(asked: str, ranks: Ranks) -> Chosen:
+def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = ()) -> Chosen:
     """Returns the back end to use, made known to ``torch.distributed``.
 
     Args:
         asked: auto, ccl or gloo.
         ranks: this process among its peers.
+        cpus: logical CPUs that are kept for its communication.
 
     Raises:
         ConfigError: ccl was asked for and cannot be had; the message says what to do.
@@ -54,7 +56,7 @@ def choose_backend(asked: str, ranks: Ranks) -> Chosen:
     if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
         return _torch_ccl()
     try:
-        settings = oneccl.configure(ranks)
+        settings = oneccl.configure(ranks, cpus)
         shim = oneccl.load()
     except oneccl.UnavailableError as error:
         if asked == "ccl":

@@ -6,7 +6,7 @@ import atexit
 import contextlib
 import re
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -43,6 +43,7 @@ class Group:
     Args:
         ranks: this process among its peers.
         backend: auto, ccl or gloo; see ``backend.py``.
+        cpus: logical CPUs that are kept for this rank's communication.
 
     Attributes:
         backend: what was chosen, or None with one rank.
@@ -55,7 +56,7 @@ class Group:
         KnltrainError: the ranks do not find each other.
     """
 
-    def __init__(self, ranks: Ranks, backend: str = "auto") -> None:
+    def __init__(self, ranks: Ranks, backend: str = "auto", cpus: Sequence[int] = ()) -> None:
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
         self.backend: Chosen | None = None
         self.interface = ""
@@ -70,7 +71,7 @@ class Group:
         try:
             store, *_ = next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))
             store.set_timeout(_START_TIMEOUT)
-            self.backend = self._agree(choose_backend(backend, ranks), backend, store)
+            self.backend = self._agree(choose_backend(backend, ranks, cpus), backend, store)
             dist.init_process_group(
                 self.backend.name,
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,15 @@ class Settings:
     kept: dict[str, str]
 
 
-def configure(ranks: Ranks, environ: MutableMapping[str, str] | None = None) -> Settings:
+def configure(ranks: Ranks, cpus: Sequence[int] = (), environ: MutableMapping[str, str] | None = None) -> Settings:
     """Sets the variables that oneCCL and libfabric read when they start. What the user has exported stays.
 
-    Without ``CCL_WORKER_COUNT`` or ``CCL_WORKER_AFFINITY``, which say that cores are kept for them, oneCCL starts no
-    threads of its own: they would take the cores that the ranks compute on. The thread that waits does the work.
+    Where no cores are kept for them, oneCCL starts no threads of its own: they would take the cores that the ranks
+    compute on. The thread that waits does the work.
 
     Args:
         ranks: this process among its peers.
+        cpus: logical CPUs that are kept for this rank's workers, one each.
         environ: the environment, by default this process's.
 
     Raises:
@@ -138,8 +139,15 @@ def configure(ranks: Ranks, environ: MutableMapping[str, str] | None = None) -> 
         raise ConfigError(
             f"CCL_ATL_TRANSPORT=mpi needs ranks that Intel MPI's mpiexec has started, not {ranks.launcher}; unset it"
         )
+    workers: dict[str, str] = {}
     has_workers = "CCL_WORKER_COUNT" in environ or "CCL_WORKER_AFFINITY" in environ
+    if cpus and not has_workers:
+        has_workers = True
+        # oneCCL expects the CPUs of all workers of the node, rank by rank, and takes its own from their place in it.
+        all_cpus = ",".join(map(str, [*cpus] * ranks.local_size))
+        workers = {"CCL_WORKER_COUNT": str(len(cpus)), "CCL_WORKER_AFFINITY": all_cpus}
     wanted = {
+        **workers,
         "CCL_ATL_TRANSPORT": transport,
         # Each setting of ours would be a warning.
         "CCL_LOG_LEVEL": _LOG_LEVEL,

@@ -172,16 +172,30 @@ assert "libccl" not in open("/proc/self/maps").read()
 def test_what_the_user_exported_stays():
     exported = {"CCL_WORKER_COUNT": "2", "CCL_LOG_LEVEL": "info", "FI_PROVIDER": "verbs", "I_MPI_ROOT": "/opt/mpi"}
     environ = dict(exported)
-    settings = oneccl.configure(RANKS, environ)
+    settings = oneccl.configure(RANKS, environ=environ)
     assert environ.items() >= exported.items()
     assert settings.kept == {name: value for name, value in exported.items() if name != "I_MPI_ROOT"}
     assert settings.set["CCL_WORKER_OFFLOAD"] == "1", "cores are kept for workers"
     assert (environ["CCL_LOCAL_SIZE"], environ["CCL_PROCESS_LAUNCHER"]) == ("2", "none")
-    assert oneccl.configure(RANKS, {"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
+    assert oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
+
+
+def test_kept_cores_become_workers_unless_the_user_has_spoken():
+    ranks = Ranks("hydra", 1, 4, 1, 2)
+    told = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": "/opt/mpi"}).set
+    assert (told["CCL_WORKER_OFFLOAD"], told["CCL_WORKER_COUNT"]) == ("1", "2")
+    # The second rank of a node takes the third and the fourth.
+    assert told["CCL_WORKER_AFFINITY"].split(",")[2:4] == ["54", "55"]
+    mine = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": "/opt/mpi", "CCL_WORKER_COUNT": "1"})
+    assert "CCL_WORKER_AFFINITY" not in mine.set
+    assert mine.kept["CCL_WORKER_COUNT"] == "1"
+
+
+def test_transports_that_cannot_be_are_refused():
     with pytest.raises(ConfigError, match="CCL_ATL_TRANSPORT=tcp: oneCCL has ofi and mpi"):
-        oneccl.configure(RANKS, {"CCL_ATL_TRANSPORT": "tcp"})
+        oneccl.configure(RANKS, environ={"CCL_ATL_TRANSPORT": "tcp"})
     with pytest.raises(ConfigError, match="needs ranks that Intel MPI's mpiexec has started, not torchrun"):
-        oneccl.configure(RANKS, {"CCL_ATL_TRANSPORT": "mpi"})
+        oneccl.configure(RANKS, environ={"CCL_ATL_TRANSPORT": "mpi"})
 
 
 def test_ccl_that_is_not_there_is_an_error_or_gloo_aloud(monkeypatch):
@@ -189,7 +203,7 @@ def test_ccl_that_is_not_there_is_an_error_or_gloo_aloud(monkeypatch):
         raise oneccl.UnavailableError("oneCCL is not installed; pip install it")
 
     monkeypatch.setattr(oneccl, "load", missing)
-    monkeypatch.setattr(oneccl, "configure", lambda ranks: None)
+    monkeypatch.setattr(oneccl, "configure", lambda ranks, cpus: None)
     with pytest.raises(ConfigError, match=r"comm\.backend ccl: oneCCL is not installed; pip install it"):
         choose_backend("ccl", RANKS)
     chosen = choose_backend("auto", RANKS)
