@@ -17,14 +17,13 @@ from typing import Any
 
 import click
 from _common import finish, out_folder, output_options, show, take_turns
-from _loaders import BATCH, CONTESTANTS, prepare_formats, read_by_knltrain
+from _loaders import BATCH, CONTESTANTS, bars, prepare_formats, read_by_knltrain
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
 from knltrain.console import Console
 
-_OURS, _OTHERS = "#c1440e", "#8a99a8"
 _WARMUP_BATCHES = 6  # more than anybody decodes ahead
 
 
@@ -80,17 +79,10 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:
-    ran = [row for row in rows if "rounds" in row]
-    figure = Figure(figsize=(9, 1 + 0.35 * len(ran)), layout="constrained")
-    axis = figure.subplots()
-    colours = [_OURS if CONTESTANTS[row["name"]][0] is read_by_knltrain else _OTHERS for row in ran]
-    axis.barh([row["name"] for row in ran], [row["images_per_s"] for row in ran], color=colours)
-    for place, row in enumerate(ran):
-        axis.text(row["images_per_s"], place, f"  {row['images_per_s']:,.0f}", va="center")
-    axis.set_xscale("log")
-    axis.set_xlabel("img/s on one core")
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
+    rates = {row["name"]: row["images_per_s"] for row in rows if "rounds" in row}
+    ours = {name for name, (reader, _, _) in CONTESTANTS.items() if reader is read_by_knltrain}
+    figure = Figure(figsize=(9, 1 + 0.35 * len(rates)), layout="constrained")
+    bars(rates, ",.0f", ours, "img/s on one core", figure).set_xscale("log")
     return figure
 
 

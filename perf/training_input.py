@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 from _common import finish, out_folder, output_options, show, step_config, take_turns
-from _loaders import prepare_formats, torchvision_transform
+from _loaders import bars, prepare_formats, torchvision_transform
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -24,7 +24,6 @@ from knltrain.config import RunConfig, override
 from knltrain.console import Console
 
 WORKERS = (1, 2, 4)
-_OURS, _OTHERS = "#c1440e", "#8a99a8"
 # Of our own: where the images are, and how they are cut.
 _FORMATS = {
     "noise": ("", "none"),
@@ -122,17 +121,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _figure(rows: list[dict[str, Any]]) -> Figure:
-    ran = [row for row in rows if "rounds" in row]
-    figure = Figure(figsize=(9, 1 + 0.4 * len(ran)), layout="constrained")
-    axis = figure.subplots()
-    colours = [_OURS if row["name"] in _FORMATS else _OTHERS for row in ran]
-    axis.barh([row["name"] for row in ran], [100 * row["of_noise"] for row in ran], color=colours)
-    for place, row in enumerate(ran):
-        axis.text(100 * row["of_noise"], place, f" {row['of_noise']:.1%}", va="center")
-    axis.set_xlim(0, 115)
-    axis.set_xlabel("training speed, % of that with noise")
-    axis.invert_yaxis()
-    axis.spines[["top", "right"]].set_visible(False)
+    shares = {row["name"]: row["of_noise"] for row in rows if "rounds" in row}
+    figure = Figure(figsize=(9, 1 + 0.4 * len(shares)), layout="constrained")
+    bars(shares, ".1%", _FORMATS, "training speed, of that with noise", figure).set_xlim(0, 1.15)
     return figure
 
 
