@@ -6,6 +6,7 @@ What a caller waits for at once is done on its own thread, everything else on on
 
 # No "from __future__ import annotations": torch binds some of these methods by their signatures.
 
+import atexit
 import socket
 import threading
 import time
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from knltrain.comm import oneccl
+from knltrain.comm.segments import remove_dead_segments, remove_own_segments
 from knltrain.comm.tensors import (
     all_of,
     check_exchange,
@@ -71,6 +73,8 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         self._batch: list[Work] | None = None
         shim = oneccl.load()
         self._hosts = self._meet()
+        remove_dead_segments()
+        atexit.register(remove_own_segments)  # the clean-up of a group that was given up is not oneCCL's
         with oneccl.quiet():
             if rank == 0:
                 point = shim.open_meeting_point()
@@ -350,7 +354,8 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         return self._run(what, opts, start, result, sent, received, finish=finish if whole is None else None)
 
     def barrier(self, opts: _Options = None) -> Work:
-        return self._run("barrier", opts, lambda behind: [self._comm.barrier(behind)], [])
+        # Not oneCCL's own, which waits for the others inside the call that starts it, and so without a time-out.
+        return self.allreduce([torch.zeros(1, dtype=torch.uint8)], opts)
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Work:
         (tensor,) = tensors

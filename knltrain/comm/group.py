@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
 from knltrain.comm.rollcall import RollCall
+from knltrain.comm.segments import remove_own_segments
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.pmi import end_the_job, see_mpiexec_end
 from knltrain.node.ranks import Ranks
@@ -109,6 +110,7 @@ class Group:
         if self._roll_call:
             self._roll_call.end()
         if self.world_size > 1 and issubclass(error, Exception):
+            remove_own_segments()  # now: mpiexec, once told, leaves no time for it
             atexit.register(end_the_job)
 
     @property
