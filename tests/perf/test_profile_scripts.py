@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from knltrain.comm.backend import choose_backend
+from knltrain.node.ranks import Ranks
+
 PERF = Path(__file__).parents[2] / "perf"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -283,14 +286,27 @@ def test_reorders_are_counted_with_their_bytes(onednn):
 def test_allreduce(ranks, script, tmp_path):
     result = script("allreduce.py", "--quick", launcher=TORCHRUN if ranks == 2 else ())
     assert result["world_size"] == ranks
-    assert [(row["dtype"], row["bytes"]) for row in result["rows"]] == [
-        (dtype, size) for dtype in ("fp32", "bf16") for size in (4096, 65536, 1048576)
+    backends = ["gloo"]
+    if ranks == 2 and choose_backend("auto", Ranks("none", 0, 2, 0, 2)).name == "ccl":
+        backends = ["ccl", "gloo", *(["oneCCL alone"] if shutil.which("g++") else [])]
+    assert result["backends"] == backends
+    assert [(row["dtype"], row["bytes"], row["backend"]) for row in result["rows"]] == [
+        (dtype, size, backend) for dtype in ("fp32", "bf16") for size in (4096, 65536, 1048576) for backend in backends
     ]
     for row in result["rows"]:
         assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["algbw_gb_per_s"] == pytest.approx(1e-9 * row["bytes"] / row["median_s"])
         assert row["busbw_gb_per_s"] == pytest.approx({1: 0, 2: row["algbw_gb_per_s"]}[ranks])
     assert is_png(tmp_path / "out" / "allreduce.png")
+
+
+def test_a_program_that_cannot_be_compiled_is_done_without(script):
+    if choose_backend("auto", Ranks("none", 0, 2, 0, 2)).name != "ccl":
+        pytest.skip("oneCCL is not installed")
+    path = os.path.dirname(sys.executable)
+    result = script("allreduce.py", "--quick", "--sizes", "8", launcher=TORCHRUN, PATH=path)
+    assert result["backends"] == ["ccl", "gloo"]
+    assert {row["bytes"] for row in result["rows"]} == {8}
 
 
 def test_bandwidths_are_those_of_nccl_tests(monkeypatch):
