@@ -19,13 +19,16 @@ import torch
 import torch.distributed as dist
 
 from knltrain.comm.backend import choose_backend
+from knltrain.node.affinity import plan_node
 from knltrain.node.ranks import Ranks
+from knltrain.node.topology import read_node
 
 # The types of comm.dtype.
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ELEMENTS = 1_000_000
 _RANKS = 2
-_TIMES = 5
+# The first calls make connections and buffers.
+_WARMUP, _TIMES = 2, 5
 # A rank that is alone gives up before it is ended, and can say why.
 _GIVE_UP = 0.7
 
@@ -107,6 +110,10 @@ def _why(processes: list[subprocess.Popen[bytes]], late: list[int], errors: list
 
 def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
     torch.set_num_threads(1)
+    plan = plan_node(read_node(), _RANKS)
+    with contextlib.suppress(OSError):
+        # Apart, as the trainer's ranks are: on one CPU, each would wait for the other's turn to end.
+        os.sched_setaffinity(0, plan.ranks[rank].compute)
     choose_backend(backend, Ranks("none", rank, _RANKS, rank, _RANKS))
     dist.init_process_group(
         backend, init_method=f"file://{meet}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
@@ -114,7 +121,7 @@ def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
     expected = sum(range(1, _RANKS + 1))
     for name, dtype in DTYPES.items():
         times, right = [], True
-        for _ in range(_TIMES):
+        for _ in range(_WARMUP + _TIMES):
             tensor = torch.full((ELEMENTS,), rank + 1, dtype=dtype)
             dist.barrier()
             start = time.perf_counter()
@@ -123,7 +130,9 @@ def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
             right = right and bool((tensor == expected).all())
         reason = "" if right else f"the sum of {_RANKS} ranks is wrong"
         print(
-            json.dumps({"dtype": name, "seconds": statistics.median(times) if right else 0.0, "reason": reason}),
+            json.dumps(
+                {"dtype": name, "seconds": statistics.median(times[_WARMUP:]) if right else 0.0, "reason": reason}
+            ),
             flush=True,
         )
     dist.destroy_process_group()
