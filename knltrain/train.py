@@ -95,7 +95,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             for each micro-batch of this rank:
                 wait for its images                        data_s
                 loss = cross-entropy(model(images), labels)
-                backward                                   gradients travel during the last one: comm_s
+                backward                                   gradients travel during the last one: comm_s,
+                                                           of which it does not hide exposed_comm_s
             all ranks: mean loss; has anyone been asked to stop? is the loss a number?
             optimizer step
             after an epoch: average batch-norm statistics, evaluate, write a checkpoint
@@ -137,10 +138,11 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             engine.optimizer.step()
             step_s = time.perf_counter() - step_start
 
-            done = group.last_step = step + 1
+            done, travel = step + 1, clock.take()
+            group.last_step = done
             row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr,
                    "images_per_s": config.global_batch / step_s, "data_s": data_s, "step_s": step_s,
-                   "comm_s": clock.take(), "rss_mb": resident_mb()}  # fmt: skip
+                   "comm_s": travel.on_wire, "exposed_comm_s": travel.exposed, "rss_mb": resident_mb()}  # fmt: skip
             if log:
                 log.write(row)
             bar.step(row)
@@ -410,6 +412,7 @@ def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, fi
         "images_per_s": len(steps) * run.config.global_batch / train_s if steps else None,
         "data_fraction": sum(row["data_s"] for row in steps) / train_s if steps else None,
         "comm_fraction": sum(row["comm_s"] for row in steps) / train_s if steps else None,
+        "exposed_comm_fraction": sum(row["exposed_comm_s"] for row in steps) / train_s if steps else None,
         "skipped_images": skipped,
         "peak_rss_mb": peak_resident_mb(),
         "train_s": train_s,

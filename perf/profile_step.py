@@ -177,7 +177,7 @@ def main(steps: int | None, out: str | None, as_json: bool, quick: bool, **asked
         seconds, on_wire = [], 0.0
         for _ in range(steps):
             seconds.append(step().step_s)
-            on_wire += step.clock.take() / steps
+            on_wire += step.clock.take().on_wire / steps
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             times = [step() for _ in range(steps)]
         step.group.barrier()

@@ -20,8 +20,10 @@ from knltrain.metrics import read_metrics
 from knltrain.ops.native import why_not
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
-                    "peak_rss_mb", "wall_s", "engine", "world_size", "global_batch"}  # fmt: skip
-CONTRACT_STEP = {"step", "epoch", "loss", "lr", "images_per_s", "data_s", "step_s", "comm_s", "rss_mb"}
+                    "exposed_comm_fraction", "peak_rss_mb", "wall_s", "engine", "world_size",
+                    "global_batch"}  # fmt: skip
+CONTRACT_STEP = {"step", "epoch", "loss", "lr", "images_per_s", "data_s", "step_s", "comm_s", "exposed_comm_s",
+                 "rss_mb"}  # fmt: skip
 
 
 @pytest.fixture

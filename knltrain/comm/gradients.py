@@ -4,6 +4,7 @@
 
 import time
 import warnings
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,26 +16,42 @@ from knltrain.comm.group import Group
 from knltrain.config import CommConfig
 
 
+class Travel(NamedTuple):
+    """What a step's gradients took on their way, in seconds; 0 where nothing travelled.
+
+    Attributes:
+        on_wire: from the first bucket's leaving to the last one's return.
+        exposed: of that, what was left when the last bucket was under way, and so the backward pass computed.
+    """
+
+    on_wire: float
+    exposed: float
+
+
 class GradientClock:
-    """How long gradients were on the wire, from a step's first bucket to its last."""
+    """How long gradients were on the wire, and how much of it the backward pass did not hide."""
 
     def __init__(self) -> None:
-        self._first = self._last = 0.0
+        self._first = self._sent = self._last = 0.0
 
     def started(self) -> None:
         """A bucket leaves."""
         if not self._first:
             self._first = time.perf_counter()
 
+    def sent(self) -> None:
+        """A bucket is under way; the backward pass goes on, or this was its last."""
+        self._sent = time.perf_counter()
+
     def finished(self) -> None:
         """A bucket is back."""
         self._last = time.perf_counter()
 
-    def take(self) -> float:
-        """Seconds of the step that has ended, 0 where nothing travelled."""
-        seconds = max(0.0, self._last - self._first)
-        self._first = self._last = 0.0
-        return seconds
+    def take(self) -> Travel:
+        """Returns the times of the step that has ended, and begins with the next."""
+        travel = Travel(max(0.0, self._last - self._first), max(0.0, self._last - self._sent))
+        self._first = self._sent = self._last = 0.0
+        return travel
 
 
 def data_parallel(
@@ -74,6 +91,7 @@ def data_parallel(
             return buffer.copy_(received) if received is not buffer else buffer
 
         work = dist.all_reduce(sent, group=group.channel, async_op=True)
+        state.sent()
         mean: torch.futures.Future[Tensor] = work.get_future().then(arrived)
         return mean
 

@@ -128,7 +128,12 @@ def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_pa
         rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
         losses[name] = [row["loss"] for row in rows]
         if name != "one":
-            assert all(0 < row["comm_s"] < row["step_s"] for row in rows)
+            assert all(0 <= row["exposed_comm_s"] <= row["comm_s"] < row["step_s"] for row in rows)
+            assert all(row["comm_s"] > 0 for row in rows)
+            summary = json.loads((tmp_path / name / "summary.json").read_text())
+            assert 0 < summary["exposed_comm_fraction"] <= summary["comm_fraction"] < 1
+        else:
+            assert all(row["exposed_comm_s"] == row["comm_s"] == 0 for row in rows)
     assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
     assert losses["bf16"] == pytest.approx(losses["one"], rel=2e-2)
     assert losses["bf16"] != losses["two"]
