@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import os
 import sys
@@ -38,4 +39,10 @@ def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong, and which rank says so, and ends the process."""
     rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
     click.echo(f"knltrain: {f'rank {rank}: ' if rank else ''}{message}", err=True)
+    if rank and "torch" in sys.modules:
+        # Threads of libraries would meet an interpreter that ends, and abort: only what was registered for it is done.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)

@@ -25,7 +25,7 @@ SHORTER = {
     "knltrain bench --batches": "--batches 2,4 --steps 1 --image-size 64",
     "knltrain bench --recipe": "--batch 2 --steps 1",
     "knltrain bench --model alexnet_bn --batch 128 --compare": "--model alexnet_bn_small --batch 4 --steps 1",
-    "knltrain tune": "--model alexnet_bn_small --batch 4 --steps 1 --budget 60",
+    "knltrain tune": "--model alexnet_bn_small --batch 4 --steps 1 --budget 5",
     "knltrain bench": "--batch 2 --steps 1 --image-size 96",
     "knltrain data": "--image-size 64",
 }
