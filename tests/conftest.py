@@ -23,11 +23,15 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def no_launcher(monkeypatch):
-    """A test run inside a cluster job is not a rank of it."""
-    for name in list(os.environ):
+def own_environment():
+    """A test run inside a cluster job is not a rank of it, and what a test exports ends with the test."""
+    before = dict(os.environ)
+    for name in before:
         if name.startswith(("PMI", "SLURM_", "OMPI_", "MPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-            monkeypatch.delenv(name)
+            del os.environ[name]
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.fixture(autouse=True)
