@@ -97,6 +97,10 @@ class CommConfig:
     backend: Literal["auto", "ccl", "gloo"] = _field("auto", "process group; auto: oneCCL where it loads, else gloo")
     dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
     bucket_mb: Positive = _field(25.0, "size of a gradient bucket, MiB")
+    compression: Literal["none", "powersgd"] = _field(
+        "none", "powersgd: gradients travel as thin float32 factors, for networks that are slow; approximate"
+    )
+    powersgd_rank: Count = _field(4, "columns of PowerSGD's factors")
     timeout_s: Positive = _field(
         600.0, "longest wait for another rank after the first step, seconds; writing a checkpoint has to fit"
     )
@@ -237,6 +241,9 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.gamma": ("schedule.name step", lambda c: c.schedule.name == "step"),
     "augment.min_area": ("augment.name rrc", lambda c: c.augment.name == "rrc"),
     "augment.pad": ("augment.name pad-crop-flip", lambda c: c.augment.name == "pad-crop-flip"),
+    "comm.powersgd_rank": ("comm.compression powersgd", lambda c: c.comm.compression == "powersgd"),
+    "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),
+    "comm.bucket_mb": ("comm.compression none", lambda c: c.comm.compression == "none"),
     "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
 }
 

@@ -385,6 +385,8 @@ def announce(
         )
         if backend.note:
             console.line(backend.note)
+        if resume_from and config.comm.compression == "powersgd":
+            console.warn("what PowerSGD had left out of earlier steps is not in checkpoints: it begins anew")
     elif config.comm != configuration.CommConfig():
         console.warn("comm.* has no effect on a single rank")
     if resume_from:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from rich.table import Table
 
 from knltrain.bench.compare import compare
 from knltrain.bench.tables import new_table, shown
-from knltrain.config import RunConfig
+from knltrain.config import CommConfig, RunConfig
 from knltrain.console import Console
 from knltrain.errors import KnltrainError
 from knltrain.metrics import read_metrics
@@ -132,36 +132,59 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def _measure(config: RunConfig, layout: Layout, steps: int, deadline: float) -> dict[str, float]:
-    """Starts the ranks of a layout, reads what they log until it is enough, and ends them.
+    """Times the training steps of a layout.
 
     Raises:
-        KnltrainError: they ended before that, or the time was over.
+        KnltrainError: as :func:`timed_steps`.
     """
-    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "said"), "w+", encoding="utf-8") as said:
+    with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        command, environ = _command(config, layout, out, _WARMUP_STEPS + steps)
+        command, environ = rank_command(layout, training_words(config, layout.local_batch, out, steps))
+        times = [row["step_s"] for row in timed_steps(command, environ, out, steps, deadline)]
+    step_s = statistics.median(times)
+    return {"images_per_s": config.global_batch / step_s, "step_s": step_s}
+
+
+def timed_steps(
+    command: Sequence[str], environ: Mapping[str, str], out: Path, steps: int, deadline: float
+) -> list[dict[str, Any]]:
+    """Starts ranks, reads what they log until it is enough, and ends them.
+
+    Args:
+        command: starts all ranks, with :func:`training_words`, and ends with them.
+        environ: its environment.
+        out: the run's folder.
+        steps: how many are wanted.
+        deadline: of ``time.monotonic``.
+
+    Returns:
+        The metrics of each step, those of the first few left out.
+
+    Raises:
+        KnltrainError: the ranks ended before that, or the time was over.
+    """
+    wanted = _WARMUP_STEPS + steps
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
         process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
                                    start_new_session=True)  # fmt: skip
         try:
             while True:
                 ended = process.poll() is not None
-                times = _step_times(out / "metrics.jsonl")
-                if len(times) >= _WARMUP_STEPS + steps:
-                    break
+                rows = _steps_in(out / "metrics.jsonl")
+                if len(rows) >= wanted:
+                    return rows[_WARMUP_STEPS:wanted]
                 if ended:
                     said.seek(0)
                     raise KnltrainError(f"training ended with {process.returncode}: {what_was_said(said.read())}")
                 if time.monotonic() > deadline:
-                    raise KnltrainError(f"step {len(times)} of {_WARMUP_STEPS + steps} when the time was over")
+                    raise KnltrainError(f"step {len(rows)} of {wanted} when the time was over")
                 time.sleep(_LOOK_S)
         finally:
             _end(process)
-    step_s = statistics.median(times[_WARMUP_STEPS:])
-    return {"images_per_s": config.global_batch / step_s, "step_s": step_s}
 
 
-def _step_times(path: Path) -> list[float]:
-    return [row["step_s"] for row in read_metrics(path) if "step_s" in row] if path.exists() else []
+def _steps_in(path: Path) -> list[dict[str, Any]]:
+    return [row for row in read_metrics(path) if "step_s" in row] if path.exists() else []
 
 
 def what_was_said(text: str) -> str:
@@ -171,17 +194,23 @@ def what_was_said(text: str) -> str:
     return next((line for line in lines if line.startswith("knltrain:")), *framed or ("no message",))
 
 
-def _command(config: RunConfig, layout: Layout, out: Path, steps: int) -> tuple[list[str], dict[str, str]]:
-    """What starts the ranks, and its environment."""
+def training_words(config: RunConfig, local_batch: int, out: Path, steps: int) -> list[str]:
+    """What follows the interpreter on the command line of a rank that trains on noise for :func:`timed_steps`."""
     fields = {"model": config.model, "image-size": config.image_size, "global-batch": config.global_batch,
-              "local-batch": layout.local_batch, "precision": config.precision, "engine": config.engine,
+              "local-batch": local_batch, "precision": config.precision, "engine": config.engine,
               "force-bf16": str(config.force_bf16).lower(), "data": "synthetic", "out": out,
               # Ended sooner, unless who should do that was killed.
-              "max-steps": 2 * steps,
+              "max-steps": 2 * (_WARMUP_STEPS + steps),
               # On noise a usual rate may end in a loss that is no number.
               "optim.lr": 1e-4}  # fmt: skip
+    fields |= {f"comm.{name}": value for name, value in dataclasses.asdict(config.comm).items()
+               if value != getattr(CommConfig(), name)}  # fmt: skip
     train = ["-m", "knltrain", "train", "--config", os.devnull]
-    train += [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+    return train + [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def rank_command(layout: Layout, train: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """What starts the ranks of a layout on this node, and its environment."""
     # By the plan, cores that have no thread are those for communication.
     environ = {**os.environ, "OMP_NUM_THREADS": str(layout.threads)}
     if layout.ranks_per_node == 1:

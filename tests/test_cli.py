@@ -19,7 +19,8 @@ FIELDS = """
     force-bf16 engine seed resume workers on-bad label-smoothing optim.name optim.variant optim.lr optim.lr-scaling
     optim.momentum optim.weight-decay optim.decay-on optim.trust-coefficient optim.eps schedule.name
     schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones schedule.gamma
-    augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb comm.timeout-s
+    augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb comm.compression
+    comm.powersgd-rank comm.timeout-s
     checkpoint.every checkpoint.keep
 """
 FLAGS = {

@@ -13,6 +13,7 @@ from torch.distributed import GradBucket  # type: ignore[attr-defined]
 from torch.nn.parallel import DistributedDataParallel
 
 from knltrain.comm.group import Group
+from knltrain.comm.powersgd import PowerSGD
 from knltrain.config import CommConfig
 
 
@@ -77,11 +78,14 @@ def data_parallel(
         )
     wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
-    def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        buffer = bucket.buffer()
+    def add_carried(bucket: GradBucket) -> None:
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             if parameter in carried:
                 gradient.copy_(carried.pop(parameter).add_(gradient))
+
+    def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        buffer = bucket.buffer()
+        add_carried(bucket)
         sent = buffer.div_(group.world_size).to(wire)
         state.started()
 
@@ -95,5 +99,21 @@ def data_parallel(
         mean: torch.futures.Future[Tensor] = work.get_future().then(arrived)
         return mean
 
-    parallel.register_comm_hook(clock, reduce_mean)
+    def mean_of_all(flat: Tensor) -> None:
+        clock.started()
+        clock.sent()
+        dist.all_reduce(flat, group=group.channel)
+        flat /= group.world_size
+        clock.finished()
+
+    power = PowerSGD(config.powersgd_rank, mean_of_all)
+
+    def compressed_mean(state: PowerSGD, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+        add_carried(bucket)
+        return state.take(bucket)
+
+    if config.compression == "powersgd":
+        parallel.register_comm_hook(power, compressed_mean)
+    else:
+        parallel.register_comm_hook(clock, reduce_mean)
     return parallel, clock

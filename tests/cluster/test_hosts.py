@@ -1,5 +1,6 @@
 """Four hosts: started by mpiexec over ssh with nothing exported by hand, and what happens when one of them is lost."""
 
+import json
 import os
 import re
 import signal
@@ -16,11 +17,11 @@ TIMEOUT_S = 4
 ENDING_S = 45
 
 
-def on_all(network):
-    """mpiexec on the first host, which starts a rank on each."""
+def on_all(network, *program):
+    """mpiexec on the first host, which starts a rank of a program on each."""
     hosts = ",".join(host.name for host in network.hosts)
     command = mpiexec("-bootstrap-exec", network.ssh, "-hosts", hosts, "-ppn", 1, "-n", len(network.hosts))
-    return network.hosts[0].inside(*command, *KNLTRAIN)
+    return [str(word) for word in network.hosts[0].inside(*command, *program)]
 
 
 def ranks_of(host):
@@ -33,16 +34,30 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
 
 
-def test_ranks_on_four_hosts_train_what_one_trains(network, environment, alone, image_folder, tmp_path):
+@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+def test_ranks_on_four_hosts_train_what_one_trains(backend, network, environment, alone, image_folder, tmp_path):
     out = tmp_path / "run"
-    command = [*on_all(network), "train", *SMALL, *GLOO, "--max-steps", "3", "--data", image_folder, "--out", out]
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120, env=environment)
+    train = ["train", *SMALL, "--comm.backend", backend, "--max-steps", 3, "--data", image_folder, "--out", out]
+    command = on_all(network, *KNLTRAIN, *train)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
     assert result.returncode == 0, result.stderr
     assert_same_training(out, alone)
     who = plan(out)
     assert (who["launcher"], who["world_size"], who["ranks_per_node"]) == ("hydra", 4, 1)
     assert who["interface"] == "fab0", "neither the one of the default route nor the one that all hosts have"
     assert "Connection reset" not in result.stderr, "nobody comes to the first rank before it listens"
+
+
+def test_ccl_keeps_its_promises_between_four_hosts(network, environment, tmp_path):
+    """What tests/comm asks of ranks on one host."""
+    script = Path(__file__).parents[1] / "comm" / "test_conformance.py"
+    command = on_all(network, sys.executable, script, tmp_path, "ccl")
+    result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
+    outcomes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]
+    wrong = {name: text for outcome in outcomes for name, text in outcome.items() if text != "passed"}
+    assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
+    assert result.returncode == 0, result.stderr
+    assert len(outcomes) == len(network.hosts)
 
 
 def stop(network, host):
@@ -64,10 +79,9 @@ def cut(network, host):
 def test_a_lost_rank_ends_the_job_and_is_named(fault, victim, network, environment, image_folder, tmp_path):
     out, said, lost = tmp_path / "run", tmp_path / "said", network.hosts[victim]
     endless = ["--global-batch", "16", "--local-batch", "4", "--epochs", "1e5", "--checkpoint.every", "1e5"]
-    command = [*on_all(network), "train", *SMALL, *GLOO, *endless, "--comm.timeout-s", TIMEOUT_S,
-               "--data", image_folder, "--out", out]  # fmt: skip
+    train = ["train", *SMALL, *GLOO, *endless, "--comm.timeout-s", TIMEOUT_S, "--data", image_folder, "--out", out]
     with said.open("w") as file:
-        job = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=environment)
+        job = subprocess.Popen(on_all(network, *KNLTRAIN, *train), stdout=file, stderr=file, env=environment)
     try:
         until(lambda: job.poll() is not None or trained(out) >= 3, 120, "three steps")
         assert job.poll() is None, said.read_text()

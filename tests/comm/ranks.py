@@ -6,6 +6,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 
 def start_ranks(script, size, folder, *arguments, **environment):
     """Starts ``script`` once for each rank, as torchrun would, and returns the processes."""
@@ -24,6 +26,20 @@ def start_ranks(script, size, folder, *arguments, **environment):
     return processes
 
 
+def start_by_mpiexec(script, size, folder, *arguments, **environment):
+    """Starts ``script`` once for each rank with Intel MPI's mpiexec, and returns that, in a list."""
+    from knltrain.node.launch import command_line, find_mpiexec
+
+    mpiexec = find_mpiexec()
+    if mpiexec.kind != "intel":
+        pytest.skip(f"{mpiexec.path} is not Intel MPI's")
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", **mpiexec.environment, **environment}
+    words = [sys.executable, str(script), str(folder), *map(str, arguments)]
+    with (folder / "ranks.txt").open("w") as output:
+        command = command_line(mpiexec, size, size, [], words, environ)
+        return [subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environ)]
+
+
 def wait_for(processes, seconds):
     """Waits until all have ended, kills what is left at the deadline, and returns their exit codes."""
     deadline = time.monotonic() + seconds
@@ -38,9 +54,9 @@ def wait_for(processes, seconds):
                 process.wait()
 
 
-def outputs(folder, size):
-    """What each rank printed."""
-    return [(folder / f"rank{rank}.txt").read_text() for rank in range(size)]
+def outputs(folder):
+    """What the ranks printed, one after the other."""
+    return "".join(path.read_text() for path in sorted(folder.glob("rank*.txt")))
 
 
 def results(folder, size):

@@ -413,12 +413,17 @@ def run_rank(backend):
     """Runs all cases as one rank, and writes what came of each."""
     from knltrain.comm import ccl, oneccl
     from knltrain.node.ranks import discover
+    from knltrain.node.rendezvous import meet
 
     torch.set_num_threads(1)
-    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    if backend == "ccl":
+    if "RANK" in os.environ:
         os.environ |= {"MASTER_ADDR": "unused", "MASTER_PORT": "1"}
-        oneccl.configure(discover())
+    started = discover()
+    if started.on_several_nodes:
+        meet(started).export()  # which interface leads to the others
+    rank, size = started.rank, started.size
+    if backend == "ccl":
+        oneccl.configure(started)
         ccl.register()
     store = dist.FileStore(str(FOLDER / "store"), size)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=datetime.timedelta(seconds=20))
@@ -442,14 +447,18 @@ _runs = {}
 
 @pytest.fixture(scope="module")
 def run_of(tmp_path_factory):
-    """What came of each case on each rank, for a back end and a number of ranks; run once."""
+    """What came of each case on each rank, for a back end, its transport and a number of ranks; run once."""
 
-    def run(backend, size):
-        if (backend, size) not in _runs:
-            folder = tmp_path_factory.mktemp(f"{backend}{size}")
-            codes = ranks.wait_for(ranks.start_ranks(__file__, size, folder, backend), 120)
-            _runs[backend, size] = folder, codes, ranks.results(folder, size)
-        return _runs[backend, size]
+    def run(backend, transport, size):
+        key = backend, transport, size
+        if key not in _runs:
+            folder = tmp_path_factory.mktemp("-".join(map(str, key)))
+            if transport == "mpi":
+                processes = ranks.start_by_mpiexec(__file__, size, folder, backend, CCL_ATL_TRANSPORT="mpi")
+            else:
+                processes = ranks.start_ranks(__file__, size, folder, backend)
+            _runs[key] = folder, ranks.wait_for(processes, 120), ranks.results(folder, size)
+        return _runs[key]
 
     yield run
     _runs.clear()
@@ -466,27 +475,31 @@ def need(backend):
             pytest.skip(str(error))
 
 
+RUNS = pytest.mark.parametrize(
+    "backend, transport, size", [("gloo", "tcp", 2), ("ccl", "ofi", 2), ("ccl", "ofi", 3), ("ccl", "mpi", 2)]
+)
+
+
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("backend, size", [("gloo", 2), ("ccl", 2), ("ccl", 3)])
-def test_case(backend, size, name, run_of):
+@RUNS
+def test_case(backend, transport, size, name, run_of):
     need(backend)
-    folder, _, outcomes = run_of(backend, size)
+    folder, _, outcomes = run_of(backend, transport, size)
     for rank in range(size):
         got = outcomes[rank].get(name, "not reached") if rank < len(outcomes) else "not started"
-        text = "".join(ranks.outputs(folder, size))[-2000:]
-        assert got == "passed", f"rank {rank}: {got}\n{text}"
+        assert got == "passed", f"rank {rank}: {got}\n{ranks.outputs(folder)[-2000:]}"
 
 
-@pytest.mark.parametrize("backend, size", [("gloo", 2), ("ccl", 2), ("ccl", 3)])
-def test_all_ranks_end(backend, size, run_of):
+@RUNS
+def test_all_ranks_end(backend, transport, size, run_of):
     need(backend)
-    folder, codes, _ = run_of(backend, size)
-    assert codes == [0] * size, "".join(ranks.outputs(folder, size))
+    folder, codes, _ = run_of(backend, transport, size)
+    assert set(codes) == {0}, ranks.outputs(folder)
 
 
 def test_training_is_the_same_over_both(run_of):
     need("ccl")
-    weights = [torch.load(run_of(backend, 2)[0] / "weights0.pt") for backend in ("gloo", "ccl")]
+    weights = [torch.load(run_of(*run)[0] / "weights0.pt") for run in (("gloo", "tcp", 2), ("ccl", "ofi", 2))]
     torch.testing.assert_close(weights[1], weights[0], rtol=1e-5, atol=1e-6)
 
 

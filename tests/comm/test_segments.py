@@ -91,7 +91,7 @@ def start(tmp_path):
         started.extend(processes)
         deadline = time.monotonic() + 90
         while len(list(folder.glob("joined*"))) < 2:
-            assert time.monotonic() < deadline, outputs(folder, 2)
+            assert time.monotonic() < deadline, outputs(folder)
             time.sleep(0.05)
         return processes
 
