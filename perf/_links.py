@@ -114,9 +114,9 @@ class Hosts:
             words = [*_enter(pid, "--net", "--uts"), "taskset", "--cpu-list", ",".join(map(str, mine)), "env",
                      *(f"{name}={value}" for name, value in told.items()), sys.executable, *train]  # fmt: skip
             lines.append(" ".join(f"'{word}'" for word in words) + " &")
-        # Told to end, it tells them; the code of one that fails is its own.
+        # Told to end, it tells them and waits; the code of one that fails is its own.
         waits = f"for rank in $(seq {count}); do wait -n || code=$?; done; exit ${{code:-0}}"
-        return ["bash", "-c", "\n".join(["trap 'trap - TERM; kill 0; wait' TERM", *lines, waits])]
+        return ["bash", "-c", "\n".join(["trap \"trap '' TERM; kill 0; wait\" TERM", *lines, waits])]
 
     def measured_gbit(self) -> float:
         """What one connection really carries from the second host to the first, Gbit/s."""

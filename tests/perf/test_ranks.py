@@ -51,6 +51,8 @@ def test_hosts_with_links_of_a_speed(measured):
     assert row["comm_s"] > 0
     # The link does not carry more than it was told to, and something.
     assert 0.05 < result["links_measured_gbit"]["0.5"] < 0.55
+    commands = [read(path) for path in Path("/proc").glob("[0-9]*/cmdline")]
+    assert not [line for line in commands if b"knltrain\0train\0" in line and b"--comm.dtype\0bf16" in line]
 
 
 @pytest.mark.parametrize(
@@ -75,3 +77,11 @@ def test_ranks_that_fail_are_no_measurement(measured, monkeypatch):
     _, said = measured("--layouts", "2x1", "--backends", "ccl", code=1)
     assert "training ended with" in said
     assert "Traceback" not in said
+
+
+def read(path):
+    """A file of a process that may end meanwhile."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
