@@ -139,6 +139,9 @@ class RunConfig:
     )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
+    init_from: str = _field(
+        "", "weights to start from: safetensors, a state dict as torchvision has it (.pth), or a run's folder"
+    )
     workers: CountFromZero | None = _field(
         None, "decode threads per rank; 0 decodes between the steps; default one per core of the rank"
     )
@@ -244,6 +247,7 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "comm.powersgd_rank": ("comm.compression powersgd", lambda c: c.comm.compression == "powersgd"),
     "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),
     "comm.bucket_mb": ("comm.compression none", lambda c: c.comm.compression == "none"),
+    "zero_init_residual": ("initial weights drawn at random: init-from brings others", lambda c: not c.init_from),
     "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
 }
 
