@@ -175,6 +175,32 @@ def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values:
 
 
 @main.command()
+@click.argument("checkpoint")
+@click.argument("dst")
+@click.option("--format", type=click.Choice(["safetensors", "pth", "onnx", "pt2"]),
+              help="State dict, ONNX or torch.export; default what the suffix of DST says.")  # fmt: skip
+@JSON
+@reports_errors
+def export(checkpoint: str, dst: str, format: str | None, as_json: bool) -> None:
+    """Write the network of CHECKPOINT (or the newest one of a run's folder) to DST, for other programs.
+
+    The file is read again before it is there: its logits have to be the network's.
+    """
+    from pathlib import Path
+
+    from knltrain.console import Console
+    from knltrain.export import export as write
+
+    result = write(Path(checkpoint), Path(dst), format=format)
+    Console(json=as_json).line(
+        f"{dst}: {result['model']} of {result['checkpoint']}, {result['bytes'] / 1e6:.1f} MB; logits differ by "
+        f"{result['max_difference']:.2g} at most, of {result['largest_logit']:.3g}"
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@main.command()
 @click.argument("src", required=False)
 @click.argument("dst", required=False)
 @click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,

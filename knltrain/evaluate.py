@@ -69,6 +69,12 @@ def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, 
     )
 
 
+def as_trained(config: RunConfig, state: dict[str, Any]) -> RunConfig:
+    """The configuration with what a checkpoint's state.json says of its network and of the images that it sees."""
+    fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
+    return override(config, {**fields, "dropout": state["dropout"]})
+
+
 def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place: Place) -> dict[str, Any]:
     """Evaluates a checkpoint on the ``val`` part of a data set.
 
@@ -91,8 +97,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
     precision = choose_precision(config.precision, node, force=config.force_bf16)
     folder = checkpoint.newest(folder)
     state = checkpoint.read_state(folder)
-    fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
-    config = override(config, {**fields, "dropout": state["dropout"]})
+    config = as_trained(config, state)
     with running_on(place.plan.comm):
         group = Group(ranks, cpus=place.plan.comm)
     with group, group.names_lost_ranks():

@@ -26,6 +26,7 @@ FIELDS = """
 FLAGS = {
     "train": {"recipe", "config", "json", "help", "no-strict-affinity", *FIELDS.split()},
     "eval": {"json", "help", "no-strict-affinity", "data", "precision", "force-bf16", "workers", "on-bad"},
+    "export": {"json", "help", "format"},
     "bench": {
         "json",
         "help",
