@@ -258,7 +258,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         resume_from = checkpoint.find(out, config.resume)
         torch.manual_seed(config.seed)
         model = model_of(config, len(train_set.classes))
-        start = initialize(model, config, out, group, console, resumed=resume_from is not None)
+        origin = initialize(model, config, out, group, console, resumed=resume_from is not None)
         optimizer = build_optimizer(model, config.optim)
         progress = checkpoint.Progress(step=0)
         if resume_from:
@@ -297,7 +297,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         log = None
         if group.is_first:
             out.mkdir(parents=True, exist_ok=True)
-            record = {"config": configuration.as_dict(config), "plan": plan, "init_from": start, **provenance(node),
+            record = {"config": configuration.as_dict(config), "plan": plan, "init_from": origin, **provenance(node),
                       "data": {"train": len(train_set), "val": len(val_set),
                                "classes": len(train_set.classes)}}  # fmt: skip
             write_json(out / "config.json", record)

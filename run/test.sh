@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The whole test suite, in the reference environment or against another PyTorch.
 #
-#   bash run/test.sh [pytest arguments]                     .venv: torch 2.8 with IPEX and torchvision, timm, optax
-#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch and oneCCL
+#   bash run/test.sh [pytest arguments]                     .venv: torch 2.8 with IPEX and torchvision, timm, optax, ONNX
+#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch, oneCCL and ONNX
 #
 # Safe to run twice: the second run installs nothing.
 set -euo pipefail
@@ -11,11 +11,11 @@ cd "$(dirname "$0")/.."
 
 if [ "${1:-}" = --torch ]; then
     environment=.venv-torch-$2
-    requirements=("torch==$2" -e '.[ccl,test]')
+    requirements=("torch==$2" -e '.[ccl,export,test]')
     shift 2
 else
     environment=.venv
-    requirements=(-e '.[intel,test,parity]')
+    requirements=(-e '.[intel,export,test,parity]')
 fi
 make_environment "$environment" "${requirements[@]}"
 export PATH=$PWD/$environment/bin:$PATH

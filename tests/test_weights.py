@@ -215,15 +215,6 @@ def test_what_is_no_state_dict_is_refused(tmp_path, content):
     assert "\n" not in str(raised.value)
 
 
-def test_the_folder_of_a_run_or_of_a_checkpoint(trained, tmp_path):
-    for step in (1, 12):
-        folder = tmp_path / "checkpoints" / f"step-{step:08}"
-        folder.mkdir(parents=True)
-        save_file(trained, folder / "model.safetensors")
-        (folder / "state.json").write_text("{}")
-    assert weights.find(tmp_path) == weights.find(folder) == folder / "model.safetensors"
-
-
 class Others(Group):
     """Ranks of which the others answer as they are told to."""
 
@@ -308,6 +299,12 @@ def test_a_run_starts_from_the_file(config, trained, engine, precision, capsys):
     assert len(said["sha256"]) == 64
 
 
+def test_the_folder_of_a_run_or_of_a_checkpoint(config):
+    run(config, max_steps=2)
+    newest = Path(config.out, "checkpoints", "step-00000002")
+    assert weights.find(Path(config.out)) == weights.find(newest) == newest / "model.safetensors"
+
+
 def test_a_run_of_this_project_goes_on_as_another(config, trained, tmp_path):
     run(config, max_steps=2)
     second = {"out": str(tmp_path / "second"), "init_from": config.out, "max_steps": 1}
@@ -352,7 +349,7 @@ def test_a_file_that_does_not_fit_leaves_no_run(config, tmp_path):
         run(config, init_from=str(tmp_path / "other.safetensors"))
     with pytest.raises(KnltrainError, match="no such file"):
         run(config, init_from=str(tmp_path / "nowhere.safetensors"))
-    assert not Path(config.out).exists()
+    assert not Path(config.out, "config.json").exists()
 
 
 def test_a_start_over_reads_the_file_again(config, tmp_path):

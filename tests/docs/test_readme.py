@@ -1,5 +1,6 @@
 """Every command of the README, run. Long ones are made short by flags added at their end, and by small data."""
 
+import importlib.util
 import os
 import re
 import shlex
@@ -80,6 +81,8 @@ def test_command(command, folder):
         pytest.skip("no mpiexec here")
     if "--engine compile" in command and shutil.which("g++") is None:
         pytest.skip("no g++ here")
+    if ".onnx" in command and importlib.util.find_spec("onnxscript") is None:
+        pytest.skip("no onnxscript here: pip install 'knltrain[export]'")
     words += shlex.split(next((more for start, more in SHORTER.items() if command.startswith(start)), ""))
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     # What tune stores decides what auto means; it must not reach other tests.
