@@ -100,7 +100,7 @@ def load(path: Path, model: nn.Module) -> list[str]:
     tensors = _without_prefix(read(path), expected)
     missing = [name for name in expected if name not in tensors and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in tensors if name not in expected]
-    misshapen = [name for name, tensor in tensors.items() if name in expected and tensor.shape != expected[name].shape]
+    misshapen = [name for name, own in expected.items() if name in tensors and tensors[name].shape != own.shape]
     fresh = misshapen if _is_head(misshapen, tensors, model) else []
     shapes = [f"{_quote(name)} {_by(tensors[name])} instead of {_by(expected[name])}" for name in misshapen]
     problems = [

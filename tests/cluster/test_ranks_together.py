@@ -12,6 +12,7 @@ import torch
 from cluster import runs
 from cluster.runs import TORCHRUN, weights
 from conftest import write_jpeg
+from safetensors.torch import save_file
 
 from knltrain.metrics import read_metrics
 
@@ -167,6 +168,26 @@ def test_one_ranks_failure_ends_all_with_its_message(launcher, image_folder, tmp
     result = start(TORCHRUN if launcher == "torchrun" else mpiexec(2), data, tmp_path / "run")
     assert result.returncode != 0
     assert str(bad) in result.stderr
+
+
+def test_two_ranks_start_from_a_file_as_one_does(alone, image_folder, tmp_path):
+    options = ["--init-from", str(alone), "--max-steps", "2"]
+    for name, command in (("one", [sys.executable, "-m"]), ("two", TORCHRUN)):
+        result = start(command, image_folder, tmp_path / name, *options)
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.count("starts from") == 1
+    assert_equal_within_rounding(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    one, two = (json.loads((tmp_path / name / "config.json").read_text())["init_from"] for name in ("one", "two"))
+    assert one == two
+    assert one["file"].startswith(str(alone))
+
+
+def test_a_file_that_does_not_fit_ends_all_ranks_and_is_named_by_one(image_folder, tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
+    result = start(TORCHRUN, image_folder, tmp_path / "run", "--init-from", str(tmp_path / "other.safetensors"))
+    assert result.returncode != 0
+    assert result.stderr.count("is of another network: missing") == 1
+    assert not (tmp_path / "run" / "config.json").exists()
 
 
 def test_many_processes_that_would_each_train_alone_are_refused(image_folder, tmp_path):
