@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,13 +40,14 @@ def gloo(note: str = "") -> Chosen:
     return Chosen("gloo", f"torch {torch.__version__}", "tcp", note=note)
 
 
-def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = ()) -> Chosen:
+def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = (), told: Mapping[str, str] | None = None) -> Chosen:
     """Returns the back end to use, made known to ``torch.distributed``.
 
     Args:
         asked: auto, ccl or gloo.
         ranks: this process among its peers.
         cpus: logical CPUs that are kept for its communication.
+        told: variables that knltrain has set already, which are no wish of the user's.
 
     Raises:
         ConfigError: ccl was asked for and cannot be had; the message says what to do.
@@ -56,7 +57,7 @@ def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = ()) -> Chosen
     if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
         return _torch_ccl()
     try:
-        settings = oneccl.configure(ranks, cpus)
+        settings = oneccl.configure(ranks, cpus, told=told)
         shim = oneccl.load()
     except oneccl.UnavailableError as error:
         if asked == "ccl":

@@ -27,12 +27,30 @@ from knltrain.comm.segments import remove_own_segments
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.pmi import end_the_job, see_mpiexec_end
 from knltrain.node.ranks import Ranks
-from knltrain.node.rendezvous import START_TIMEOUT_S, meet
+from knltrain.node.rendezvous import START_TIMEOUT_S, Meeting, meet
 
 _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo, oneCCL and the store say of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
+
+
+def _store(meeting: Meeting, ranks: Ranks) -> Any:
+    """Where the ranks meet. Left to itself, torch listens on every interface of the first rank's node."""
+    if ranks.rank or meeting.listen is None:
+        return next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))[0]
+    address, port = meeting.listen
+    try:
+        listener = socket.create_server(meeting.listen, backlog=ranks.size)
+    except OSError as error:
+        raise KnltrainError(
+            f"rank 0 cannot listen at {address}:{port}, where the others look for it: {error.strerror}; another "
+            "MASTER_PORT may be free"
+        ) from None
+    # The store closes it.
+    return dist.TCPStore(  # type: ignore[attr-defined]
+        address, port, ranks.size, is_master=True, timeout=_START_TIMEOUT, master_listen_fd=listener.detach()
+    )
 
 
 class Group:
@@ -48,7 +66,7 @@ class Group:
 
     Attributes:
         backend: what was chosen, or None with one rank.
-        interface: of this rank's network interfaces, the one that leads to the others; empty on one node.
+        interface: of this rank's network interfaces, the one that leads to the others, loopback on one node.
         channel: the process group that collectives go through, or None for the default one.
         last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
 
@@ -67,12 +85,12 @@ class Group:
         if ranks.size == 1:
             return
         meeting = meet(ranks)
-        meeting.export()
+        told = meeting.export()
         self.interface = meeting.interface
         try:
-            store, *_ = next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))
+            store = _store(meeting, ranks)
             store.set_timeout(_START_TIMEOUT)
-            self.backend = self._agree(choose_backend(backend, ranks, cpus), backend, store)
+            self.backend = self._agree(choose_backend(backend, ranks, cpus, told), backend, store)
             dist.init_process_group(
                 self.backend.name,
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]

@@ -9,7 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import sys
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,7 +116,13 @@ class Settings:
     kept: dict[str, str]
 
 
-def configure(ranks: Ranks, cpus: Sequence[int] = (), environ: MutableMapping[str, str] | None = None) -> Settings:
+def configure(
+    ranks: Ranks,
+    cpus: Sequence[int] = (),
+    environ: MutableMapping[str, str] | None = None,
+    *,
+    told: Mapping[str, str] | None = None,
+) -> Settings:
     """Sets the variables that oneCCL and libfabric read when they start. What the user has exported stays.
 
     Where no cores are kept for them, oneCCL starts no threads of its own: they would take the cores that the ranks
@@ -126,6 +132,7 @@ def configure(ranks: Ranks, cpus: Sequence[int] = (), environ: MutableMapping[st
         ranks: this process among its peers.
         cpus: logical CPUs that are kept for this rank's workers, one each.
         environ: the environment, by default this process's.
+        told: what knltrain has set there already: the interface.
 
     Raises:
         ConfigError: ``CCL_ATL_TRANSPORT`` names no transport, or mpi where no mpiexec is.
@@ -158,10 +165,12 @@ def configure(ranks: Ranks, cpus: Sequence[int] = (), environ: MutableMapping[st
         # Ranks of one node go through shared memory. Told by us, so that it does not matter who started them.
         wanted |= {"CCL_ATL_SHM": "1", "CCL_PROCESS_LAUNCHER": "none",
                    "CCL_LOCAL_RANK": str(ranks.local_rank), "CCL_LOCAL_SIZE": str(ranks.local_size)}  # fmt: skip
-    kept = {name: value for name, value in environ.items() if name.startswith(("CCL_", "FI_"))}
+    of_ccl = {name: value for name, value in environ.items() if name.startswith(("CCL_", "FI_"))}
+    ours = {name: value for name, value in of_ccl.items() if name in (told or {})}
+    kept = {name: value for name, value in of_ccl.items() if name not in ours}
     missing = {name: value for name, value in wanted.items() if name not in environ}
     environ.update(missing)
-    return Settings(transport, missing, kept)
+    return Settings(transport, missing | ours, kept)
 
 
 def _libraries(transport: str, environ: MutableMapping[str, str]) -> dict[str, str]:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from knltrain.comm.backend import choose_backend
+from knltrain.node import rendezvous
 from knltrain.node.affinity import plan_node
 from knltrain.node.ranks import Ranks
 from knltrain.node.topology import read_node
@@ -114,9 +115,11 @@ def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
     with contextlib.suppress(OSError):
         # Apart, as the trainer's ranks are: on one CPU, each would wait for the other's turn to end.
         os.sched_setaffinity(0, plan.ranks[rank].compute)
-    choose_backend(backend, Ranks("none", rank, _RANKS, rank, _RANKS))
+    ranks = Ranks("none", rank, _RANKS, rank, _RANKS, f"file://{meet}")
+    meeting = rendezvous.meet(ranks)
+    choose_backend(backend, ranks, told=meeting.export())
     dist.init_process_group(
-        backend, init_method=f"file://{meet}", rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
+        backend, init_method=meeting.init_method, rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
     )
     expected = sum(range(1, _RANKS + 1))
     for name, dtype in DTYPES.items():

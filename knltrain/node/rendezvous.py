@@ -3,6 +3,8 @@
 MASTER_ADDR and MASTER_PORT win where they are set. Under srun the node list names the first rank's node. Under Hydra
 and Open MPI the first rank tells the others its addresses, in the launcher's own way, and each takes the first that
 answers: a name that resolves to loopback, or a bridge that every node has with the same address, does not. IPv4 only.
+
+What the first rank then listens at is the one address that the others come by, loopback where all are on one node.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -41,18 +43,22 @@ class Meeting:
     Attributes:
         init_method: as torch.distributed takes it.
         address: the first rank's, as this rank reaches it; empty on one node.
-        interface: of this rank's, the one that leads to the others; empty on one node and where it is unknown.
+        interface: of this rank's, the one that leads to the others, loopback on one node; empty where it is unknown.
+        listen: of the first rank, address and port to listen at; None where it opens no port, which a file and
+            torchrun's own agent spare it, and where the others may come by more than one address: then on all.
     """
 
     init_method: str
     address: str = ""
     interface: str = ""
+    listen: tuple[str, int] | None = None
 
-    def export(self) -> None:
-        """Tells gloo, oneCCL and libfabric the interface, unless the user has."""
-        if self.interface:
-            for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE"):
-                os.environ.setdefault(name, self.interface)
+    def export(self) -> dict[str, str]:
+        """Tells gloo, oneCCL and libfabric the interface, unless the user has; returns what was set."""
+        names = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE") if self.interface else ()
+        told = {name: self.interface for name in names if name not in os.environ}
+        os.environ.update(told)
+        return told
 
 
 class Exchange(Protocol):
@@ -75,9 +81,9 @@ def meet(ranks: Ranks, environ: Mapping[str, str] | None = None) -> Meeting:
     """
     environ = os.environ if environ is None else environ
     if not ranks.on_several_nodes:
-        return Meeting(ranks.init_method)
+        return Meeting(ranks.init_method, interface=loopback(), listen=_at_own_address(ranks, environ))
     if ranks.init_method:
-        return _at_master(environ["MASTER_ADDR"], ranks)
+        return dataclasses.replace(_at_master(environ["MASTER_ADDR"], ranks), listen=_at_own_address(ranks, environ))
     if ranks.launcher == "slurm":
         return _by_node_list(ranks, environ)
     if ranks.launcher == "openmpi":
@@ -103,9 +109,11 @@ def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
     Raises:
         KnltrainError: none answers a rank.
     """
-    with contextlib.closing(socket.create_server(("", 0), backlog=1024)) as listener:
+    with contextlib.ExitStack() as until_chosen:
         offer = ""
         if ranks.rank == 0:
+            # On all of them, until the others have tried: it accepts nobody.
+            listener = until_chosen.enter_context(socket.create_server(("", 0), backlog=1024))
             addresses = [address for _, address in own_addresses()]
             named = [address for address in _resolve(socket.gethostname()) if address in addresses]
             first = list(dict.fromkeys([*named, *addresses]))[:_MOST_ADDRESSES]
@@ -124,34 +132,46 @@ def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
             f"({', '.join(offered) or 'none'}), port {port}: a firewall, or no common network; export MASTER_ADDR and "
             "MASTER_PORT to name an address"
         )
-    towards = address
+    towards, listen = address, None
     if together:  # what the ranks elsewhere reach this node by
-        towards = next((one for one in map(choices, range(1, ranks.size)) if one != "127.0.0.1"), "")
-    return Meeting(f"tcp://{address}:{port}", address, interface_towards(towards) if towards else "")
+        chosen = {one: None for one in map(choices, range(1, ranks.size)) if one != "127.0.0.1"}
+        towards = next(iter(chosen), "")
+        if len(chosen) < 2:  # one that reached nothing has chosen "", and ends
+            address = towards or address
+            listen = (address, port)
+    return Meeting(f"tcp://{address}:{port}", address, interface_towards(towards) if towards else loopback(), listen)
 
 
 def own_addresses() -> list[tuple[str, str]]:
     """Names and IPv4 addresses of the interfaces that are up, loopback left out."""
-    found = []
+    return [(name, address) for name, address in _addresses() if not ipaddress.ip_address(address).is_loopback]
+
+
+def loopback() -> str:
+    """The name of the loopback interface; empty where it is down."""
+    return next((name for name, address in _addresses() if ipaddress.ip_address(address).is_loopback), "")
+
+
+def _addresses() -> Iterator[tuple[str, str]]:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # no IPv4 address
                 answer = fcntl.ioctl(one.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                address = socket.inet_ntoa(answer[20:24])
-                if not ipaddress.ip_address(address).is_loopback:
-                    found.append((name, address))
-    return found
+                yield name, socket.inet_ntoa(answer[20:24])
 
 
 def interface_towards(address: str) -> str:
     """The interface that the kernel's routes take to an address, or that has it; empty for loopback and no route."""
     own = {ip: name for name, ip in own_addresses()}
-    if address in own:
-        return own[address]
+    return own[address] if address in own else own.get(_source_towards(address), "")
+
+
+def _source_towards(address: str) -> str:
+    """This node's address on the way to another; empty where no route leads there."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         try:
             one.connect((address, 9))  # sends nothing: the route alone is looked up
-            return own.get(one.getsockname()[0], "")
+            return str(one.getsockname()[0])
         except OSError:
             return ""
 
@@ -164,11 +184,36 @@ def _stack() -> str:
 
 def _resolve(host: str) -> list[str]:
     """The IPv4 addresses of a name, loopback left out; none where it has none."""
+    return [address for address in _resolve_all(host) if not ipaddress.ip_address(address).is_loopback]
+
+
+def _resolve_all(host: str) -> list[str]:
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
-    except OSError:
+    except (OSError, UnicodeError):  # UnicodeError: of a name that no host can have
         return []
-    return [address for address in dict.fromkeys(found) if not ipaddress.ip_address(address).is_loopback]
+    return list(dict.fromkeys(found))
+
+
+def _at_own_address(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Where the first rank listens if the user, or torchrun, names the place: at an address that only it can be.
+
+    A name that is loopback's here may be another elsewhere, one with several addresses is reached by any of them, and
+    one that is none of this node's is behind a translation: None.
+
+    Raises:
+        ConfigError: MASTER_PORT is no port.
+    """
+    if ranks.rank or ranks.init_method != "env://":
+        return None
+    host, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
+    if not (port.isdecimal() and port.isascii() and 0 < int(port[:6]) < 1 << 16):
+        raise ConfigError(f"MASTER_PORT={port} is no port; give a number from 1 to 65535 that is free on rank 0's node")
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
+        return None
+    found = _resolve_all(host)
+    own = {address for _, address in (own_addresses() if ranks.on_several_nodes else _addresses())}
+    return (found[0], int(port)) if len(found) == 1 and found[0] in own else None
 
 
 def _first_that_answers(addresses: list[str], port: int) -> str:
@@ -213,8 +258,14 @@ def _by_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Meeting:
         )
     # All ranks come to the same port without a word: one that differs from job to job and from step to step.
     port = 20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 31 + int(environ.get("SLURM_STEP_ID", "0"))) % 12000
-    address = "127.0.0.1" if here else addresses[0]
-    return Meeting(f"tcp://{address}:{port}", address, interface_towards(addresses[0]))
+    interface = interface_towards(addresses[0])
+    if not here:
+        return Meeting(f"tcp://{addresses[0]}:{port}", addresses[0], interface)
+    # The others come by this node's name, as they resolve it, which is what it is here too unless that is loopback.
+    named = _resolve(head) or [_source_towards(addresses[0])]
+    listen = named[0] if len(named) == 1 and named[0] in {own for _, own in own_addresses()} else ""
+    address = listen or "127.0.0.1"
+    return Meeting(f"tcp://{address}:{port}", address, interface, (listen, port) if listen else None)
 
 
 def _in_a_process_of_its_own() -> Meeting:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from cluster import listening
 from cluster.hosts import need, until
 from cluster.runs import GLOO, KNLTRAIN, SMALL, assert_same_training, losses, mpiexec, plan
 
+LISTENER = [sys.executable, listening.__file__]
 TIMEOUT_S = 4
 # What is left to do after the time-out: to find out who is lost, to tell it, and for mpiexec to clean up.
 ENDING_S = 45
@@ -58,6 +60,41 @@ def test_ccl_keeps_its_promises_between_four_hosts(network, environment, tmp_pat
     assert not wrong, "\n".join(f"{name}: {text}" for name, text in wrong.items())
     assert result.returncode == 0, result.stderr
     assert len(outcomes) == len(network.hosts)
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+def test_ranks_listen_on_the_network_between_the_hosts_alone(backend, network, environment):
+    command = on_all(network, *LISTENER, backend)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    assert result.returncode == 0, result.stderr
+    found = listening.of_ranks(result.stdout)
+    assert found.keys() == set(range(len(network.hosts)))
+    for rank, host in enumerate(network.hosts):
+        assert set(found[rank]) - {"127.0.0.1"} == {host.address}  # oneCCL speaks to itself over loopback
+
+
+# As srun tells it, the first host's own name being loopback's there; and as a user does.
+@pytest.mark.parametrize("told", ["slurm", "user"])
+def test_the_first_rank_listens_where_the_others_look_for_it_alone(told, network, environment):
+    processes = []
+    try:
+        for rank, host in enumerate(network.hosts[:2]):
+            if told == "slurm":
+                words = {"SLURM_PROCID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_LOCALID": 0, "SLURM_NODEID": rank,
+                         "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "node[1-2]"}  # fmt: skip
+            else:
+                words = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 29512,
+                         "MASTER_ADDR": network.hosts[0].address}  # fmt: skip
+            given = {name: str(value) for name, value in words.items()}
+            processes.append(
+                subprocess.Popen(host.inside(*LISTENER, "gloo"), stdout=subprocess.PIPE, text=True,
+                                 env={**environment, **given})
+            )  # fmt: skip
+        output = "".join(process.communicate(timeout=120)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert listening.of_ranks(output) == {rank: [host.address] for rank, host in enumerate(network.hosts[:2])}
 
 
 def stop(network, host):

@@ -3,13 +3,14 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cluster import runs
+from cluster import listening, runs
 from cluster.runs import TORCHRUN, weights
 from conftest import write_jpeg
 from safetensors.torch import save_file
@@ -223,3 +224,39 @@ def test_a_bad_image_that_one_rank_meets_later_ends_all_with_its_path(backend, t
     # Over gloo the others see its connections end. Over oneCCL they wait, until torchrun ends them.
     assert "what that rank printed is the cause" in result.stderr or backend != "gloo"
     assert 'File "' not in result.stderr.split("torch/distributed/elastic")[0], "no traceback of ours"
+
+
+LISTENER = [sys.executable, listening.__file__]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+@pytest.mark.parametrize("several", [False, True], ids=["one node", "a node twice"])
+def test_ranks_of_one_machine_listen_on_loopback_alone(backend, several):
+    if backend == "ccl" and not ccl_is_here():
+        pytest.skip("no oneCCL in this environment")
+    hosts = ["-launcher", "fork", "-hosts", f"{socket.gethostname()},localhost", "-ppn", 1] if several else []
+    command = [*runs.mpiexec(*hosts, "-n", 2), *LISTENER, backend]
+    result = runs.start(command, OMP_NUM_THREADS="1")
+    assert result.returncode == 0, result.stderr
+    assert listening.of_ranks(result.stdout) == {0: ["127.0.0.1"], 1: ["127.0.0.1"]}
+
+
+def test_the_first_rank_listens_at_master_addr_alone_unless_torchrun_does():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    given = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+             "OMP_NUM_THREADS": "1"}  # fmt: skip
+    processes = [
+        subprocess.Popen([*LISTENER, "gloo"], stdout=subprocess.PIPE, text=True,
+                         env={**os.environ, **given, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    try:
+        output = "".join(process.communicate(timeout=120)[0] for process in processes)
+    finally:
+        for process in processes:
+            process.kill()
+    assert listening.of_ranks(output) == {0: ["127.0.0.1"], 1: ["127.0.0.1"]}
+    under_torchrun = runs.start([*TORCHRUN[:-1], *LISTENER[1:], "gloo"], OMP_NUM_THREADS="1")
+    assert under_torchrun.returncode == 0, under_torchrun.stderr
+    assert listening.of_ranks(under_torchrun.stdout) == {0: ["127.0.0.1"], 1: ["127.0.0.1"]}

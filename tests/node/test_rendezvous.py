@@ -151,9 +151,20 @@ def test_the_first_address_that_answers_is_taken(manager, two_nodes):
     two_nodes[True] = [("docker0", "127.0.0.9"), ("ib0", "127.0.0.3")]
     first, second, third = run(manager(3), [0, 0, 1])
     assert third.address == "127.0.0.2"
-    assert first.init_method == second.init_method == f"tcp://127.0.0.1:{third.init_method.rpartition(':')[2]}"
-    # The first node takes the interface that the other came by.
+    # The first node takes the address and the interface that the other came by, and no other one listens.
+    assert first.init_method == second.init_method == third.init_method
+    assert first.listen == ("127.0.0.2", int(third.init_method.rpartition(":")[2]))
     assert (first.interface, second.interface) == ("ib0", "ib0")
+
+
+def test_ranks_that_come_by_several_addresses_find_the_first_at_all_of_them(manager, two_nodes, monkeypatch):
+    two_nodes[False] = [("ib0", "127.0.0.2"), ("ib1", "127.0.0.3")]
+    two_nodes[True] = []
+    answers = iter(["127.0.0.2", "127.0.0.3"])
+    monkeypatch.setattr(rendezvous, "_first_that_answers", lambda offered, port: next(answers))
+    first, *others = run(manager(3), [0, 1, 1])
+    assert {one.address for one in others} == {"127.0.0.2", "127.0.0.3"}
+    assert (first.address, first.listen) == ("127.0.0.1", None)
 
 
 def test_no_address_that_answers_is_an_error_that_lists_them(manager, two_nodes):
@@ -181,10 +192,19 @@ def test_srun_names_the_first_node(monkeypatch):
     known = {"n1": ["10.0.0.1"], "n2": ["10.0.0.2"]}
     monkeypatch.setattr(rendezvous, "_resolve", lambda host: known.get(host, []))
     monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
+    monkeypatch.setattr(rendezvous, "_source_towards", lambda address: "10.0.0.1")
+    monkeypatch.setattr(rendezvous, "own_addresses", lambda: [("eth0", "10.0.0.1")])
     first, second = (meet(*slurm(node, ("n1", "n2"))) for node in (0, 1))
     port = 20000 + 17 * 31
-    assert first == Meeting(f"tcp://127.0.0.1:{port}", "127.0.0.1", "to-10.0.0.2")
+    assert first == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.2", ("10.0.0.1", port))
     assert second == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.1")
+    # A name that is loopback's here leads to what the way to the second node starts from; one with several addresses,
+    # or with one that is none of this node's, to all of them.
+    for found, listen in (([], ("10.0.0.1", port)), (["10.0.0.1", "10.1.0.1"], None), (["192.0.2.7"], None)):
+        known["n1"] = found
+        first = meet(*slurm(0, ("n1", "n2")))
+        assert first.listen == listen
+        assert first.address == (listen[0] if listen else "127.0.0.1")
     with pytest.raises(KnltrainError, match="node n3 of the job has no address"):
         meet(*slurm(1, ("n3", "n1")))
     with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST"):
@@ -204,8 +224,27 @@ def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
     assert meet(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "me"}).init_method == "env://"
 
 
-def test_one_node_needs_none_of_this():
-    assert meet(Ranks("hydra", 0, 2, 0, 2, "file:///tmp/x"), {}) == Meeting("file:///tmp/x")
+def test_the_first_rank_listens_where_the_user_says_and_nowhere_else(monkeypatch):
+    monkeypatch.setattr(rendezvous, "own_addresses", lambda: [("eth0", "10.0.0.1"), ("ib0", "10.1.0.1")])
+    known = {"n1": ["10.0.0.1"], "both": ["10.0.0.1", "10.1.0.1"], "behind": ["192.0.2.7"], "me": ["127.0.1.1"]}
+    monkeypatch.setattr(rendezvous, "_resolve_all", lambda host: known[host])
+    first = Ranks("torchrun", 0, 4, 0, 2, "env://")
+    port = {"MASTER_PORT": "29500"}
+    assert meet(first, {"MASTER_ADDR": "n1", **port}).listen == ("10.0.0.1", 29500)
+    for host in ("both", "behind", "me"):  # where the others look for it cannot be known here
+        assert meet(first, {"MASTER_ADDR": host, **port}).listen is None
+    assert meet(first, {"MASTER_ADDR": "n1", **port, "TORCHELASTIC_USE_AGENT_STORE": "True"}).listen is None
+    assert meet(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "n1", **port}).listen is None
+    for wrong in ("0", "65536", "-1", "many", "9" * 5000, "\u0662"):
+        with pytest.raises(ConfigError, match="is no port"):
+            meet(first, {"MASTER_ADDR": "n1", "MASTER_PORT": wrong})
+    monkeypatch.undo()
+    alone = Ranks("torchrun", 0, 2, 0, 2, "env://")
+    assert meet(alone, {"MASTER_ADDR": "localhost", **port}).listen == ("127.0.0.1", 29500)
+
+
+def test_one_node_needs_loopback_alone():
+    assert meet(Ranks("hydra", 0, 2, 0, 2, "file:///tmp/x"), {}) == Meeting("file:///tmp/x", interface="lo")
     with pytest.raises(ConfigError, match=r"left no PMI_FD.*MASTER_ADDR"):
         meet(Ranks("hydra", 0, 2, 0, 1), {})
 
