@@ -178,6 +178,10 @@ def test_what_the_user_exported_stays():
     assert settings.set["CCL_WORKER_OFFLOAD"] == "1", "cores are kept for workers"
     assert (environ["CCL_LOCAL_SIZE"], environ["CCL_PROCESS_LAUNCHER"]) == ("2", "none")
     assert oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
+    # What knltrain itself has exported before is no wish of the user's.
+    told = {"CCL_KVS_IFACE": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
+    settings = oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi", "FI_PROVIDER": "tcp", **told}, told=told)
+    assert (settings.kept, settings.set["CCL_KVS_IFACE"]) == ({"FI_PROVIDER": "tcp"}, "ib0")
 
 
 def test_kept_cores_become_workers_unless_the_user_has_spoken():
