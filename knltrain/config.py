@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
+import re
+import stat
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,13 +24,19 @@ from msgspec import Meta
 
 from knltrain.errors import ConfigError
 
-# The upper bound keeps infinity out.
-_LARGEST = sys.float_info.max
-Positive = Annotated[float, Meta(gt=0, le=_LARGEST)]
-NotNegative = Annotated[float, Meta(ge=0, le=_LARGEST)]
+# Both bounds of everything: what lies far outside of what makes sense is a slip, and would overflow somewhere inside.
+Positive = Annotated[float, Meta(gt=0, le=1e6)]
+NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
-Count = Annotated[int, Meta(ge=1)]
-CountFromZero = Annotated[int, Meta(ge=0)]
+Count = Annotated[int, Meta(ge=1, le=10**9)]
+CountFromZero = Annotated[int, Meta(ge=0, le=10**9)]
+Epochs = Annotated[float, Meta(ge=1e-6, le=1e6, extra={"unit": "epochs"})]
+EpochsFromZero = Annotated[float, Meta(ge=0, le=1e6, extra={"unit": "epochs"})]
+Steps = Annotated[int, Meta(ge=1, le=10**12, extra={"unit": "steps"})]
+Images = Annotated[int, Meta(ge=1, le=10**7, extra={"unit": "images"})]
+Side = Annotated[int, Meta(ge=8, le=8192, extra={"unit": "pixels"})]
+# Of a text, characters: twice the longest path that Linux opens.
+_LONGEST = 8192
 
 OptimizerName = Literal["lars", "sgd"]
 VariantName = Literal["paper", "mlperf", "larc", "heavy-ball", "nesterov"]
@@ -70,12 +80,14 @@ class ScheduleConfig:
     """The learning rate over time; the formulas are in ``knltrain.schedule``."""
 
     name: ScheduleName = _field("poly", "poly counts from step 0, poly-after-warmup from the end of warm-up")
-    warmup_epochs: NotNegative = _field(0.0, "length of the linear warm-up, in epochs")
+    warmup_epochs: EpochsFromZero = _field(0.0, "length of the linear warm-up, in epochs")
     warmup_lr: NotNegative = _field(0.0, "learning rate at step 0, where the warm-up starts")
-    power: Positive = _field(2.0, "power of the polynomial decay")
+    power: Annotated[float, Meta(gt=0, le=1000)] = _field(2.0, "power of the polynomial decay")
     end_lr: NotNegative = _field(0.0, "learning rate at the end of the polynomial decay")
-    milestones: tuple[Positive, ...] = _field((30.0, 60.0, 80.0), "step: epochs at which the rate is multiplied")
-    gamma: Positive = _field(0.1, "step: the factor at each milestone")
+    milestones: Annotated[tuple[Epochs, ...], Meta(max_length=100)] = _field(
+        (30.0, 60.0, 80.0), "step: epochs at which the rate is multiplied"
+    )
+    gamma: Annotated[float, Meta(gt=0, le=10)] = _field(0.1, "step: the factor at each milestone")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,11 +95,13 @@ class AugmentConfig:
     """What is cut out of each training image; see ``knltrain.data.augment``."""
 
     name: AugmentName = _field("crop-flip", "what is cut out of a training image; rrc is the random resized crop")
-    resize: Count | None = _field(
+    resize: Annotated[int, Meta(ge=8, le=16384, extra={"unit": "pixels"})] | None = _field(
         None, "short side before cropping, pixels; default image-size x 256/224, or image-size for pad-crop-flip"
     )
-    min_area: Annotated[float, Meta(gt=0, le=1)] = _field(0.08, "rrc: smallest part of the image's area")
-    pad: Annotated[int, Meta(ge=0)] = _field(4, "pad-crop-flip: black border on each side, pixels")
+    min_area: Annotated[float, Meta(ge=1e-6, le=1)] = _field(0.08, "rrc: smallest part of the image's area")
+    pad: Annotated[int, Meta(ge=0, le=8192, extra={"unit": "pixels"})] = _field(
+        4, "pad-crop-flip: black border on each side, pixels"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,12 +110,16 @@ class CommConfig:
 
     backend: Literal["auto", "ccl", "gloo"] = _field("auto", "process group; auto: oneCCL where it loads, else gloo")
     dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
-    bucket_mb: Positive = _field(25.0, "size of a gradient bucket, MiB")
+    bucket_mb: Annotated[float, Meta(ge=0.001, le=1e5, extra={"unit": "MiB"})] = _field(
+        25.0, "size of a gradient bucket, MiB"
+    )
     compression: Literal["none", "powersgd"] = _field(
         "none", "powersgd: gradients travel as thin float32 factors, for networks that are slow; approximate"
     )
-    powersgd_rank: Count = _field(4, "columns of PowerSGD's factors")
-    timeout_s: Positive = _field(
+    powersgd_rank: Annotated[int, Meta(ge=1, le=1024, extra={"unit": "columns"})] = _field(
+        4, "columns of PowerSGD's factors"
+    )
+    timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
         600.0, "longest wait for another rank after the first step, seconds; writing a checkpoint has to fit"
     )
 
@@ -110,8 +128,10 @@ class CommConfig:
 class CheckpointConfig:
     """When checkpoints are written and how many stay."""
 
-    every: Positive = _field(1.0, "epochs between checkpoints; the last step always writes one")
-    keep: Count = _field(2, "how many of the newest checkpoints stay")
+    every: Epochs = _field(1.0, "epochs between checkpoints; the last step always writes one")
+    keep: Annotated[int, Meta(ge=1, le=10**6, extra={"unit": "checkpoints"})] = _field(
+        2, "how many of the newest checkpoints stay"
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,11 +145,11 @@ class RunConfig:
     model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet50 or torchvision:NAME")
     dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")
     zero_init_residual: bool = _field(False, "ResNet: start each residual block's last batch-norm gamma at zero")
-    image_size: Annotated[int, Meta(ge=8)] = _field(224, "height and width that the model sees, pixels")
-    epochs: Positive = _field(90.0, "passes over the training images")
-    max_steps: Count | None = _field(None, "stop after this many steps, on the schedule of the whole run")
-    global_batch: Count = _field(256, "images an optimizer update sees, over all ranks")
-    local_batch: Count | None = _field(
+    image_size: Side = _field(224, "height and width that the model sees, pixels")
+    epochs: Epochs = _field(90.0, "passes over the training images")
+    max_steps: Steps | None = _field(None, "stop after this many steps, on the schedule of the whole run")
+    global_batch: Images = _field(256, "images an optimizer update sees, over all ranks")
+    local_batch: Images | None = _field(
         None, "most images a rank passes through the model at once; more are accumulated; default all"
     )
     precision: Precision = _field("auto", "auto: bf16 where the processor computes in it, else fp32")
@@ -142,7 +162,7 @@ class RunConfig:
     init_from: str = _field(
         "", "weights to start from: safetensors, a state dict as torchvision has it (.pth), or a run's folder"
     )
-    workers: CountFromZero | None = _field(
+    workers: Annotated[int, Meta(ge=0, le=1024, extra={"unit": "threads"})] | None = _field(
         None, "decode threads per rank; 0 decodes between the steps; default one per core of the rank"
     )
     on_bad: Literal["fail", "skip"] = _field(
@@ -212,24 +232,77 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
             fields that contradict each other.
     """
     known = {field.name: field for field in fields()}
+    groups = {name.rpartition(".")[0] for name in known}
     changes: dict[str, dict[str, object]] = {"": {}}
     for name, value in values.items():
+        if value == {} and name in groups:  # a table's heading with nothing under it
+            continue
         if name not in known:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
-            raise ConfigError(f"unknown field {name!r}{hint}")
-        if isinstance(value, str) and typing.get_origin(known[name].type) is tuple:
-            value = [item for item in value.split(",") if item]
+            raise ConfigError(f"unknown field {_shown(name)}{hint}")
+        kind = known[name].type
+        given: object = value
+        if isinstance(value, str) and _is_list(kind):
+            given = [item for item in value.split(",") if item]
         try:
-            converted = msgspec.convert(value, known[name].type, strict=False)
-        except msgspec.ValidationError as error:
-            raise ConfigError(f"{name}: {value!r} will not do: {error}") from None
+            converted = msgspec.convert(given, kind, strict=False)
+        except (msgspec.ValidationError, RecursionError):
+            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}") from None
+        if isinstance(converted, str) and not _is_text(converted):
+            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}")
         group, _, leaf = name.rpartition(".")
         changes.setdefault(group, {})[leaf] = converted
     top = changes.pop("")
     for group, leaves in changes.items():
         top[group] = dataclasses.replace(getattr(config, group), **leaves)
     return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(_parts(kind)[0]) is tuple
+
+
+def _parts(kind: Any) -> tuple[Any, Meta]:
+    """A field's type without what surrounds it, and its bounds."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is Annotated:
+        kind, bounds = typing.get_args(kind)[:2]
+        return kind, bounds
+    return kind, Meta()
+
+
+def _taken(kind: Any) -> str:
+    """What a field takes, in words: what kind of value, its unit and its bounds."""
+    kind, bounds = _parts(kind)
+    if typing.get_origin(kind) is Literal:
+        *most, last = typing.get_args(kind)
+        return f"{', '.join(most)} or {last}"
+    if typing.get_origin(kind) is tuple:
+        return f"at most {bounds.max_length} values with commas between them, each {_taken(typing.get_args(kind)[0])}"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return f"text in UTF-8 of at most {_LONGEST} characters, none of them NUL"
+    limits = ((">=", bounds.ge), (">", bounds.gt), ("<=", bounds.le), ("<", bounds.lt))
+    said = " and ".join(f"{sign} {limit:,.12g}" for sign, limit in limits if limit is not None)
+    unit = f" of {bounds.extra['unit']}" if bounds.extra else ""
+    return f"a {'whole ' if kind is int else ''}number{unit} {said}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether files and messages can hold it; bytes of a command line that are not UTF-8 arrive as lone surrogates."""
+    return len(value) <= _LONGEST and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, however long it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}..."
 
 
 # What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
@@ -261,6 +334,10 @@ def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
     ]
 
 
+# Bytes; all fields together take two thousand.
+_LARGEST_FILE = 1 << 20
+
+
 def read_toml(path: str | Path) -> dict[str, object]:
     """Reads a TOML file of fields and returns them by dotted name.
 
@@ -272,19 +349,25 @@ def read_toml(path: str | Path) -> dict[str, object]:
     else:
         import tomli as tomllib
     try:
-        tree = tomllib.loads(Path(path).read_text("utf-8"))
+        state = os.stat(path)
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe that nobody writes into would wait for ever
+            raise ConfigError(f"--config {path}: not a file")
+        if state.st_size > _LARGEST_FILE:
+            raise ConfigError(f"--config {path}: {state.st_size:,} bytes, which is no file of fields; give another")
+        return flatten(tomllib.loads(Path(path).read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"--config {path}: tables or lists within each other a thousand deep") from None
+    except ValueError as error:  # not UTF-8, not TOML, an integer of thousands of digits
         raise ConfigError(f"--config {path}: not TOML: {error}") from None
-    return flatten(tree)
 
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
     """Turns nested tables into dotted names."""
     flat: dict[str, object] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             flat.update({f"{name}.{leaf}": inner for leaf, inner in flatten(value).items()})
         else:
             flat[name] = value

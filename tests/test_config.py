@@ -1,4 +1,7 @@
+import itertools
 import json
+import os
+import re
 
 import pytest
 
@@ -37,19 +40,38 @@ def test_nothing_else_changes():
 @pytest.mark.parametrize(
     "name, value, words",
     [
-        ("optim.lr", "fast", ["optim.lr", "fast", "float"]),
+        ("optim.lr", "fast", ["optim.lr: 'fast' will not do: it takes a number > 0 and <= 1,000,000"]),
         ("optim.lr", "0", ["optim.lr", "> 0"]),
         ("optim.lr", "nan", ["optim.lr"]),
         ("global_batch", "0", ["global_batch", ">= 1"]),
-        ("global_batch", "2.5", ["global_batch", "int"]),
+        ("global_batch", "2.5", ["global_batch", "a whole number of images"]),
+        ("global_batch", "1000000000000000000", ["a whole number of images >= 1 and <= 10,000,000"]),
+        ("global_batch", 10**400, ["global_batch", "images"]),
+        ("global_batch", 16**5000, ["global_batch: this int will not do"]),
+        ("image_size", 10**9, ["image_size: 1000000000 will not do", "pixels >= 8 and <= 8,192"]),
+        ("epochs", 1e300, ["epochs: 1e+300", "number of epochs", "<= 1,000,000"]),
+        ("workers", "1000000", ["threads >= 0 and <= 1,024"]),
+        ("comm.bucket_mb", "1e300", ["number of MiB", "<= 100,000"]),
+        ("comm.timeout_s", "1e300", ["number of seconds", ">= 0.1 and <= 2,592,000"]),
+        ("schedule.milestones", "1,nan", ["schedule.milestones: '1,nan'", "each a number of epochs"]),
+        ("schedule.milestones", [1.0] * 101, ["at most 100 values"]),
+        ("data", "a\0b", [r"data: 'a\x00b'", "none of them NUL"]),
+        ("out", "caf\udce9", ["UTF-8"]),
+        ("model", "x" * 10**6, ["model: 'xxx", "... will not do", "8192 characters"]),
+        ("x" * 10**6, "1", ["unknown field 'xxx", "..."]),
+        ("data", {}, ["data: {} will not do"]),
+        ("nothing", {}, ["unknown field 'nothing'"]),
+        ("optim.lr", [[1]], ["optim.lr: [[1]]"]),
         ("optim.momentum", "1.0", ["optim.momentum", "< 1"]),
-        ("precision", "fp16", ["precision", "fp16"]),
+        ("precision", "fp16", ["precision: 'fp16' will not do: it takes auto, bf16 or fp32"]),
+        ("force_bf16", "perhaps", ["true or false"]),
         ("glabal_batch", "1", ["unknown field", "global_batch"]),
         ("optim.nesterov", "1", ["unknown field"]),
         ("optim.variant", "nesterov", ["lars has no variant", "paper, mlperf, larc"]),
         ("seed", "-1", ["seed"]),
         ("epochs", "inf", ["epochs"]),
     ],
+    ids=itertools.count(),
 )
 def test_refusals_name_the_field_and_the_reason(name, value, words):
     with pytest.raises(ConfigError) as raised:
@@ -85,7 +107,48 @@ def test_toml_and_dict_round_trip(tmp_path):
     assert override(RunConfig(), configuration.flatten(stored)) == config
 
 
-@pytest.mark.parametrize("content, words", [(None, "No such file"), (b"a = ", "not TOML"), (b"\xff\xfe", "not TOML")])
+# Numbers without a unit: rates, factors and fractions.
+WITHOUT_UNIT = {
+    "dropout", "label_smoothing", "seed", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.trust_coefficient",
+    "optim.eps", "schedule.warmup_lr", "schedule.power", "schedule.end_lr", "schedule.gamma", "augment.min_area",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", list(configuration.fields()), ids=lambda field: field.name)
+def test_every_number_has_two_bounds_and_a_unit(field):
+    """Below and above all that makes sense, and past what a float or 64 bits hold."""
+    _, reason = refusal(field.name, object())
+    if "number" not in reason:
+        return
+    assert ("number of " in reason) == (field.name not in WITHOUT_UNIT)
+    for value in (-1e-9, -(10**30), 10**30, 1e300, float("inf"), float("-inf"), float("nan"), "1e400", "-1"):
+        assert refusal(field.name, value)[1] == reason
+    assert re.search(r"(>=?) [\d.e-]+ and (<=?) [\d.,e+]+$", reason)
+
+
+def refusal(name, value):
+    """Value and reason of the line that refuses it."""
+    with pytest.raises(ConfigError) as raised:
+        override(RunConfig(), {name: value})
+    line = str(raised.value)
+    assert line.startswith(f"{name}: ")
+    assert "\n" not in line
+    return line.removeprefix(f"{name}: ").split(" will not do: ", 1)
+
+
+def test_a_heading_with_nothing_under_it_is_no_field(tmp_path):
+    path = tmp_path / "run.toml"
+    path.write_text("[optim]\n[comm]\n")
+    assert override(RunConfig(), configuration.read_toml(path)) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(None, "No such file"), (b"a = ", "not TOML"), (b"\xff\xfe", "not TOML"), (b"a = " + b"[" * 5000, "deep"),
+     (b"a" + b".a" * 5000 + b" = 1", "deep"), (b"a = " + b"9" * 5000, "not TOML"),
+     (b"#" * (1 << 21), "2,097,152 bytes")],
+    ids=range(7),
+)  # fmt: skip
 def test_bad_files_are_one_line(tmp_path, content, words):
     path = tmp_path / "run.toml"
     if content is not None:
@@ -93,6 +156,13 @@ def test_bad_files_are_one_line(tmp_path, content, words):
     with pytest.raises(ConfigError, match=words) as raised:
         configuration.read_toml(path)
     assert "run.toml" in str(raised.value)
+
+
+def test_what_is_no_file_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(ConfigError, match="not a file"):
+            configuration.read_toml(path)
 
 
 def test_fields_without_effect_are_named():
