@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 
+from knltrain.errors import one_line
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -31,11 +33,11 @@ class Console:
 
     def line(self, text: str) -> None:
         """Prints a line above the progress bar."""
-        self.rich.print(text, markup=False)
+        self.rich.print(one_line(text), markup=False)
 
     def warn(self, text: str) -> None:
         """Prints a line that must not be overlooked."""
-        self.rich.print(f"warning: {text}", markup=False, style="yellow")
+        self.rich.print(f"warning: {one_line(text)}", markup=False, style="yellow")
 
 
 class _Shown:

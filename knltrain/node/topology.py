@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
+from knltrain.errors import one_line
 from knltrain.node.amx import kernel_grants_amx, knows_amx
 from knltrain.node.cgroup import read_limits
 from knltrain.node.cpulist import read_cpus, read_number, read_text
@@ -138,7 +139,7 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     cores = _cores(root, cpus)
     domains, memory_nodes = _domains(root, cores, caches, flags, limits.mems)
     return Node(
-        cpu_model=cpuinfo.get("model name", "unknown"),
+        cpu_model=one_line(cpuinfo.get("model name", "unknown")),
         flags=flags if granted else frozenset(flag for flag in flags if not flag.startswith("amx_")),
         cpus=cpus,
         cores=cores,
