@@ -205,9 +205,9 @@ def export(checkpoint: str, dst: str, format: str | None, as_json: bool) -> None
 @click.argument("dst", required=False)
 @click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,
               help="raw: pixels, read at memory speed; tar: JPEGs, a seventh of the size.")  # fmt: skip
-@click.option("--size", type=click.IntRange(min=0), default=256, show_default=True,
+@click.option("--size", type=click.IntRange(min=0, max=16384), default=256, show_default=True,
               help="Short side, pixels; raw images are squares of it. 0 with tar: images as they are.")  # fmt: skip
-@click.option("--workers", type=click.IntRange(min=1), help="Processes; default one per core.")
+@click.option("--workers", type=click.IntRange(min=1, max=1024), help="Processes; default one per core.")
 @click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="What an image that cannot be decoded means; DST/rejected.jsonl lists them.")  # fmt: skip
 @click.option("--verify", metavar="DST", help="Compare a prepared folder with its checksums, and do nothing else.")

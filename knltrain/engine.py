@@ -13,6 +13,7 @@ import shutil
 import warnings
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -102,7 +103,7 @@ def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, 
         refuse_missing_parts(asked)
         return asked
     measured = stored_engine(model, precision, node, threads)
-    if measured is not None:
+    if measured is not None and measured in get_args(EngineName):  # the file may be of a later version, or anybody's
         try:
             refuse_missing_parts(measured)
             return measured

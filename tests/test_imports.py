@@ -21,7 +21,7 @@ FLOORS = [
     {"engine", "checkpoint", "metrics", "weights"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},
-    {"errors", "__init__", "_kernels"},
+    {"errors", "files", "__init__", "_kernels"},
 ]
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
 NEIGHBOURS = {

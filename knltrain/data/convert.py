@@ -13,7 +13,8 @@ import simplejpeg
 from PIL import Image
 
 from knltrain.data.augment import Pixels, centre, short_side
-from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.decode import DecodeError, EncodedImage, read_image
+from knltrain.files import open_regular
 
 # As most who store ImageNet for training do; of a photograph, about a seventh of its pixels' bytes.
 _QUALITY = 90
@@ -36,14 +37,16 @@ def end_with(parent: int) -> None:
 
 
 def read(path: str, offset: int, size: int) -> bytes:
-    """A part of a file; size -1 is the rest of it.
+    """A part of a file; size -1 is all of it.
 
     Raises:
-        OSError: it cannot be read.
+        OSError: it cannot be read, or is no file.
     """
-    with open(path, "rb", buffering=0) as file:
+    if size < 0:
+        return read_image(path)
+    with open_regular(path) as file:
         file.seek(offset)
-        return file.read(size if size >= 0 else None)
+        return file.read(size)
 
 
 def scaled(image: EncodedImage, size: int) -> Pixels:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import io
 import math
+import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +17,17 @@ import simplejpeg
 from PIL import Image, ImageOps
 
 from knltrain.data.augment import Box, Pixels
+from knltrain.files import open_regular
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = {5, 6, 7, 8}
+# What decoding may take: 400 MB of pixels. No photograph of a data set is that large; any header can claim to be.
+_MOST_PIXELS = 1 << 27
+# A progressive JPEG has some ten scans, each of which passes over the whole image.
+_MOST_SCANS = 500
+_LARGEST_FILE = 1 << 30
+# Not all that Pillow knows: it hands some formats to other programs (EPS to Ghostscript).
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 class DecodeError(ValueError):
@@ -36,6 +47,18 @@ def decoder_of_parts() -> Any | None:
     with open("/proc/self/maps") as maps:
         loaded = {line.split(maxsplit=5)[5].strip() for line in maps if "/libjpeg" in line}
     return module.Jpeg if any(module.use_libjpeg(path) == "" for path in sorted(loaded)) else None
+
+
+def read_image(path: str | Path) -> bytes:
+    """The bytes of an image's file.
+
+    Raises:
+        OSError: it cannot be read, or is no file, or one of more than 1 GiB.
+    """
+    with open_regular(path, buffering=0) as file:
+        if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
+            raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE:,} bytes", str(path))
+        return file.read()
 
 
 class DecodedImage:
@@ -70,7 +93,7 @@ class EncodedImage:
         data: the whole file.
 
     Raises:
-        DecodeError: the header is no image's.
+        DecodeError: the header is no image's, or that of one with more than 134 million pixels.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -80,6 +103,8 @@ class EncodedImage:
         self._turbo = data[:2] == b"\xff\xd8"
         self._parts: Any = None
         if self._turbo:
+            if data.count(b"\xff\xda") > _MOST_SCANS:
+                raise DecodeError(f"a JPEG of more than {_MOST_SCANS} scans")
             native, header = decoder_of_parts(), 65536
             try:
                 if native is not None:
@@ -95,10 +120,13 @@ class EncodedImage:
             if data.find(b"Exif\0", 0, header) >= 0:
                 self._orientation = self._read_orientation()
         else:
-            with self._open() as image:
+            with warnings.catch_warnings(), self._open() as image:
+                warnings.simplefilter("ignore")  # of a large picture, and of damage that may turn out to be one
                 width, height = image.size
                 self.suffix = (image.format or "").lower()
             self._orientation = self._read_orientation()
+        if height * width > _MOST_PIXELS:
+            raise DecodeError(f"{width:,} x {height:,} pixels are more than the {_MOST_PIXELS:,} that are decoded")
         self.height, self.width = (width, height) if self._orientation in _SIDEWAYS else (height, width)
 
     def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
@@ -170,13 +198,14 @@ class EncodedImage:
 
     def _open(self) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self._data))
+            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Exception as error:  # Pillow's plugins raise whatever their parser raises
             raise DecodeError(_reason(error)) from None
 
     def _read_orientation(self) -> int:
         try:
-            with self._open() as image:
+            with warnings.catch_warnings(), self._open() as image:
+                warnings.simplefilter("ignore")
                 orientation = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # a damaged tag directory says nothing about the picture
             return 1

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.decode import DecodeError, EncodedImage, read_image
 from knltrain.errors import KnltrainError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -30,7 +31,8 @@ class Folder:
         part: the directory that holds a folder for each class. Images lie in it or below it.
 
     Raises:
-        DataError: the directory is missing, cannot be read, has no class folders, or a class has no image.
+        DataError: the directory is missing, cannot be read, has no class folders, a class has no image, or its name is
+            not UTF-8.
     """
 
     def __init__(self, part: Path) -> None:
@@ -38,11 +40,15 @@ class Folder:
         if not part.is_dir():
             raise DataError(f"{part}: no such folder; --data takes a folder that holds train/CLASS and val/CLASS")
         try:
-            self.classes = tuple(sorted(entry.name for entry in os.scandir(part) if entry.is_dir()))
+            with os.scandir(part) as entries:
+                self.classes = tuple(sorted(entry.name for entry in entries if _is_class(entry)))
         except OSError as error:
-            raise DataError(f"{part}: {error.strerror}") from None
+            raise DataError(f"{error.filename or part}: {error.strerror}") from None
         if not self.classes:
             raise DataError(f"{part}: no class folders in it")
+        for name in self.classes:
+            if not is_utf8(name):
+                raise DataError(f"{part / name}: the name of a class has to be UTF-8; rename the folder")
         self._files: list[str] = []
         counts = []
         for name in self.classes:
@@ -69,8 +75,7 @@ class Folder:
             DecodeError: it is no image.
             OSError: it cannot be read.
         """
-        with open(self._files[index], "rb", buffering=0) as file:
-            return EncodedImage(file.read())
+        return EncodedImage(read_image(self._files[index]))
 
     def where(self, index: int) -> tuple[str, int, int]:
         """The file that holds an image, and which of its bytes: path, 0, and -1 for all."""
@@ -112,6 +117,22 @@ def check_some(dataset: Images, count: int) -> None:
             dataset.image(index).pixels()
         except (DecodeError, OSError) as error:
             raise dataset.bad(index, error) from None
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a file can hold a name; a folder's may be any bytes, which arrive as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _is_class(entry: os.DirEntry[str]) -> bool:
+    """Whether it is a folder, or a link to one. A link that leads nowhere may have been one."""
+    if entry.is_symlink():
+        return stat.S_ISDIR(os.stat(entry.path).st_mode)
+    return entry.is_dir()
 
 
 def _images_below(folder: Path) -> list[str]:

@@ -6,10 +6,32 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any
 
-from knltrain.data.manifest import JOURNAL
+import msgspec
+
+from knltrain.data.manifest import JOURNAL, Count
 from knltrain.errors import ConfigError
+from knltrain.files import open_regular
+
+
+def _is_whole(line: dict[str, Any], *, head: bool) -> bool:
+    """Whether a line has what it is asked for later: the first what is being prepared, the others a shard."""
+    if head:
+        return isinstance(count := line.get("images_a_shard"), int) and count > 0
+    try:
+        msgspec.convert(line, _Record)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+class _Record(msgspec.Struct):
+    file: Annotated[str, msgspec.Meta(max_length=255)]
+    images: Count
+    bytes: Count
+    sha256: str
+    rejected: list[tuple[Count, str]]
 
 
 class Journal:
@@ -41,14 +63,19 @@ class Journal:
         Raises:
             ConfigError: something else is being prepared there.
         """
-        lines = []
+        lines: list[dict[str, Any]] = []
         if self._path.exists():
+            with open_regular(self._path) as file:
+                content = file.read()
             # A line that was being written when the machine went down is no JSON.
-            for text in self._path.read_text("utf-8").splitlines():
+            for text in content.splitlines():
                 try:
-                    lines.append(json.loads(text))
-                except ValueError:
+                    line = json.loads(text)
+                except (ValueError, RecursionError):
                     break
+                if not isinstance(line, dict) or not _is_whole(line, head=not lines):
+                    raise ConfigError(f"{self._path} is damaged; give another folder, or delete this one")
+                lines.append(line)
         if lines:
             begun = {key: lines[0].get(key) for key in settings}
             if begun != settings:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -12,6 +12,10 @@ from knltrain.data.folder import DataError
 
 NAME = "meta.json"
 Format = Literal["raw", "tar"]
+
+
+Count = Annotated[int, msgspec.Meta(ge=0)]
+Part = Annotated[str, msgspec.Meta(pattern=r"^(train|val)\Z")]
 
 
 class Shard(msgspec.Struct, forbid_unknown_fields=True):
@@ -25,8 +29,8 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
     """
 
     file: str
-    images: int
-    bytes: int
+    images: Count
+    bytes: Count
     sha256: str
 
 
@@ -45,13 +49,13 @@ class Manifest(msgspec.Struct, kw_only=True):
     """
 
     format: Format
-    size: int
+    size: Annotated[int, msgspec.Meta(ge=0, le=16384)]
     classes: list[str]
-    counts: dict[str, int]
-    shards: dict[str, list[Shard]]
-    labels: dict[str, str] = {}
+    counts: dict[Part, Count]
+    shards: dict[Part, list[Shard]]
+    labels: dict[Part, str] = {}
     source: str = ""
-    rejected: int = 0
+    rejected: Count = 0
 
     def check_shards(self, root: Path, part: str, found: list[Path] | None = None) -> None:
         """Compares names and sizes of a part's files with what was written.
@@ -96,13 +100,23 @@ def read_manifest(root: Path) -> Manifest | None:
         content = msgspec.json.decode(text)
         if not isinstance(content, dict) or not content.keys() & {"format", "shards"}:
             return None  # somebody else's: it is a common name
-        return msgspec.json.decode(text, type=Manifest)
+        manifest = msgspec.json.decode(text, type=Manifest)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not what knltrain prepare writes ({error}); copy it again") from None
+    outside = [shard.file for shards in manifest.shards.values() for shard in shards if not _is_inside(shard.file)]
+    if outside:
+        raise DataError(f"{path}: {outside[0]} is no file of this folder; prepare writes no such thing, do not use it")
+    return manifest
+
+
+def _is_inside(file: str) -> bool:
+    """Whether a path stays in the folder that it is of, wherever that is."""
+    path = PurePosixPath(file)
+    return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
 # What is finished while a folder is being prepared; gone when it is whole.

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from knltrain.data.augment import Pixels
 from knltrain.data.decode import DecodedImage
 from knltrain.data.folder import DataError
-from knltrain.data.manifest import Manifest
+from knltrain.data.manifest import NAME, Manifest
+from knltrain.files import open_regular
 
 
 class Packed:
@@ -38,15 +39,21 @@ class Packed:
         self._shards: list[Pixels] = []
         for path in self._paths:
             images = _load(path, mapped=True)
-            if images.dtype != np.uint8 or images.shape[1:] != (self.size, self.size, 3):
+            if (
+                images.dtype != np.uint8
+                or images.shape[1:] != (self.size, self.size, 3)
+                or not images.flags.c_contiguous
+            ):
                 raise DataError(f"{path}: {images.dtype} of shape {images.shape}, not images of {self.size} pixels")
             self._shards.append(images)
+        if [len(images) for images in self._shards] != [shard.images for shard in manifest.shards[part]]:
+            raise DataError(f"{root}: {part} does not hold as many images as {NAME} says; copy it again")
         self._first = np.cumsum([0, *(len(images) for images in self._shards)])
-        self.labels: NDArray[np.int64] = _load(root / part / "labels.npy", mapped=False).astype(np.int64)
-        if len(self.labels) != len(self) or (
-            len(self) and not 0 <= self.labels.min() <= self.labels.max() < len(self.classes)
-        ):
+        labels = _load(root / part / "labels.npy", mapped=False)
+        fits = labels.shape == (len(self),) and np.issubdtype(labels.dtype, np.integer)
+        if not fits or (len(self) and not 0 <= labels.min() <= labels.max() < len(self.classes)):
             raise DataError(f"{root / part}/labels.npy: it does not fit the images; run knltrain prepare again")
+        self.labels: NDArray[np.int64] = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -82,9 +89,12 @@ class Packed:
 
 def _load(path: Path, *, mapped: bool) -> NDArray[np.uint8]:
     try:
+        open_regular(path).close()
         array: NDArray[np.uint8] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; run knltrain prepare again") from None
-    except ValueError as error:
+    except Exception as error:  # of a damaged header NumPy says what its parsers say
         raise DataError(f"{path}: damaged ({error}); copy it again, or run knltrain prepare again") from None
+    if not isinstance(array, np.ndarray):  # an archive of several
+        raise DataError(f"{path}: damaged; copy it again, or run knltrain prepare again")
     return array

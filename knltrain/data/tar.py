@@ -18,11 +18,14 @@ from numpy.typing import NDArray
 
 from knltrain.data.decode import DecodeError, EncodedImage
 from knltrain.data.folder import SUFFIXES, DataError, check_some
-from knltrain.data.manifest import read_manifest
+from knltrain.data.manifest import NAME, read_manifest
+from knltrain.files import open_regular
 from knltrain.node.cache import cache_folder
 
 # Part of an index's name: indexes made by other rules are not read.
 _VERSION = 1
+MOST_CLASSES = 1 << 20
+_LONGEST_LABEL = 64  # bytes of a .cls file; what is longer is no number
 
 
 class Member(NamedTuple):
@@ -48,12 +51,19 @@ def members(file: IO[bytes], begin: int = 0, end: int | None = None) -> Iterator
             for info in tar:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every one
                 size = info.size if info.isfile() else 0
+                if size < 0 or info.offset_data < behind:
+                    raise DataError(f"{file.name}: damaged at {info.name}; copy this file again")
                 if info.offset_data + size > end:
                     raise DataError(f"{file.name}: cut short within {info.name}; copy this file again")
+                if info.issparse():
+                    raise DataError(f"{file.name}: {info.name} is stored with gaps (sparse); write it without")
                 if info.isfile():
                     yield Member(info.name, info.offset_data, size)
                 behind, last = info.offset_data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, info.name
-    except (tarfile.TarError, EOFError) as error:
+    except RecursionError:
+        raise DataError(f"{file.name}: a thousand headers without a file behind {last}; copy this file again") from None
+    # ValueError: of numbers in headers, which tarfile does not look at closely.
+    except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{file.name}: no tar file, or a damaged one ({error}); copy this file again") from None
     # tarfile takes whatever follows for the end. Blocks of zeros are.
     file.seek(behind)
@@ -71,7 +81,7 @@ class TarIndex(NamedTuple):
         label: class number.
     """
 
-    shard: NDArray[np.int32]
+    shard: NDArray[np.int64]
     offset: NDArray[np.int64]
     size: NDArray[np.int64]
     label: NDArray[np.int64]
@@ -80,7 +90,7 @@ class TarIndex(NamedTuple):
 def shards_of(root: Path, part: str) -> list[Path]:
     """The tar files of a part, in the order of their names: ``train-00000.tar``, ``train_0.tar`` or ``train/0.tar``."""
     named = [path for path in root.glob("*.tar") if re.match(rf"{part}\b|{part}_", path.name)]
-    return sorted([*named, *(root / part).glob("*.tar")])
+    return sorted(path for path in [*named, *(root / part).glob("*.tar")] if not path.is_dir())
 
 
 class Tar:
@@ -109,6 +119,9 @@ class Tar:
         self.labels = self._index.label
         if manifest is not None:
             self.classes = tuple(manifest.classes)
+            images = sum(shard.images for shard in manifest.shards[part])
+            if len(self) != images or (len(self) and self.labels.max() >= len(self.classes)):
+                raise DataError(f"{root}: {part} does not hold what {NAME} says; copy it again")
         else:
             # Both parts have as many classes as the labels of either need.
             others = [_open_index(root, other, shards_of(root, other)) for other in ("train", "val") if other != part]
@@ -126,7 +139,7 @@ class Tar:
             with open(path, "rb") as file:
                 file.seek(offset - tarfile.BLOCKSIZE)
                 inside = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape").name
-        except (OSError, tarfile.TarError):
+        except (OSError, ValueError, tarfile.TarError):
             inside = f"sample {index}"
         return f"{path}: {inside}"
 
@@ -179,7 +192,7 @@ class Tar:
     def _opened(self, shard: int) -> int:
         """A descriptor of the shard for one read: it stays open if another thread closes the others."""
         if shard not in self._files:
-            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY)
+            self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_NONBLOCK)
         return os.dup(self._files[shard])
 
     def _close_files(self) -> None:
@@ -197,7 +210,7 @@ def _open_index(root: Path, part: str, shards: list[Path]) -> TarIndex:
     """Reads the index of some shards, or makes it and leaves it beside them, or in the cache if that cannot be."""
     if not shards:
         empty = np.empty(0, np.int64)
-        return TarIndex(empty.astype(np.int32), empty, empty, empty)
+        return TarIndex(empty, empty, empty, empty)
     names = np.array([path.name for path in shards])
     states = [path.stat() for path in shards]
     stamp = np.array([(state.st_size, state.st_mtime_ns) for state in states])
@@ -219,12 +232,23 @@ def _read_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64]) -
         with np.load(path, allow_pickle=False) as arrays:
             # A copied folder has other times; sizes must fit.
             if np.array_equal(arrays["names"], names) and np.array_equal(arrays["stamp"][:, 0], stamp[:, 0]):
-                newer = stamp[:, 1] > arrays["made_ns"]
-                if not newer.any():
-                    return TarIndex(*(arrays[field] for field in TarIndex._fields))
-    except (OSError, ValueError, KeyError, EOFError):
+                index = TarIndex(*(arrays[field].astype(np.int64, casting="safe") for field in TarIndex._fields))
+                if not (stamp[:, 1] > arrays["made_ns"]).any() and _fits(index, stamp[:, 0]):
+                    return index
+    except FileNotFoundError:
+        pass
+    except Exception:  # NumPy and zipfile raise whatever damage leads them to; the index is made anew
         pass
     return None
+
+
+def _fits(index: TarIndex, sizes: NDArray[np.int64]) -> bool:
+    """Whether an index speaks of these shards, whose sizes in bytes are given; anybody may have written it."""
+    if not all(column.ndim == 1 and 0 < len(column) == len(index.label) and column.min() >= 0 for column in index):
+        return False
+    if index.shard.max() >= len(sizes) or index.label.max() >= MOST_CLASSES or index.offset.min() < tarfile.BLOCKSIZE:
+        return False
+    return bool((index.size <= sizes[index.shard] - index.offset).all())
 
 
 def _write_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64], index: TarIndex) -> bool:
@@ -247,14 +271,14 @@ def _make_index(shards: list[Path]) -> TarIndex:
     rows: list[tuple[int, int, int, int]] = []
     for number, path in enumerate(shards):
         try:
-            with open(path, "rb") as file:
+            with open_regular(path) as file:
                 rows.extend((number, image.offset, image.size, label) for image, label in _samples(file))
         except OSError as error:
             raise DataError(f"{path}: {error.strerror}") from None
     if not rows:
         raise DataError(f"{shards[0].parent}: no images in its tar files ({', '.join(SUFFIXES)} are read)")
     table = np.array(rows, np.int64)
-    return TarIndex(table[:, 0].astype(np.int32), *(np.ascontiguousarray(table[:, i]) for i in (1, 2, 3)))
+    return TarIndex(*(np.ascontiguousarray(column) for column in table.T))
 
 
 def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
@@ -272,7 +296,9 @@ def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
         if f".{extension.lower()}" in SUFFIXES:
             image = member
         elif extension == "cls":
-            text = os.pread(file.fileno(), member.size, member.offset)
-            if not text.strip().isdigit():
-                raise DataError(f"{file.name}: {member.name} holds {text[:20]!r}, no class number")
+            text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)
+            if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
+                raise DataError(
+                    f"{file.name}: {member.name} holds {text[:20]!r}, no class number from 0 to {MOST_CLASSES - 1:,}"
+                )
             label = int(text)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 
 _SYS_ARCH_PRCTL = 158
 _ARCH_REQ_XCOMP_PERM = 0x1023
@@ -24,5 +25,5 @@ def kernel_grants_amx() -> bool:
 
 def knows_amx(release: str) -> bool:
     """Whether a kernel of this release can grant it: 5.16 and later."""
-    numbers = release.split("-")[0].split(".")[:2]
-    return len(numbers) == 2 and all(n.isdecimal() for n in numbers) and tuple(map(int, numbers)) >= (5, 16)
+    found = re.match(r"(\d{1,4})\.(\d{1,4})\b", release)
+    return found is not None and (int(found[1]), int(found[2])) >= (5, 16)

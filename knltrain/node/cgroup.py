@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from knltrain.node.cpulist import read_cpus, read_number, read_text
+from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
 
 # Version 1 writes "no limit" as the largest number of whole pages.
 _NO_LIMIT = 1 << 60
+_LONGEST_PATH = 4096  # PATH_MAX of <linux/limits.h>
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,9 @@ def read_limits(root: Path) -> Limits:
             (quota, period),
             (read_text(folder / "cpu.cfs_quota_us"), read_text(folder / "cpu.cfs_period_us")),
         ):
-            if numerator.isdecimal() and denominator.isdecimal() and int(denominator):
-                quotas.append(int(numerator) / int(denominator))
+            share, whole = as_number(numerator), as_number(denominator)
+            if share is not None and share >= 0 and whole is not None and whole > 0:
+                quotas.append(share / whole)
     return Limits(cpus, mems, min(memory) / 2**20 if memory else None, min(quotas) if quotas else None)
 
 
@@ -78,7 +80,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         # Outside the part of the tree that a cgroup namespace shows, the path begins with /.. .
-        inside = "/" if ".." in PurePosixPath(path).parts else path
+        inside = "/" if ".." in PurePosixPath(path).parts or len(path) > _LONGEST_PATH else path
         for name in names.split(","):
             paths[name] = inside
     try:

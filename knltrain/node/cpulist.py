@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from knltrain.files import open_regular
+
 # More than any kernel is built for (NR_CPUS is at most 8192): a damaged list must not fill the memory.
 _MOST = 1 << 16
+_MOST_BYTES = 1 << 16
+# Digits of a number: of 64 bits.
+_DIGITS = 20
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
@@ -19,10 +24,12 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
     for part in text.strip().split(","):
         if part:
             first, _, last = part.partition("-")
-            start, stop = int(first), int(last or first) + 1
-            if not 0 <= start < stop <= _MOST:
+            start, stop = as_number(first), as_number(last or first)
+            if start is None or stop is None or not 0 <= start <= stop < _MOST:
                 raise ValueError(f"{part!r} is no range of CPUs")
-            cpus.extend(range(start, stop))
+            cpus.extend(range(start, stop + 1))
+            if len(cpus) > _MOST:
+                raise ValueError("more CPUs than there can be")
     return tuple(cpus)
 
 
@@ -38,22 +45,26 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file without the space around it, or nothing where there is no such file.
+    """The text of a file without the space around it, 64 KiB at most, or nothing where there is no such file.
 
     Archives of sysfs have files of a page with zeros at the end; these are left out as well.
     """
     try:
-        return path.read_bytes().decode("utf-8", "replace").strip("\0 \t\r\n")
-    except OSError:
+        with open_regular(path) as file:
+            return file.read(_MOST_BYTES).decode("utf-8", "replace").strip("\0 \t\r\n")
+    except (OSError, ValueError):  # ValueError: a name with NUL in it
         return ""
 
 
 def read_number(path: Path) -> int | None:
     """The number in a file, or None."""
-    try:
-        return int(read_text(path))
-    except ValueError:
-        return None
+    return as_number(read_text(path).removeprefix("+"))
+
+
+def as_number(text: str) -> int | None:
+    """The whole number that a text is, or None; nothing of the kernel's has more than 64 bits."""
+    digits = text.removeprefix("-")
+    return int(text) if digits.isdecimal() and len(digits) <= _DIGITS else None
 
 
 def read_cpus(path: Path) -> tuple[int, ...]:

@@ -18,9 +18,13 @@ from typing import Any
 
 import knltrain
 from knltrain.errors import KnltrainError
+from knltrain.files import open_regular
 from knltrain.node.cache import cache_folder
 from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
+
+# Of anything that a layout counts.
+_MOST = 1 << 31
 
 
 def measured_file() -> Path:
@@ -65,7 +69,8 @@ def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]
         model = str(one["settings"].get("model"))
         if settings_of(model, precision, node, threads).items() <= one["settings"].items():
             rows = one.get("engines")
-            found = [row.get("images_per_s") for row in rows if row.get("engine") == one["fastest"]] if rows else []
+            rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+            found = [row.get("images_per_s") for row in rows if row.get("engine") == one["fastest"]]
             if found and isinstance(found[0], float):
                 rates[model] = found[0]
     return rates
@@ -105,7 +110,7 @@ def stored_layout(node: Node) -> MeasuredLayout | None:
             settings, here = one["settings"], layout_settings("", "", node, layout)
         except (KeyError, TypeError, importlib.metadata.PackageNotFoundError):
             continue  # engines alone, of an earlier version; something else; or no torch here, for which it holds
-        good = all(isinstance(number, int) and number >= 0 for number in vars(layout).values())
+        good = all(isinstance(number, int) and 0 <= number < _MOST for number in vars(layout).values())
         wanted = {name: value for name, value in here.items() if name not in ("model", "precision")}
         if good and layout.ranks_per_node and layout.threads and wanted.items() <= settings.items():
             of = f"{settings.get('model')} at batch {settings.get('batch')} ({str(one.get('time'))[:10]})"
@@ -149,7 +154,8 @@ def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
 def _read() -> list[dict[str, Any]]:
     path = measured_file()
     try:
-        measurements = json.loads(path.read_text("utf-8"))
+        with open_regular(path) as file:
+            measurements = json.loads(file.read())
         if isinstance(measurements, list) and all(
             isinstance(one["settings"], dict) and isinstance(one["fastest"], str) for one in measurements
         ):
@@ -159,7 +165,7 @@ def _read() -> list[dict[str, Any]]:
         return []
     except OSError as error:
         problem = str(error.strerror)
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         problem = "damaged, or not what knltrain tune writes"
     warnings.warn(f"{path}: {problem}; ignored. `knltrain tune` writes it anew", stacklevel=3)
     return []

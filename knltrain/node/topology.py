@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from knltrain.errors import one_line
+from knltrain.files import open_regular
 from knltrain.node.amx import kernel_grants_amx, knows_amx
 from knltrain.node.cgroup import read_limits
-from knltrain.node.cpulist import read_cpus, read_number, read_text
+from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
 
 Cores = tuple[tuple[int, ...], ...]
 
 # No package has had more memory on it: 64 GiB of HBM on Xeon Max, 16 GiB of MCDRAM on Xeon Phi.
 _LARGEST_ON_PACKAGE_MB = 64 * 1024
+# Of /proc/cpuinfo: characters of a line and lines of a processor are some thousand and some thirty.
+_LONGEST_LINE, _MOST_ENTRIES = 1 << 16, 1000
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,9 @@ def _cpuinfo(root: Path) -> dict[str, str]:
     """The first processor's lines; the kernel takes its time to write those of hundreds."""
     entries: dict[str, str] = {}
     try:
-        with open(root / "proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                if not line.strip() and entries:
+        with open_regular(root / "proc/cpuinfo") as file:
+            while line := file.readline(_LONGEST_LINE).decode("utf-8", "replace"):
+                if (not line.strip() and entries) or len(entries) > _MOST_ENTRIES:
                     break
                 key, _, value = line.partition(":")
                 entries.setdefault(key.strip(), value.strip())
@@ -259,16 +262,17 @@ def _place(core: tuple[int, ...], caches: Iterable[tuple[int, tuple[int, ...]]])
 
 
 def _memory_mb(meminfo: Path) -> int:
-    match = re.search(r"MemTotal:\s*(\d+) kB", read_text(meminfo))
+    match = re.search(r"MemTotal:\s*(\d{1,18}) kB", read_text(meminfo))
     return int(match[1]) // 1024 if match else 0
 
 
 def _nearest(folder: Path, number: int, numbers: tuple[int, ...], domains: list[int]) -> tuple[int, ...]:
     """The domains at the smallest distance; all of them where the kernel gives no distances."""
     distances = read_text(folder / f"node{number}/distance").split()
-    if len(distances) != len(numbers) or not all(distance.isdecimal() for distance in distances):
+    known = [one for one in map(as_number, distances) if one is not None]
+    if not len(known) == len(distances) == len(numbers):
         return tuple(domains)
-    away = {domain: int(distances[numbers.index(domain)]) for domain in domains}
+    away = {domain: known[numbers.index(domain)] for domain in domains}
     return tuple(domain for domain in domains if away[domain] == min(away.values()))
 
 
