@@ -350,6 +350,8 @@ def read_toml(path: str | Path) -> dict[str, object]:
         import tomli as tomllib
     try:
         state = os.stat(path)
+        if os.path.samestat(state, os.stat(os.devnull)):  # a file of no fields, and nothing to wait for
+            return {}
         if not stat.S_ISREG(state.st_mode):  # opening a pipe that nobody writes into would wait for ever
             raise ConfigError(f"--config {path}: not a file")
         if state.st_size > _LARGEST_FILE:

@@ -163,6 +163,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
     for path in (tmp_path, tmp_path / "pipe", "/dev/zero"):
         with pytest.raises(ConfigError, match="not a file"):
             configuration.read_toml(path)
+    assert configuration.read_toml(os.devnull) == {}
 
 
 def test_fields_without_effect_are_named():

@@ -120,8 +120,7 @@ class EncodedImage:
             if data.find(b"Exif\0", 0, header) >= 0:
                 self._orientation = self._read_orientation()
         else:
-            with warnings.catch_warnings(), self._open() as image:
-                warnings.simplefilter("ignore")  # of a large picture, and of damage that may turn out to be one
+            with self._open() as image:
                 width, height = image.size
                 self.suffix = (image.format or "").lower()
             self._orientation = self._read_orientation()
@@ -198,14 +197,16 @@ class EncodedImage:
 
     def _open(self) -> Image.Image:
         try:
-            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of a large picture, and of damage that may turn out to be none
+                return Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Exception as error:  # Pillow's plugins raise whatever their parser raises
             raise DecodeError(_reason(error)) from None
 
     def _read_orientation(self) -> int:
         try:
             with warnings.catch_warnings(), self._open() as image:
-                warnings.simplefilter("ignore")
+                warnings.simplefilter("ignore")  # of damaged tags
                 orientation = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # a damaged tag directory says nothing about the picture
             return 1

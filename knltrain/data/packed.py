@@ -89,8 +89,10 @@ class Packed:
 
 def _load(path: Path, *, mapped: bool) -> NDArray[np.uint8]:
     try:
-        open_regular(path).close()
-        array: NDArray[np.uint8] = np.load(path, mmap_mode="r" if mapped else None, allow_pickle=False)
+        with open_regular(path) as file:
+            array: NDArray[np.uint8] = np.load(
+                path if mapped else file, mmap_mode="r" if mapped else None, allow_pickle=False
+            )
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; run knltrain prepare again") from None
     except Exception as error:  # of a damaged header NumPy says what its parsers say

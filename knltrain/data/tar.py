@@ -229,7 +229,7 @@ def _open_index(root: Path, part: str, shards: list[Path]) -> TarIndex:
 
 def _read_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64]) -> TarIndex | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open_regular(path) as file, np.load(file, allow_pickle=False) as arrays:
             # A copied folder has other times; sizes must fit.
             if np.array_equal(arrays["names"], names) and np.array_equal(arrays["stamp"][:, 0], stamp[:, 0]):
                 index = TarIndex(*(arrays[field].astype(np.int64, casting="safe") for field in TarIndex._fields))

@@ -1,0 +1,407 @@
+"""Data sets that are damaged, or made to do harm: refused in one line, without a wait and with nothing touched."""
+
+import io
+import json
+import os
+import socket
+import stat
+import struct
+import subprocess
+import sys
+import tarfile
+
+import numpy as np
+import pytest
+from conftest import write_jpeg
+from PIL import Image
+from prepared import jpeg, prepare, webdataset
+
+from knltrain.data.datasets import open_folder
+from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.folder import DataError, Folder
+from knltrain.data.stage import stage
+from knltrain.errors import ConfigError, KnltrainError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One class with one good image."""
+    write_jpeg(tmp_path / "train" / "a" / "0.jpg", 20, 20, 0)
+    return tmp_path
+
+
+# --- names, links, and what is no file ---
+
+
+def special(kind, path):
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "socket":
+        here = os.open(".", os.O_RDONLY)
+        os.chdir(path.parent)  # an address of a socket has 107 characters
+        try:
+            with socket.socket(socket.AF_UNIX) as one:
+                one.bind(path.name)
+        finally:
+            os.fchdir(here)
+            os.close(here)
+    else:
+        path.symlink_to(
+            {"device": "/dev/zero", "nowhere": "/nowhere/0.jpg", "loop": path.name, "folder": "/proc"}[kind]
+        )
+
+
+KINDS = ["pipe", "socket", "device", "nowhere", "loop", "folder"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.timeout(60)
+def test_what_is_named_like_an_image_and_is_no_file_is_a_bad_image(folder, kind):
+    special(kind, folder / "train" / "a" / "1.jpg")
+    part = Folder(folder / "train")
+    assert len(part) == (1 if kind == "folder" else 2)  # a link to a folder is a folder, and not entered
+    if len(part) == 2:
+        with pytest.raises(DataError, match=r"1\.jpg: .*--on-bad skip"):
+            part.check(2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_no_shard_either(tmp_path, kind):
+    special(kind, tmp_path / "train-0.tar")
+    with pytest.raises((KnltrainError, OSError)):
+        open_folder(tmp_path, "train").check(1)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.timeout(60)
+def test_prepare_lists_what_is_no_file(folder, kind):
+    special(kind, folder / "train" / "a" / "1.jpg")
+    assert prepare(folder, folder.parent / f"{folder.name}-raw", workers=1, on_bad="skip")["rejected"] == 1
+
+
+def test_files_that_are_too_large_vanish_or_shrink_are_bad_images(folder, monkeypatch):
+    part = Folder(folder / "train")
+    path = folder / "train" / "a" / "0.jpg"
+    whole = path.read_bytes()
+    for change in (lambda: path.write_bytes(whole[:100]), lambda: os.truncate(path, 1 << 40), path.unlink):
+        change()
+        with pytest.raises(DataError, match=r"0\.jpg: "):
+            part.check(1)
+
+
+def test_names_are_what_people_make_them(tmp_path):
+    classes = ["-rf", "a\nb", "é", "quoted \"'`$(x)", "x" * 255, " "]
+    for name in classes:
+        write_jpeg(tmp_path / "train" / name / "1\n\x1b.jpg", 20, 20, 0)
+    part = open_folder(tmp_path, "train")
+    assert part.classes == tuple(sorted(classes))
+    os.truncate(tmp_path / "train" / "a\nb" / "1\n\x1b.jpg", 30)
+    with pytest.raises(DataError, match=r"a\\nb/1\\n\\x1b\.jpg: ") as raised:
+        part.check(len(part))
+    assert str(raised.value).isprintable()
+
+
+def test_classes_whose_name_no_file_can_hold_are_refused(tmp_path):
+    for name in (b"caf\xe9", b"a"):
+        os.makedirs(os.path.join(os.fsencode(tmp_path), b"train", name))
+    with pytest.raises(DataError, match=r"caf\\udce9: the name of a class has to be UTF-8; rename the folder"):
+        open_folder(tmp_path, "train")
+
+
+def test_files_whose_name_is_no_text_are_read(tmp_path):
+    write_jpeg(tmp_path / "train" / "a" / "0.jpg", 20, 20, 0)
+    os.rename(tmp_path / "train" / "a" / "0.jpg", os.fsencode(tmp_path) + b"/train/a/\xff.jpg")
+    open_folder(tmp_path, "train").check(1)
+    assert prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-raw", workers=1)["counts"] == {"train": 1}
+
+
+def test_links_to_folders_elsewhere_are_classes_and_those_to_nowhere_are_not_left_out(folder):
+    """Data sets are often made of links. One that leads nowhere was to be a class."""
+    write_jpeg(folder / "elsewhere" / "0.jpg", 20, 20, 1)
+    (folder / "train" / "b").symlink_to(folder / "elsewhere")
+    assert open_folder(folder, "train").classes == ("a", "b")
+    (folder / "train" / "a" / "up").symlink_to(folder / "train")  # a circle, which is not walked
+    assert len(open_folder(folder, "train")) == 2
+    for target, reason in (("/nowhere", "No such file"), ("c", "Too many levels")):
+        (folder / "train" / "c").symlink_to(target)
+        with pytest.raises(DataError, match=f"train/c: {reason}"):
+            open_folder(folder, "train")
+        (folder / "train" / "c").unlink()
+
+
+def test_thousands_of_empty_classes_are_one_line(tmp_path):
+    for number in range(2000):
+        (tmp_path / "train" / f"{number:04}").mkdir(parents=True)
+    with pytest.raises(DataError, match="0000: no image in it and 1999 other classes") as raised:
+        open_folder(tmp_path, "train")
+    assert len(str(raised.value)) < 1000
+
+
+@pytest.mark.parametrize("what", ["train", "train/a", "train/a/0.jpg"])
+def test_what_may_not_be_read_is_named(folder, what):
+    """As root everything may be read: then as nobody, in another process."""
+    (folder / what).chmod(0)
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom knltrain.data.datasets import open_folder\n"
+        "def use():\n"
+        "    try: open_folder(Path(sys.argv[1]), 'train').check(1)\n"
+        "    except Exception as error: print(type(error).__name__, error)\n"
+        "use()\n"  # as root this loads all modules, which nobody may not be allowed to read
+        "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534); use()\n"
+    )
+    parents = [*folder.parents][:-2]  # /tmp may be entered by everybody
+    modes = [(parent, stat.S_IMODE(parent.stat().st_mode)) for parent in (folder, *parents)]
+    try:
+        for parent, mode in modes:
+            parent.chmod(mode | 0o055)
+        result = subprocess.run(
+            [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, cwd="/"
+        )
+    finally:
+        for parent, mode in modes:
+            parent.chmod(mode)
+        (folder / what).chmod(0o700)
+    assert result.stdout.startswith(f"DataError {folder / what}: Permission denied"), result.stderr
+
+
+# --- images ---
+
+
+def with_size(data, height, width):
+    """A JPEG that claims another size."""
+    at = next(data.index(marker) for marker in (b"\xff\xc0", b"\xff\xc2") if marker in data)
+    return data[: at + 5] + struct.pack(">HH", height, width) + data[at + 9 :]
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+def test_pictures_that_claim_too_many_pixels_are_not_decoded(progressive):
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=progressive)
+    with pytest.raises(DecodeError, match="65,500 x 65,500 pixels are more than"):
+        EncodedImage(with_size(buffer.getvalue(), 65500, 65500))
+    thin = EncodedImage(with_size(buffer.getvalue(), 1, 65500))  # unusual, and few
+    assert (thin.height, thin.width) == (1, 65500)
+
+
+def test_other_formats_are_held_to_the_same():
+    for kind in ("PNG", "PPM", "BMP"):
+        buffer = io.BytesIO()
+        Image.new("1", (13000, 13000)).save(buffer, kind)
+        with pytest.raises(DecodeError, match="13,000 x 13,000 pixels are more than"):
+            EncodedImage(buffer.getvalue())
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded():
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64)).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    scan = data[data.rindex(b"\xff\xda") : -2]
+    assert EncodedImage(data[:-2] + 9 * scan + data[-2:]).height == 64
+    with pytest.raises(DecodeError, match="more than 500 scans"):
+        EncodedImage(data[:-2] + 600 * scan + data[-2:])
+
+
+def test_no_format_is_handed_to_another_program(tmp_path, monkeypatch):
+    """Pillow has Ghostscript execute EPS files, whatever their name."""
+    gs = tmp_path / "gs"
+    gs.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\necho 10.0\n")
+    gs.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "EPS")
+    with pytest.raises(DecodeError):
+        EncodedImage(buffer.getvalue()).pixels()
+    assert not (tmp_path / "executed").exists()
+
+
+# --- tar files ---
+
+
+def tar_of(path, *infos):
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        for info, data in infos:
+            info.size = info.size or len(data)
+            tar.addfile(info, io.BytesIO(data + bytes(info.size - len(data))))
+
+
+@pytest.mark.parametrize("label", [b"9" * 5000, b"1048576", b"9" * 30, b"-1", "²".encode(), b""])
+def test_labels_that_are_no_class_number(tmp_path, label):
+    webdataset(tmp_path / "train-0.tar", [("1.jpg", jpeg(0)), ("1.cls", label)])
+    with pytest.raises(DataError, match=r"1\.cls holds .* no class number"):
+        open_folder(tmp_path, "train")
+
+
+def test_members_that_are_no_plain_files_are_no_images(tmp_path):
+    infos = []
+    for kind, name in ((tarfile.SYMTYPE, "1.jpg"), (tarfile.LNKTYPE, "2.jpg"), (tarfile.CHRTYPE, "3.jpg"),
+                       (tarfile.FIFOTYPE, "4.jpg"), (tarfile.DIRTYPE, "5.jpg")):  # fmt: skip
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        infos.append((info, b""))
+    tar_of(tmp_path / "train-0.tar", *infos)
+    with pytest.raises(DataError, match="no images in its tar files"):
+        open_folder(tmp_path, "train")
+
+
+def test_sparse_members_are_refused(tmp_path):
+    info = tarfile.TarInfo("1.jpg")
+    info.type = tarfile.GNUTYPE_SPARSE
+    tar_of(tmp_path / "train-0.tar", (info, jpeg(0)))
+    with pytest.raises(DataError, match="sparse"):
+        open_folder(tmp_path, "train")
+
+
+def test_a_chain_of_headers_without_end(tmp_path):
+    info = tarfile.TarInfo("x")
+    info.type = tarfile.GNUTYPE_LONGNAME
+    tar_of(tmp_path / "train-0.tar", *((info, b"name\0") for _ in range(3000)))
+    with pytest.raises(DataError, match="a thousand headers"):
+        open_folder(tmp_path, "train")
+
+
+@pytest.mark.timeout(60)
+def test_a_negative_size_is_no_way_back(tmp_path):
+    webdataset(tmp_path / "train-0.tar", [("1.jpg", jpeg(0)), ("1.cls", b"0")])
+    data = bytearray((tmp_path / "train-0.tar").read_bytes())
+    data[124:136] = b"\xff" * 11 + b"\x00"  # -256, in base 256
+    data[148:156] = b"        "
+    data[148:156] = b"%06o\0 " % sum(data[:512])
+    (tmp_path / "train-0.tar").write_bytes(data)
+    with pytest.raises(DataError, match=r"train-0\.tar"):
+        open_folder(tmp_path, "train")
+
+
+def test_names_that_lead_elsewhere_are_only_names(tmp_path):
+    names = ["/absolute/1", "../../up/2", "a/../../../3", "\n/4"]
+    files = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", jpeg(0)), ("cls", b"0"))]
+    webdataset(tmp_path / "src" / "train-0.tar", files)
+    before = sorted(tmp_path.rglob("*"))
+    prepare(tmp_path / "src", tmp_path / "out" / "raw", workers=1)
+    prepare(tmp_path / "src", tmp_path / "out" / "tar", format="tar", workers=1)
+    new = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - set(before)}
+    assert {path for path in new if not path.startswith("out")} == {"src/train-index-v1.npz"}
+    with tarfile.open(tmp_path / "out" / "tar" / "train-00000.tar") as tar:
+        assert {name.partition(".")[0] for name in tar.getnames()} == {f"train-{place:08}" for place in range(4)}
+
+
+BAD_INDEXES = [
+    {"offset": [0, 1024]}, {"offset": [-512, 1024]}, {"size": [1 << 40, 5]}, {"size": [-1, 5]}, {"shard": [0, 1]},
+    {"shard": [0, -1]}, {"label": [0, 1 << 40]}, {"label": [0]}, {"label": [[0, 1]]}, {"label": [0.5, 1.0]},
+    {"label": ["a", "b"]}, {"shard": []},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", BAD_INDEXES, ids=range(len(BAD_INDEXES)))
+def test_an_index_that_lies_is_made_anew(tmp_path, wrong):
+    webdataset(
+        tmp_path / "train-0.tar", [(f"{n}.{k}", d) for n in (1, 2) for k, d in (("jpg", jpeg(n)), ("cls", b"3"))]
+    )
+    whole = open_folder(tmp_path, "train")
+    (path,) = tmp_path.glob("*.npz")
+    arrays = dict(np.load(path))
+    np.savez(path, **{**arrays, **{name: np.array(value) for name, value in wrong.items()}})
+    again = open_folder(tmp_path, "train")
+    assert again.labels.tolist() == whole.labels.tolist() == [3, 3]
+    again.check(2)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04 cut short", b"\x93NUMPY\x01\x00", b"", b"\x80\x04N."])
+def test_an_index_that_is_none_is_made_anew(tmp_path, content):
+    webdataset(tmp_path / "train-0.tar", [("1.jpg", jpeg(0)), ("1.cls", b"0")])
+    open_folder(tmp_path, "train")
+    (path,) = tmp_path.glob("*.npz")
+    path.write_bytes(content)
+    open_folder(tmp_path, "train").check(1)
+
+
+# --- prepared folders ---
+
+
+@pytest.fixture
+def raw(folder, tmp_path_factory):
+    """A raw folder and its manifest."""
+    root = tmp_path_factory.mktemp("raw") / "data"
+    prepare(folder, root, workers=1)
+    return root, json.loads((root / "meta.json").read_text())
+
+
+@pytest.mark.parametrize("path", ["../secret", "/etc/passwd", "train/../../secret", "", ".", "a\0b"])
+def test_no_path_of_a_manifest_leaves_its_folder(raw, path, tmp_path):
+    root, manifest = raw
+    (root.parent / "secret").write_bytes(b"do not read or write this")
+    manifest["shards"]["train"][0].update(file=path, bytes=25)
+    (root / "meta.json").write_text(json.dumps(manifest))
+    for use in (lambda: open_folder(root, "train"), lambda: stage(root, tmp_path / "node")):
+        with pytest.raises(DataError, match="is no file of this folder"):
+            use()
+    assert not list((tmp_path / "node").glob("*"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"labels": {"../x": "0"}}, {"shards": {"../x": []}}, {"counts": {"test": 1}}, {"size": -1}, {"size": 10**6},
+        {"classes": [1]}, {"rejected": -1}, {"classes": []}, {"shards": {"train": []}},
+        {"shards": {"train": [{"file": "train/images-00000.npy", "images": 7, "bytes": 3200, "sha256": ""}]}},
+    ],
+)  # fmt: skip
+def test_manifests_that_lie(raw, change):
+    root, manifest = raw
+    (root / "meta.json").write_text(json.dumps({**manifest, **change}))
+    with pytest.raises(DataError):
+        open_folder(root, "train")
+
+
+@pytest.mark.parametrize("content", [b"[" * 10**5, b'{"format": ' + b"[" * 10**5, b'{"format": "\xff"}', b"\0", b"{}x"])
+def test_manifests_that_are_none(raw, content):
+    root, _ = raw
+    (root / "meta.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"meta\.json: "):
+        open_folder(root, "train")
+
+
+def saved(write):
+    buffer = io.BytesIO()
+    write(buffer)
+    return buffer.getvalue()
+
+
+LABELS = [
+    saved(lambda file: np.savez(file, labels=np.array([0]))), saved(lambda file: np.save(file, np.array(0))),
+    saved(lambda file: np.save(file, np.array([0.5]))), saved(lambda file: np.save(file, np.array(["a"]))),
+    saved(lambda file: np.save(file, np.array([1]))), saved(lambda file: np.save(file, np.array([1 << 63], np.uint64))),
+    saved(lambda file: np.save(file, np.array([{}]), allow_pickle=True)), b"\x93NUMPY\x01\x00\xff\xff", b"",
+    saved(lambda file: np.save(file, np.array([0]))).replace(b"(1,)", b"(9999999999999,)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", LABELS, ids=range(len(LABELS)))
+def test_labels_that_are_none(raw, content):
+    root, _ = raw
+    (root / "train" / "labels.npy").write_bytes(content)
+    with pytest.raises(DataError, match=r"labels\.npy: "):
+        open_folder(root, "train")
+
+
+def test_shards_of_another_memory_layout_are_refused(raw):
+    root, manifest = raw
+    path = root / manifest["shards"]["train"][0]["file"]
+    np.save(path, np.asfortranarray(np.load(path)))
+    assert path.stat().st_size == manifest["shards"]["train"][0]["bytes"]
+    with pytest.raises(DataError, match="not images"):
+        open_folder(root, "train")
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [[[]], [{}], ["x"], [{"images_a_shard": 0}], [{"images_a_shard": "many"}], [{"images_a_shard": 1}, {"file": "x"}],
+     [{"images_a_shard": 1}, {"file": "x", "images": 1, "bytes": 1, "sha256": "", "rejected": [1]}]],
+)  # fmt: skip
+def test_journals_that_are_none(folder, tmp_path_factory, lines):
+    dst = tmp_path_factory.mktemp("dst")
+    (dst / "prepare.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ConfigError, match=r"prepare\.jsonl is damaged; give another folder, or delete this one"):
+        prepare(folder, dst, workers=1)
+    (dst / "prepare.jsonl").write_bytes(b"\xff\xfe\n")  # nothing that was finished: it begins anew
+    assert prepare(folder, dst, workers=1)["counts"] == {"train": 1}
