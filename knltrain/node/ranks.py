@@ -13,6 +13,9 @@ from dataclasses import dataclass
 
 from knltrain.errors import ConfigError
 
+# Of a list that is damaged, expanding would fill the memory.
+_MOST_NODES = 1_000_000
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -157,9 +160,9 @@ def expand_counts(text: str) -> list[int]:
     """
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d{1,6})\))?", part.strip())
-        if not match:
-            raise ConfigError(f"{text!r} is no list of tasks per node; Slurm's variables are damaged")
+        match = re.fullmatch(r"(\d{1,9})(?:\(x(\d{1,6})\))?", part.strip())
+        if not match or len(counts) > _MOST_NODES:
+            raise ConfigError(f"{text[:200]!r} is no list of tasks per node; Slurm's variables are damaged")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -176,10 +179,12 @@ def expand_hosts(text: str) -> tuple[str, ...]:
         expanded = [""]
         for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", pattern):
             choices = [literal] if literal else _expand_ranges(ranges, text)
+            if len(expanded) * len(choices) + len(names) > _MOST_NODES:
+                raise ConfigError(f"{text[:200]!r} are more nodes than there can be; Slurm's variables are damaged")
             expanded = [prefix + choice for prefix in expanded for choice in choices]
         names += expanded
     if re.sub(r"\[[\d,-]+\]", "", text).count("[") or not names:
-        raise ConfigError(f"{text!r} is no list of nodes; Slurm's variables are damaged")
+        raise ConfigError(f"{text[:200]!r} is no list of nodes; Slurm's variables are damaged")
     return tuple(names)
 
 
@@ -187,8 +192,8 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
-        if not match or (match[2] and not 0 <= int(match[2]) - int(match[1]) < 1_000_000):
-            raise ConfigError(f"{text!r} is no list of nodes; Slurm's variables are damaged")
+        if not match or (match[2] and not 0 <= int(match[2]) - int(match[1]) < _MOST_NODES):
+            raise ConfigError(f"{text[:200]!r} is no list of nodes; Slurm's variables are damaged")
         first, last = match[1], match[2] or match[1]
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers

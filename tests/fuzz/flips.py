@@ -12,6 +12,7 @@ there is reported like an exception that is not one of those for people.
 
 import argparse
 import faulthandler
+import json
 import mmap
 import os
 import random
@@ -28,10 +29,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from fuzz.faulty import FAULTY
 from fuzz.targets import TARGETS
 
 _MEMORY = 6 << 30
-_SLOWEST_S = 20
+_SLOWEST_S = 20.0
 # Values at which programs go wrong: ends of ranges, signs, and markers of formats.
 _BYTES = (0x00, 0x01, 0x7F, 0x80, 0xFE, 0xFF, 0x0A, 0x22, 0x2D, 0x2E, 0x2F, 0x5B, 0x5C, 0x7B, 0xD8, 0xDA)
 _NUMBERS = (0, 1, 0x7F, 0xFF, 0x7FFF, 0x8000, 0xFFDC, 0xFFFF, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF, 0x7FFFFFFFFFFFFFFF,
@@ -90,65 +92,53 @@ def _attempt(target, data, folder):
             assert len(str(error)) < 5000, f"an error of {len(str(error))} characters"
 
 
-def _child(name, seed, first, count, progress, until):
+def _child(name, seed, first, count, seconds, slowest_s, folder):
     """Tries inputs one after the other, and says in a file of which number it is at."""
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    target = TARGETS[name]()
-    with open(progress, "r+b") as file, tempfile.TemporaryDirectory(dir=_fast()) as folder:
+    until = time.monotonic() + seconds
+    target, work = {**TARGETS, **FAULTY}[name](), Path(folder, "work")
+    work.mkdir()
+    with open(Path(folder, "at"), "w+b") as file:
+        file.truncate(8)
         at = mmap.mmap(file.fileno(), 8)
-        corpus = target.corpus(Path(folder))
+        corpus = target.corpus(work)
         for number in range(first, first + count):
             at[:] = struct.pack("<q", number)
-            faulthandler.dump_traceback_later(_SLOWEST_S - 2)
-            signal.alarm(_SLOWEST_S)  # ends the process, wherever it is
+            faulthandler.dump_traceback_later(0.9 * slowest_s)
+            signal.setitimer(signal.ITIMER_REAL, slowest_s)  # ends the process, wherever it is
             try:
-                _attempt(target, make(name, corpus, seed, number), Path(folder))
+                _attempt(target, make(name, corpus, seed, number), work)
             except Exception:
                 traceback.print_exc()
                 sys.exit(1)
-            signal.alarm(0)
+            signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
             if time.monotonic() > until:
                 break
-        at[:] = struct.pack("<q", -number - 1)
 
 
-def _fast():
-    """A folder in memory, if there is one."""
-    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-
-
-def run(name, *, seed=0, count=10**9, seconds=1e9, first=0):
+def run(name, *, seed=0, first=0, count=10**9, seconds=1e9, slowest_s=_SLOWEST_S):
     """Tries inputs in another process.
 
     Returns:
         How many were tried, and of the one that failed its number and what was said; None if none did.
     """
-    until = time.monotonic() + seconds
-    with tempfile.NamedTemporaryFile() as progress:
-        progress.write(bytes(8))
-        progress.flush()
-        command = [
-            sys.executable,
-            __file__,
-            "--child",
-            name,
-            str(seed),
-            str(first),
-            str(count),
-            progress.name,
-            str(until),
-        ]
+    fast = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="knltrain-fuzz-", dir=fast) as folder:
+        settings = {"name": name, "seed": seed, "first": first, "count": count, "seconds": seconds,
+                    "slowest_s": slowest_s, "folder": folder}  # fmt: skip
         result = subprocess.run(
-            command, capture_output=True, text=True, errors="replace", env={**os.environ, "OMP_NUM_THREADS": "1"}
-        )
-        (at,) = struct.unpack("<q", Path(progress.name).read_bytes())
+            [sys.executable, __file__, "--child", json.dumps(settings)],
+            capture_output=True, text=True, errors="replace", env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        path = Path(folder, "at")
+        (at,) = struct.unpack("<q", path.read_bytes()) if path.exists() else (first,)
     if result.returncode == 0:
-        return -at - first, None
+        return at - first + 1, None
     by = signal.Signals(-result.returncode).name if result.returncode < 0 else f"exit code {result.returncode}"
     if result.returncode == -signal.SIGALRM:
-        by = f"no end within {_SLOWEST_S} s"
+        by = f"no end within {slowest_s:g} s"
     return at - first + 1, (at, f"{by}\n{result.stderr[-3000:]}")
 
 
@@ -159,11 +149,10 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this number of one target, in this process")
     parser.add_argument("--keep", type=Path, help="with --only: write the input there")
-    parser.add_argument("--child", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        name, seed, first, count, progress, until = options.child
-        _child(name, int(seed), int(first), int(count), progress, float(until))
+        _child(**json.loads(options.child))
         return
     names = options.target or sorted(TARGETS)
     if options.only is not None:
