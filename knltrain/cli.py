@@ -93,11 +93,16 @@ def _take_place(*, strict: bool) -> Any:
 @main.command()
 @click.option("--recipe", metavar="NAME", help="Recipe to start from; `knltrain recipes` lists them.")
 @click.option("--config", "file", metavar="FILE", help="TOML file of fields; overrides the recipe.")
+@click.option("--allow-change", metavar="FIELD,...",
+              help="Go on with a run although these fields are others than it began with.")  # fmt: skip
 @_NO_STRICT
 @JSON
 @_field_options()
 @reports_errors
-def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
+def train(
+    recipe: str | None, file: str | None, allow_change: str | None, no_strict_affinity: bool, as_json: bool,
+    **values: str | None,
+) -> None:  # fmt: skip
     """Train a network: alone, or as one rank under torchrun, mpiexec or srun.
 
     Fields come from the recipe, then from the file, then from the options below.
@@ -112,6 +117,7 @@ def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_jso
     from_file.pop("recipe", None)
     flags = _given(values)
     config = configuration.override(configuration.override(config, from_file), flags)
+    allowed = configuration.names(allow_change) if allow_change is not None else frozenset()
 
     place = _take_place(strict=not no_strict_affinity)
 
@@ -130,7 +136,7 @@ def train(recipe: str | None, file: str | None, no_strict_affinity: bool, as_jso
 
     from knltrain.train import train as run
 
-    summary, finished = run(config, console, place)
+    summary, finished = run(config, console, place, allow_change=allowed)
     if not finished:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher whose other ranks were quicker to end
         if summary:

@@ -238,9 +238,7 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
         if value == {} and name in groups:  # a table's heading with nothing under it
             continue
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
-            raise ConfigError(f"unknown field {_shown(name)}{hint}")
+            raise ConfigError(_unknown(name))
         kind = known[name].type
         given: object = value
         if isinstance(value, str) and _is_list(kind):
@@ -257,6 +255,24 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     for group, leaves in changes.items():
         top[group] = dataclasses.replace(getattr(config, group), **leaves)
     return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def names(text: str) -> frozenset[str]:
+    """The fields that a list separated by commas names, with dashes or underscores.
+
+    Raises:
+        ConfigError: there is no such field; the nearest one is offered.
+    """
+    asked = frozenset(name.strip().replace("-", "_") for name in text.split(","))
+    for name in sorted(asked - {field.name for field in fields()}):
+        raise ConfigError(_unknown(name))
+    return asked
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [field.name for field in fields()], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
+    return f"unknown field {_shown(name)}{hint}"
 
 
 def _is_list(kind: Any) -> bool:

@@ -37,8 +37,8 @@ class Accuracy(NamedTuple):
 def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, batch: int) -> Accuracy:
     """Evaluates a model on a data set; every rank takes its share and returns the whole result.
 
-    Running statistics must already be equal on all ranks (Group.average_running_statistics). With fewer than five
-    classes, top-5 counts them all.
+    Running statistics must be equal on all ranks (averaged_running_statistics). With fewer than five classes, top-5
+    counts them all.
 
     Args:
         model: what to evaluate; it is left in training mode.
@@ -95,7 +95,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
-    folder = checkpoint.newest(folder)
+    folder = checkpoint.newest(folder, console.warn)
     state = checkpoint.read_state(folder)
     config = as_trained(config, state)
     with running_on(place.plan.comm):

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import time
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,25 +17,74 @@ from matplotlib.figure import Figure
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of the packages that TensorBoard's writer imports
-    from torch.utils.tensorboard import SummaryWriter
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
 Row = Mapping[str, Any]
+
+
+class _Appended:
+    """A file that grows, unbuffered. What a full disk does not take is kept, and written before what comes next."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self._left = bytearray()
+
+    def write(self, data: bytes) -> None:
+        """Adds bytes to what :meth:`flush` writes."""
+        self._left += data
+
+    def flush(self, *, sync: bool = False) -> None:
+        """Writes what there is.
+
+        Raises:
+            OSError: not all of it could be written.
+        """
+        while self._left:
+            del self._left[: os.write(self._descriptor, self._left)]
+        if sync:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
 
 
 class MetricsLog:
     """Appends rows to OUT/metrics.jsonl and OUT/tensorboard.
 
+    A disk that takes no more is a warning; the rows follow when there is room again.
+
     Args:
         out: the run's folder.
         after_step: rows of later steps are dropped: a resumed run writes them again.
+        evaluated_step: rows of later evaluations are dropped likewise; by default those of later steps.
+        warn: told when rows cannot be written.
     """
 
-    def __init__(self, out: Path, after_step: int = 0) -> None:
-        path = out / "metrics.jsonl"
-        kept = [row for row in read_metrics(path) if row["step"] <= after_step] if path.exists() else []
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(json.dumps(row) + "\n" for row in kept)
-        self._tensorboard = SummaryWriter(str(out / "tensorboard"), purge_step=after_step + 1)
+    def __init__(
+        self,
+        out: Path,
+        after_step: int = 0,
+        evaluated_step: int | None = None,
+        warn: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        path, folder = out / "metrics.jsonl", out / "tensorboard"
+        last = {"step": after_step, "evaluation": after_step if evaluated_step is None else evaluated_step}
+        if path.exists():
+            rows = read_metrics(path)
+            kept = [row for row in rows if row["step"] <= last["evaluation" if "top1" in row else "step"]]
+            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self._file = _Appended(path)
+        folder.mkdir(exist_ok=True)
+        # TensorBoard reads files in the order of their names.
+        self._events = _Appended(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}")
+        self._records = RecordWriter(self._events)
+        self._warn, self._failing = warn, False
+        self._add_event(file_version="brain.Event:2")
+        # What earlier files have of later steps is not shown.
+        self._add_event(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._flush()
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -40,34 +92,70 @@ class MetricsLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._flush()
         self._file.close()
-        self._tensorboard.close()
+        self._events.close()
 
     def write(self, row: Row) -> None:
         """Adds a row; it needs a ``step``, and its numbers become TensorBoard scalars."""
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
-        for name, value in row.items():
-            if name != "step" and value is not None:
-                self._tensorboard.add_scalar(name, value, row["step"])
+        self._file.write((json.dumps(row) + "\n").encode())
+        scalars = [
+            Summary.Value(tag=name, simple_value=value)
+            for name, value in row.items()
+            if name != "step" and isinstance(value, int | float)
+        ]
+        self._add_event(step=row["step"], summary=Summary(value=scalars))
+        self._flush()
+
+    def sync(self) -> None:
+        """Makes the rows last that a checkpoint of this moment says there are."""
+        self._flush(sync=True)
+
+    def _add_event(self, **contents: Any) -> None:
+        self._records.write(Event(wall_time=time.time(), **contents).SerializeToString())
+
+    def _flush(self, *, sync: bool = False) -> None:
+        try:
+            self._file.flush(sync=sync)
+            self._events.flush(sync=sync)
+        except OSError as error:
+            if not self._failing:
+                self._warn(f"metrics cannot be written ({error.strerror}); they follow when they can")
+            self._failing = True
+        else:
+            self._failing = False
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Reads a metrics.jsonl; a last line that a crash cut short is left out."""
     rows = []
-    for line in path.read_text("utf-8").splitlines():
+    for line in path.read_bytes().splitlines(keepends=True):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            row = json.loads(line)
+        except ValueError:
             break
+        if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            break
+        rows.append(row)
     return rows
 
 
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, whole or not at all."""
+    _replace(path, json.dumps(value, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
     aside = path.with_name(path.name + ".tmp")
-    aside.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    aside.replace(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def draw_curves(rows: Iterable[Row], path: Path, title: str) -> None:

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from knltrain import checkpoint
+from knltrain import checkpoint, resume
 from knltrain import config as configuration
 from knltrain.comm.gradients import data_parallel
 from knltrain.comm.group import Group
+from knltrain.comm.statistics import averaged_running_statistics, gather_running_statistics
 from knltrain.config import RunConfig
 from knltrain.console import Console, StepProgress
 from knltrain.data.datasets import open_data
@@ -61,11 +62,17 @@ class Run:
     progress: checkpoint.Progress
     meta: dict[str, Any]
     place: Place
+    writer: checkpoint.CheckpointWriter | None = None  # of the first rank
 
     @property
     def last_step(self) -> int:
         """Where this process stops: the end of the run, or max_steps."""
         return min(self.total_steps, self.config.max_steps or self.total_steps)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the last step is done and evaluated."""
+        return self.last_step <= self.progress.step == self.progress.evaluated_step
 
     def epoch(self, steps: int) -> float:
         """Passes over the training images after so many steps."""
@@ -100,7 +107,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                                                            of which it does not hide exposed_comm_s
             all ranks: mean loss; has anyone been asked to stop? is the loss a number?
             optimizer step
-            after an epoch: average batch-norm statistics, evaluate, write a checkpoint
+            after an epoch: evaluate, begin to write a checkpoint
     """
     config, engine, group = run.config, run.engine, run.group
     model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
@@ -152,7 +159,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             if (run.crossed(done) and not stops) or done == last_step:
                 evaluate_epoch(run, log, bar)
             if run.crossed(done, config.checkpoint.every) or ending:
-                save_checkpoint(run, time.perf_counter() - started)
+                save_checkpoint(run, log, time.perf_counter() - started, last=ending)
             if stops:
                 return False
             if step == first_step:
@@ -177,13 +184,13 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
     """Evaluates, and notes the best top-1."""
     start = time.perf_counter()
-    run.group.average_running_statistics(run.engine.model)
-    accuracy = evaluate(
-        run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256)
-    )
+    with averaged_running_statistics(run.engine.model, run.group):
+        accuracy = evaluate(
+            run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256)
+        )
     best = max(accuracy.top1, run.progress.best_top1 or 0.0)
     step = run.progress.step
-    run.progress = dataclasses.replace(run.progress, evaluated_step=step, best_top1=best)
+    run.progress = dataclasses.replace(run.progress, evaluated_step=step, top1=accuracy.top1, best_top1=best)
     row = {"step": step, "epoch": run.epoch(step), "top1": accuracy.top1, "top5": accuracy.top5,
            "val_loss": accuracy.loss, "eval_s": time.perf_counter() - start}  # fmt: skip
     if log:
@@ -194,29 +201,42 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
             warnings.warn(f"{problem}: a library has changed it", stacklevel=1)
 
 
-def save_checkpoint(run: Run, elapsed_s: float) -> None:
-    """Writes a checkpoint from rank 0; the others go on once it is there."""
-    run.group.average_running_statistics(run.engine.model)
-    if run.group.is_first:
-        progress = dataclasses.replace(run.progress, wall_s=run.progress.wall_s + elapsed_s)
-        checkpoint.save(
-            run.out,
-            progress,
-            run.engine.state_dict(),
-            run.engine.optimizer,
-            meta=run.meta,
-            keep=run.config.checkpoint.keep,
-        )
-    run.group.barrier()
+def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last: bool) -> None:
+    """Begins to write a checkpoint from rank 0, in the background; the last one is on disk when this returns.
+
+    Raises:
+        KnltrainError: the last one could not be written; on all ranks alike.
+    """
+    model, group = run.engine.model, run.group
+    statistics = gather_running_statistics(model, group)
+    with averaged_running_statistics(model, group):
+        if run.writer and log:
+            log.sync()
+            run.writer.begin(
+                dataclasses.replace(run.progress, wall_s=run.progress.wall_s + elapsed_s),
+                run.engine.state_dict(),
+                run.engine.optimizer,
+                meta=run.meta,
+                statistics=statistics,
+                last=last,
+            )
+    if last:
+        failure = run.writer.finish() if run.writer else None
+        (failures,) = group.sum(failure is not None)
+        if failures:
+            raise failure or KnltrainError("the last checkpoint could not be written; rank 0 says why")
 
 
-def train(config: RunConfig, console: Console, place: Place | None = None) -> tuple[dict[str, Any], bool]:
+def train(
+    config: RunConfig, console: Console, place: Place | None = None, *, allow_change: frozenset[str] = frozenset()
+) -> tuple[dict[str, Any], bool]:
     """Trains as configured, alone or as one of several ranks.
 
     Args:
         config: what to train.
         console: where to speak.
         place: where this rank runs, as it was taken before torch was loaded; by default nothing is moved.
+        allow_change: fields that may differ from the run that OUT holds, or from the checkpoint that is named.
 
     Returns:
         The summary (also OUT/summary.json), and whether the run is finished; if not, a signal stopped it after a
@@ -240,7 +260,7 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
             group = cleanup.enter_context(Group(ranks, config.comm.backend, place.plan.comm))
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
-            guard_out(config, out)
+            resume.guard_out(config, out, allow_change)
             with torch.device("meta"):  # a network that cannot be built is refused before the data is read
                 model_of(config, num_classes=1)
         staged = config
@@ -255,22 +275,16 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
         if group.is_first:
             group.barrier()
         steps = total_steps(epochs=config.epochs, num_images=len(train_set), global_batch=config.global_batch)
-        resume_from = checkpoint.find(out, config.resume)
+        if group.is_first:
+            cleanup.enter_context(resume.lock_out(out, console))
+        start = resume.choose(config, out, group, console, allow_change)
         torch.manual_seed(config.seed)
         model = model_of(config, len(train_set.classes))
-        origin = initialize(model, config, out, group, console, resumed=resume_from is not None)
+        origin = initialize(model, config, out, group, console, resumed=start.folder is not None)
         optimizer = build_optimizer(model, config.optim)
-        progress = checkpoint.Progress(step=0)
-        if resume_from:
-            state = checkpoint.read_state(resume_from)
-            progress = checkpoint.progress_of(state)
-            if state["images"] != len(train_set):
-                raise KnltrainError(f"{resume_from} was trained on {state['images']:,} images, not {len(train_set):,}")
-            checkpoint.load_weights(resume_from, model)
-            checkpoint.load_optimizer(resume_from, optimizer)
-        (all_steps,) = group.sum(progress.step)
-        if all_steps != progress.step * group.world_size:
-            raise KnltrainError(f"{out}: ranks found different checkpoints; OUT must be a folder that all nodes share")
+        made = {"world_size": ranks.size, "threads": threads, "isa": node.isa, "kernels": isa(), "engine": engine_name,
+                "precision": precision, "torch": torch.__version__}  # fmt: skip
+        progress = start.restore(model, optimizer, group, console, made=made, images=len(train_set))
         engine = build_engine(engine_name, precision, model, optimizer)
         workers = threads if config.workers is None else config.workers
         train_loader, val_loader = (
@@ -280,7 +294,8 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
             for part in (train_set, val_set)
         )
         meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
-                "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set)}  # fmt: skip
+                "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set), "made": made,
+                "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
         run = Run(
             config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta, place
         )
@@ -293,15 +308,26 @@ def train(config: RunConfig, console: Console, place: Place | None = None) -> tu
             plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
                      "transport": group.backend.transport, "interface": group.interface,
                      "oneccl": group.backend.settings}  # fmt: skip
-        announce(console, run, plan, (train_set, val_set), resume_from)
+        announce(console, run, plan, (train_set, val_set), start.folder)
+        if run.is_finished:
+            console.line(f"nothing left to train: {out} holds this run, finished")
+            return (summary_of(run, plan) if group.is_first else {}), True
         log = None
         if group.is_first:
-            out.mkdir(parents=True, exist_ok=True)
             record = {"config": configuration.as_dict(config), "plan": plan, "init_from": origin, **provenance(node),
-                      "data": {"train": len(train_set), "val": len(val_set),
-                               "classes": len(train_set.classes)}}  # fmt: skip
+                      "changes": start.changes, "data": {"train": len(train_set), "val": len(val_set),
+                                                         "classes": len(train_set.classes)}}  # fmt: skip
             write_json(out / "config.json", record)
-            log = cleanup.enter_context(MetricsLog(out, after_step=progress.step))
+            log = cleanup.enter_context(MetricsLog(out, progress.step, progress.evaluated_step, console.warn))
+            run.writer = cleanup.enter_context(
+                checkpoint.CheckpointWriter(
+                    out,
+                    keep=config.checkpoint.keep,
+                    cpus=place.plan.decode,
+                    warn=console.warn,
+                    timeout_s=config.comm.timeout_s,
+                )
+            )
         started = time.perf_counter()
         with StepProgress(console, first=progress.step, total=steps, epochs=config.epochs) as bar:
             finished = loop(run, log, bar, stop)
@@ -334,35 +360,6 @@ def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
     return Share(config.global_batch, local, rank, world_size)
 
 
-# What may differ between the parts of one run: where it runs and how long, not what it computes.
-_MAY_CHANGE = {"data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep"}
-
-
-def guard_out(config: RunConfig, out: Path) -> None:
-    """Refuses to write into a folder that holds another run.
-
-    Raises:
-        ConfigError: OUT has a run of another configuration, or one that would be started over.
-    """
-    record = out / "config.json"
-    if not record.exists():
-        return
-    if config.resume == "never":
-        raise ConfigError(f"{out} holds a run already; give another --out, or delete the folder to start over")
-    try:
-        before = configuration.flatten(json.loads(record.read_text("utf-8"))["config"])
-    except (OSError, ValueError, KeyError, AttributeError):
-        raise ConfigError(f"{record} is damaged; give another --out, or delete the folder to start over") from None
-    now = configuration.flatten(configuration.as_dict(config))
-    changed = [
-        f"{name}: {before.get(name)} -> {now.get(name)}"
-        for name in sorted(before.keys() | now.keys())
-        if name not in _MAY_CHANGE and before.get(name) != now.get(name)
-    ]
-    if changed:
-        raise ConfigError(f"{out} holds a run of another configuration ({'; '.join(changed)}); give another --out")
-
-
 def announce(
     console: Console, run: Run, plan: dict[str, Any], data: tuple[Dataset, Dataset], resume_from: Path | None
 ) -> None:
@@ -393,8 +390,17 @@ def announce(
         console.warn("comm.* has no effect on a single rank")
     if resume_from:
         console.line(f"resumed from {resume_from} (epoch {run.epoch(run.progress.step):.2f})")
-    if run.progress.step >= run.last_step:
-        console.line(f"nothing left to train: {run.out} holds this run, finished")
+
+
+def summary_of(run: Run, plan: dict[str, Any]) -> dict[str, Any]:
+    """The summary of a finished run as it is on disk, or made up for if the run was killed before it was there."""
+    try:
+        summary: dict[str, Any] = json.loads((run.out / "summary.json").read_text("utf-8"))
+        if summary["steps"] == run.progress.step and summary["finished"]:
+            return summary
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return summarize(run, plan, run.progress.wall_s, 0, finished=True)
 
 
 def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, finished: bool) -> dict[str, Any]:

@@ -24,7 +24,7 @@ FIELDS = """
     checkpoint.every checkpoint.keep
 """
 FLAGS = {
-    "train": {"recipe", "config", "json", "help", "no-strict-affinity", *FIELDS.split()},
+    "train": {"recipe", "config", "json", "help", "no-strict-affinity", "allow-change", *FIELDS.split()},
     "eval": {"json", "help", "no-strict-affinity", "data", "precision", "force-bf16", "workers", "on-bad"},
     "export": {"json", "help", "format"},
     "bench": {

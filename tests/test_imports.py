@@ -18,6 +18,7 @@ FLOORS = [
     {"cli_node"},
     {"command"},
     {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor"},
+    {"resume"},
     {"engine", "checkpoint", "metrics", "weights"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},

@@ -70,7 +70,7 @@ def data_parallel(
     clock = GradientClock()
     if group.world_size == 1:
         return model, clock
-    # Running statistics stay each rank's own between evaluations, see Group.average_running_statistics.
+    # Running statistics stay each rank's own, see statistics.py.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
         parallel = DistributedDataParallel(

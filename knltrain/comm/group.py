@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import os
 import re
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,9 +17,7 @@ import torch.distributed as dist
 # Before there is a process group: its functions have the default group as it is now for their defaults, and one that
 # they hold never ends. Its threads would then meet an interpreter that does.
 import torch.distributed.nn.functional
-from torch import nn
 from torch.distributed.rendezvous import rendezvous
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
@@ -149,28 +148,17 @@ class Group:
         if self.world_size > 1:
             dist.barrier(group=self.channel)
 
-    def average_running_statistics(self, model: nn.Module) -> None:
-        """Averages batch norm's running means and variances over the ranks, in place.
-
-        Training normalises with each rank's own batch, as Goyal et al. 2017 do; evaluation and checkpoints use the
-        mean of what the ranks have seen.
-        """
+    def from_first(self, text: str) -> str:
+        """The first rank's text, on every rank."""
         if self.world_size == 1:
-            return
-        statistics = [
-            buffer
-            for module in model.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in (module.running_mean, module.running_var)
-            if buffer is not None
-        ]
-        if not statistics:
-            return
-        flat = torch.cat([buffer.flatten() for buffer in statistics])
-        dist.all_reduce(flat, group=self.channel)
-        flat /= self.world_size
-        for buffer, mean in zip(statistics, flat.split([buffer.numel() for buffer in statistics]), strict=True):
-            buffer.copy_(mean.view_as(buffer))
+            return text
+        data = list(os.fsencode(text)) if self.is_first else []
+        (length,) = self.sum(len(data))
+        if not length:
+            return ""
+        message = torch.tensor(data or [0] * int(length), dtype=torch.uint8)
+        dist.broadcast(message, 0, group=self.channel)
+        return os.fsdecode(bytes(message.tolist()))
 
     @contextlib.contextmanager
     def names_lost_ranks(self) -> Iterator[None]:

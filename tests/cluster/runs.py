@@ -34,6 +34,12 @@ def mpiexec(*arguments):
     return [str(path), *map(str, arguments)]
 
 
+def ccl_is_here():
+    """Whether ranks choose oneCCL by themselves; in a process of its own, for none of it may be loaded here."""
+    code = "from knltrain.comm import oneccl; oneccl.load()"
+    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
+
+
 def start(command, *, timeout=120, **environment):
     """Runs a command line and returns it, finished."""
     return subprocess.run(

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cluster import listening, runs
-from cluster.runs import TORCHRUN, weights
+from cluster.runs import TORCHRUN, ccl_is_here, weights
 from conftest import write_jpeg
 from safetensors.torch import save_file
 
@@ -34,12 +34,6 @@ def start(command, image_folder, out, *options, **environment):
     return subprocess.run(
         [*command, *arguments], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
     )
-
-
-def ccl_is_here():
-    """Whether ranks choose oneCCL by themselves; in a process of its own, for none of it may be loaded here."""
-    code = "from knltrain.comm import oneccl; oneccl.load()"
-    return subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 
 def assert_equal_within_rounding(got, expected):

@@ -1,0 +1,37 @@
+"""A run's state on disk: what its files are, which are whole, and how they are written while training goes on."""
+
+from knltrain.checkpoint.store import (
+    Progress,
+    Snapshot,
+    find,
+    folder_of,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    newest,
+    progress_of,
+    read_state,
+    remove_leftovers,
+    restore,
+    verify,
+    write,
+)
+from knltrain.checkpoint.writer import CheckpointWriter
+
+__all__ = [
+    "CheckpointWriter",
+    "Progress",
+    "Snapshot",
+    "find",
+    "folder_of",
+    "list_checkpoints",
+    "load_optimizer",
+    "load_weights",
+    "newest",
+    "progress_of",
+    "read_state",
+    "remove_leftovers",
+    "restore",
+    "verify",
+    "write",
+]

@@ -1,0 +1,376 @@
+"""The checkpoints of a run: which there are, which of them is whole, and how one becomes a model again.
+
+OUT/checkpoints/step-00001234/ holds model.safetensors (float32 weights and buffers), optimizer.safetensors, with
+several ranks statistics.safetensors (each rank's own running statistics of batch norm), and state.json, which has the
+sizes and checksums of the others and of itself. It is written aside, synced and renamed: a folder of that name is
+whole, unless somebody or a failing disk has changed it since.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, TypedDict
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from knltrain.checkpoint.files import (
+    PackedTensors,
+    Sum,
+    check_file,
+    read_tensors,
+    seal,
+    sync_folder,
+    unseal,
+    write_file,
+)
+from knltrain.errors import KnltrainError
+
+_MODEL, _OPTIMIZER, _STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
+_STATE = "state.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands. The order of samples and all random draws follow from the step.
+
+    Attributes:
+        step: optimizer updates done.
+        evaluated_step: the last step that was evaluated.
+        top1: what came of it, percent; None before the first.
+        best_top1: best evaluation so far, percent; None before the first.
+        wall_s: seconds of training before this process, evaluations and checkpoints included.
+    """
+
+    step: int
+    evaluated_step: int = 0
+    top1: float | None = None
+    best_top1: float | None = None
+    wall_s: float = 0.0
+
+
+class _State(TypedDict):
+    """What state.json must have; a checksum says that nothing has changed it, not that a checkpoint wrote it."""
+
+    step: int
+    model: str
+    image_size: int
+    resize: int
+    dropout: float | None
+    classes: list[str]
+    images: int
+    config: dict[str, Any]
+    made: dict[str, Any]
+    files: dict[str, Sum]
+
+
+class Snapshot:
+    """A copy of everything that a checkpoint holds, in memory that one after the other is taken in."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, PackedTensors] = {}
+        self.state: dict[str, Any] = {}
+
+    def take(
+        self,
+        progress: Progress,
+        weights: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        *,
+        meta: Mapping[str, Any],
+        statistics: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Copies what may change as soon as training goes on.
+
+        Args:
+            progress: where the run stands.
+            weights: the model's float32 state, as the engine gives it, with running statistics averaged over ranks.
+            optimizer: of the model; its groups carry their parameters' names.
+            meta: what is needed to build the model again, and how it was trained; see :class:`_State`.
+            statistics: by name, every rank's own running statistics, one row a rank; none with one rank.
+        """
+        tensors = {_MODEL: weights, _OPTIMIZER: _optimizer_tensors(optimizer)}
+        if statistics:
+            tensors[_STATISTICS] = statistics
+        self.state = {**asdict(progress), **meta}
+        for name in self._files.keys() - tensors.keys():
+            del self._files[name]
+        for name, contents in tensors.items():
+            if name not in self._files or not self._files[name].fits(contents):
+                self._files[name] = PackedTensors(contents)
+            self._files[name].copy(contents)
+
+    @property
+    def files(self) -> Mapping[str, PackedTensors]:
+        """The files' contents by name."""
+        return self._files
+
+
+def folder_of(out: Path, step: int) -> Path:
+    """Where the run in ``out`` keeps its checkpoint of a step."""
+    return out / "checkpoints" / f"step-{step:08}"
+
+
+def write(snapshot: Snapshot, folder: Path) -> None:
+    """Writes a checkpoint; one of that name is replaced.
+
+    Raises:
+        OSError: it could not be written. Nothing is left behind, and what was there before is untouched.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        sums = {name: asdict(write_file(aside / name, file.parts())) for name, file in snapshot.files.items()}
+        text = seal({**snapshot.state, "files": sums}).encode()
+        write_file(aside / _STATE, [memoryview(text)])
+        sync_folder(aside)
+        before = folder.with_name(f".{folder.name}.old.tmp")
+        if folder.exists():  # of a run that was resumed from an earlier step
+            folder.rename(before)
+        aside.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        sync_folder(folder.parent)
+        sync_folder(folder.parent.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def list_checkpoints(out: Path) -> list[Path]:
+    """The run's checkpoints, oldest first, whole or not."""
+    folders = (out / "checkpoints").glob("step-*")
+    return sorted(
+        (path for path in folders if re.fullmatch(r"step-\d{8,18}", path.name) and path.is_dir()), key=_step_of
+    )
+
+
+def remove_old(out: Path, newest: Path, keep: int) -> None:
+    """Removes checkpoints of the run in ``out`` that are no longer wanted.
+
+    The ``keep`` last up to ``newest``, which was just written, stay, and the one with the best top-1. Those of later
+    steps go: they are damaged, or of a way that the run has left by going back to an earlier step.
+    """
+    later = [folder for folder in list_checkpoints(out) if _step_of(folder) > _step_of(newest)]
+    others = [folder for folder in list_checkpoints(out) if folder not in later]
+    rated = [(top1, _step_of(folder), folder) for folder in others if (top1 := _top1_of(folder)) is not None]
+    best = max(rated)[-1] if rated else None
+    for folder in [*later, *(folder for folder in others[:-keep] if folder != best)]:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_leftovers(out: Path) -> None:
+    """Removes what a killed process was about to write."""
+    for path in (out / "checkpoints").glob(".step-*.tmp"):
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def verify(folder: Path) -> dict[str, Any]:
+    """Compares every file of a checkpoint with its checksum, and returns its state.
+
+    Raises:
+        KnltrainError: it is not whole; says which file is not.
+    """
+    state = read_state(folder)
+    try:
+        listed = msgspec.convert(state["files"], dict[str, Sum])
+        if not {_MODEL, _OPTIMIZER} <= listed.keys() <= {_MODEL, _OPTIMIZER, _STATISTICS}:
+            raise KnltrainError(f"{_STATE} lists other files than a checkpoint has")
+        for name, expected in listed.items():
+            check_file(folder / name, expected)
+    except KnltrainError as error:
+        raise KnltrainError(f"checkpoint {folder}: {error}") from None
+    return state
+
+
+def newest(folder: Path, say: Callable[[str], None]) -> Path:
+    """Returns ``folder`` itself if it is a checkpoint, else the newest whole one of the run in it.
+
+    Args:
+        folder: a checkpoint, or a run's folder.
+        say: told of each checkpoint that was passed over, and why.
+
+    Raises:
+        KnltrainError: it is neither, or the checkpoint is not whole, or none is.
+    """
+    if (folder / _STATE).exists():
+        verify(folder)
+        return folder
+    found = _newest_whole(folder, say)
+    if found is None:
+        raise KnltrainError(f"{folder}: no checkpoint, and no run that has one")
+    return found
+
+
+def find(out: Path, resume: str, say: Callable[[str], None]) -> Path | None:
+    """Resolves the field ``resume``: the newest whole checkpoint for ``auto``, none for ``never``, else what is named.
+
+    Args:
+        out: the run's folder.
+        resume: auto, never, a checkpoint, or a run's folder.
+        say: told of each checkpoint that was passed over, and why.
+
+    Raises:
+        KnltrainError: there are checkpoints but none is whole, or none where one was named.
+    """
+    if resume == "never":
+        return None
+    return _newest_whole(out, say) if resume == "auto" else newest(Path(resume), say)
+
+
+def _newest_whole(out: Path, say: Callable[[str], None]) -> Path | None:
+    folders = list_checkpoints(out)
+    for folder in reversed(folders):
+        try:
+            verify(folder)
+            return folder
+        except KnltrainError as error:
+            say(f"passed over: {error}")
+    if folders:
+        raise KnltrainError(f"{out}: none of its {len(folders)} checkpoints is whole; start over in another folder")
+    return None
+
+
+def progress_of(state: Mapping[str, Any]) -> Progress:
+    """The part of a checkpoint's state.json that says where the run stood.
+
+    Raises:
+        KnltrainError: it does not say that.
+    """
+    try:
+        return msgspec.convert({field.name: state[field.name] for field in fields(Progress)}, Progress)
+    except (KeyError, msgspec.ValidationError) as error:
+        raise KnltrainError(f"{_STATE} of another version: {error}") from None
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """Reads a checkpoint's state.json.
+
+    Raises:
+        KnltrainError: it is missing or damaged.
+    """
+    try:
+        state = unseal(folder / _STATE)
+        msgspec.convert(state, _State)
+        progress_of(state)
+    except (KnltrainError, msgspec.ValidationError) as error:
+        raise KnltrainError(f"checkpoint {folder}: {error}") from None
+    return state
+
+
+def restore(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1
+) -> dict[str, Any]:
+    """Gives a model and its optimizer the state of a checkpoint.
+
+    Before an engine has taken them over, or after; but not while engine ``ipex`` has them, which packs weights.
+
+    Args:
+        folder: a checkpoint that :func:`find` has found whole.
+        model: of the network that the checkpoint is of; written to in place.
+        optimizer: of the model; its groups carry their parameters' names.
+        rank: whose running statistics are taken, where the checkpoint has as many as there are ranks.
+        world_size: ranks of the run; with another number than the checkpoint's all take the average.
+
+    Returns:
+        The checkpoint's state.
+
+    Raises:
+        KnltrainError: a file is missing or damaged, or belongs to another network.
+    """
+    state = read_state(folder)
+    weights = load_weights(folder, model)
+    with torch.no_grad():
+        for group in optimizer.param_groups:
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                parameter.copy_(weights[name])  # where the model has working copies, the float32 weights are here
+    load_optimizer(folder, optimizer)
+    if _STATISTICS in state["files"]:
+        _load_statistics(folder / _STATISTICS, model, rank, world_size)
+    return state
+
+
+def load_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Loads a checkpoint's weights into a model, and returns them.
+
+    Raises:
+        KnltrainError: the file is missing or damaged, or belongs to another network.
+    """
+    tensors = read_tensors(folder / _MODEL)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise KnltrainError(
+            f"checkpoint {folder} is of another network: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return tensors
+
+
+def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
+    """Loads a checkpoint's optimizer state into an optimizer whose groups carry their parameters' names.
+
+    Raises:
+        KnltrainError: the file is missing or damaged, or belongs to another network.
+    """
+    by_name: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_tensors(folder / _OPTIMIZER).items():
+        name, _, entry = key.rpartition("/")
+        by_name.setdefault(name, {})[entry] = tensor
+    state_dict = optimizer.state_dict()
+    for group, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
+        for index, name, parameter in zip(group["params"], group["names"], live["params"], strict=True):
+            entries = by_name.pop(name, {})
+            if any(tensor.shape != parameter.shape for tensor in entries.values()):
+                raise KnltrainError(f"checkpoint {folder} is of another network: {name} has another shape")
+            # In the parameter's memory format: the update walks both together.
+            state_dict["state"][index] = {
+                entry: torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                for entry, tensor in entries.items()
+            }
+    if by_name:
+        raise KnltrainError(f"checkpoint {folder} is of another network: this one has no {next(iter(by_name))}")
+    optimizer.load_state_dict(state_dict)
+
+
+def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int) -> None:
+    buffers = dict(model.named_buffers())
+    try:
+        with safe_open(path, "pt") as file, torch.no_grad():
+            for name in file.keys():  # noqa: SIM118 - no dictionary
+                rows = file.get_slice(name)
+                if rows.get_shape()[0] != world_size:
+                    return
+                buffers[name].copy_(rows[rank : rank + 1][0])
+    except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise KnltrainError(f"{path} cannot be read: {error}") from None
+
+
+def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as ``PARAMETER/ENTRY``."""
+    state_dict = optimizer.state_dict()
+    return {
+        f"{name}/{entry}": value
+        for group in state_dict["param_groups"]
+        for index, name in zip(group["params"], group["names"], strict=True)
+        for entry, value in state_dict["state"].get(index, {}).items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _top1_of(folder: Path) -> float | None:
+    """Top-1 of a checkpoint that was evaluated as it stands."""
+    try:
+        progress = progress_of(read_state(folder))
+    except KnltrainError:
+        return None
+    return progress.top1 if progress.evaluated_step == progress.step else None

@@ -1,0 +1,253 @@
+"""How a run begins in its folder: alone there, with the configuration that it had, from a checkpoint that is whole."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from knltrain import checkpoint
+from knltrain import config as configuration
+from knltrain.comm.group import Group
+from knltrain.config import RunConfig
+from knltrain.console import Console
+from knltrain.errors import ConfigError, KnltrainError
+
+# What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
+_MAY_CHANGE = {
+    "data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep", "engine",
+    "force_bf16", "comm.backend", "comm.timeout_s",
+}  # fmt: skip
+# A run that was killed a moment ago may have ranks that have not ended yet.
+_PATIENCE_S = 10.0
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
+
+
+@contextlib.contextmanager
+def lock_out(out: Path, console: Console) -> Iterator[None]:
+    """Makes a run's folder, and keeps other runs out of it as long as this process lives.
+
+    The lock is the kernel's (fcntl, which NFS has too): a process that is killed holds it no longer. After the death of
+    a node, an NFS server keeps it until the node's lease ends, usually 90 s. A folder that stays empty is removed.
+
+    Raises:
+        KnltrainError: another run has it; names the host and the process.
+    """
+    made = not out.exists()
+    path = out / ".lock"
+    descriptor = _locked(path, console)
+    try:
+        with contextlib.suppress(OSError):  # a full disk; it is only for people
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{socket.gethostname()}, process {os.getpid()}".encode(), 0)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            if made:
+                out.rmdir()
+        os.close(descriptor)
+
+
+def _locked(path: Path, console: Console) -> int:
+    out = path.parent
+    deadline = time.monotonic() + _PATIENCE_S
+    told = False
+    while True:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A run that ends removes the file: what was locked may be one that has no name any more.
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        except OSError as error:
+            if error.errno in _UNSUPPORTED:
+                console.warn(f"{out}: {error.strerror}: a second run in this folder would not be noticed")
+                return descriptor
+            if error.errno not in (errno.EACCES, errno.EAGAIN, errno.ENOENT):
+                os.close(descriptor)
+                raise
+            who = os.pread(descriptor, 300, 0).decode(errors="replace") or "another process"
+            if time.monotonic() > deadline:
+                os.close(descriptor)
+                raise KnltrainError(f"{out} is in use by a run on {who}; end it, or give another --out") from None
+            if not told and error.errno != errno.ENOENT:
+                console.line(f"{out} is in use by a run on {who}: waiting up to {_PATIENCE_S:g} s for it to end")
+                told = True
+        os.close(descriptor)
+        time.sleep(0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins with.
+
+    Attributes:
+        folder: the checkpoint that it goes on from; None: from the beginning.
+        changes: fields that were changed in its course, each with the step, as JSON types.
+    """
+
+    folder: Path | None
+    changes: list[dict[str, Any]]
+
+    def restore(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        group: Group,
+        console: Console,
+        *,
+        made: Mapping[str, object],
+        images: int,
+    ) -> checkpoint.Progress:
+        """Gives a model and its optimizer the checkpoint's state, and says where the run stands.
+
+        Args:
+            model: as it was initialised.
+            optimizer: of the model.
+            group: the ranks.
+            console: told what is not as it was.
+            made: how this run computes: ranks, threads, engine, and so on.
+            images: how many there are to train on.
+
+        Raises:
+            KnltrainError: the checkpoint cannot be read, or is of another network or other data.
+        """
+        if self.folder is None:
+            return checkpoint.Progress(step=0)
+        (unseen,) = group.sum(not self.folder.is_dir())
+        if unseen:
+            raise KnltrainError(f"{self.folder}: {unseen:.0f} ranks do not see it; OUT must be a folder that all share")
+        state = checkpoint.restore(self.folder, model, optimizer, rank=group.rank, world_size=group.world_size)
+        if state["images"] != images:
+            raise KnltrainError(f"{self.folder} was trained on {state['images']:,} images, not {images:,}")
+        others = ", ".join(
+            f"{name} {state['made'].get(name)} -> {now}" for name, now in made.items() if state["made"].get(name) != now
+        )
+        if others:
+            console.warn(
+                f"{self.folder} was made otherwise ({others}): images and their order are the same, bits may differ"
+            )
+        return checkpoint.progress_of(state)
+
+
+def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed: frozenset[str]) -> Start:
+    """Decides from which checkpoint the run in ``out`` goes on; the first rank, which must have locked it, for all.
+
+    Removes what a killed run was about to write.
+
+    Args:
+        config: of the run.
+        out: its folder.
+        group: the ranks.
+        console: told which checkpoints were passed over, and why.
+        allowed: fields that may differ from what was configured before.
+
+    Raises:
+        ConfigError: another field differs.
+        KnltrainError: a checkpoint that was named is damaged, or every one of the run is.
+    """
+    history: list[dict[str, Any]] = []
+    folder = None
+    if group.is_first:
+        record = guard_out(config, out, allowed)
+        checkpoint.remove_leftovers(out)
+        for path in out.glob("*.tmp"):
+            path.unlink(missing_ok=True)
+        changed = changes(configuration.flatten(record["config"]), config) if record else {}
+        folder = checkpoint.find(out, config.resume, console.warn)
+        step = 0
+        if folder:
+            state = checkpoint.read_state(folder)
+            step = state["step"]
+            if config.resume != "auto":
+                guard_checkpoint(config, folder, state, allowed)
+                changed |= changes(configuration.flatten(state["config"]), config)
+        for name in sorted(allowed - changed.keys()):
+            console.warn(f"--allow-change {name} has no effect: it is as it was, or may always change")
+        history = list(record.get("changes", []))
+        for name, (was, now) in changed.items():
+            history.append({"step": step, "field": name, "before": was, "after": now})
+            console.line(f"from step {step} on, {name} is {now} and no longer {was}")
+    found = group.from_first(str(folder or ""))
+    return Start(Path(found) if found else None, history)
+
+
+def deciding(config: RunConfig) -> dict[str, object]:
+    """The fields that decide a run's result, by dotted name."""
+    flat = configuration.flatten(configuration.as_dict(config))
+    return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
+
+
+def digest(config: RunConfig) -> str:
+    """SHA-256 of the fields that decide a run's result."""
+    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()
+
+
+def guard_out(config: RunConfig, out: Path, allowed: frozenset[str]) -> dict[str, Any]:
+    """Refuses to write into a folder that holds another run.
+
+    Args:
+        config: of the run that is about to begin.
+        out: its folder.
+        allowed: fields that may differ from the run that the folder holds.
+
+    Returns:
+        OUT/config.json as it is, or nothing where there is none.
+
+    Raises:
+        ConfigError: OUT has a run of another configuration, or one that would be started over.
+    """
+    path = out / "config.json"
+    if not path.exists():
+        return {}
+    if config.resume == "never":
+        raise ConfigError(f"{out} holds a run already; give another --out, or delete the folder to start over")
+    try:
+        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        before = configuration.flatten(record["config"])
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+        raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
+    _refuse(changes(before, config), allowed, f"{out} holds a run", "give another --out, or ")
+    return record
+
+
+def guard_checkpoint(config: RunConfig, folder: Path, state: Mapping[str, Any], allowed: frozenset[str]) -> None:
+    """Refuses to go on from a checkpoint of another configuration.
+
+    Raises:
+        ConfigError: the fields that differ.
+    """
+    _refuse(changes(configuration.flatten(state["config"]), config), allowed, f"{folder} is a checkpoint", "")
+
+
+def changes(before: Mapping[str, object], config: RunConfig) -> dict[str, tuple[object, object]]:
+    """The deciding fields that are not as they were: by name, what they were and what they are."""
+    now = deciding(config)
+    then = {name: value for name, value in before.items() if name not in _MAY_CHANGE}
+    return {
+        name: (then.get(name), now.get(name))
+        for name in sorted(then.keys() | now.keys())
+        if then.get(name) != now.get(name)
+    }
+
+
+def _refuse(changed: Mapping[str, tuple[object, object]], allowed: frozenset[str], what: str, remedy: str) -> None:
+    if refused := changed.keys() - allowed:
+        differ = "; ".join(f"{name}: {was} -> {now}" for name, (was, now) in changed.items() if name in refused)
+        raise ConfigError(
+            f"{what} of another configuration ({differ}); {remedy}--allow-change {','.join(sorted(refused))}"
+        )
