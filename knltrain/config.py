@@ -120,7 +120,7 @@ class CommConfig:
         4, "columns of PowerSGD's factors"
     )
     timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
-        600.0, "longest wait for another rank after the first step, seconds; writing a checkpoint has to fit"
+        600.0, "longest wait for another rank after the first step, and for a checkpoint to be on disk, seconds"
     )
 
 
@@ -130,7 +130,7 @@ class CheckpointConfig:
 
     every: Epochs = _field(1.0, "epochs between checkpoints; the last step always writes one")
     keep: Annotated[int, Meta(ge=1, le=10**6, extra={"unit": "checkpoints"})] = _field(
-        2, "how many of the newest checkpoints stay"
+        2, "how many of the newest checkpoints stay, beside the best by top-1"
     )
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from knltrain import checkpoint, resume
 from knltrain import config as configuration
-from knltrain.comm.gradients import data_parallel
+from knltrain.comm.gradients import data_parallel, settle_buckets
 from knltrain.comm.group import Group
 from knltrain.comm.statistics import averaged_running_statistics, gather_running_statistics
 from knltrain.config import RunConfig
@@ -113,6 +113,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
     first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
+    shape = (run.share.local_batch, 3, config.image_size, config.image_size)
+    settle_buckets(model, clock, torch.empty(shape, dtype=engine.dtype, device="meta"), engine.autocast())
     batches = run.train_loader.training(run.share, first_step, last_step)
 
     with contextlib.closing(batches):

@@ -4,6 +4,7 @@
 
 import time
 import warnings
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -117,3 +118,31 @@ def data_parallel(
     else:
         parallel.register_comm_hook(clock, reduce_mean)
     return parallel, clock
+
+
+def settle_buckets(
+    model: nn.Module, clock: GradientClock, images: Tensor, forward: AbstractContextManager[object]
+) -> None:
+    """Has DistributedDataParallel form its buckets before the first step; does nothing to any other model.
+
+    It forms them as gradients arrive in its first backward pass, which goes through a single one. A gradient's place in
+    its bucket decides in which order three or more ranks' parts are added up, and so the last bits: a run that was
+    stopped must begin with the buckets that it would have had.
+
+    Args:
+        model: as :func:`data_parallel` returned it; its buffers are left as they are, gradients are not.
+        clock: with it.
+        images: shape and type of a micro-batch.
+        forward: the context of a forward pass.
+    """
+    if not isinstance(model, DistributedDataParallel):
+        return
+    before = [buffer.clone() for buffer in model.buffers()]
+    black = torch.zeros(images.shape, dtype=images.dtype).contiguous(memory_format=torch.channels_last)
+    with forward:
+        outputs = model(black)
+    outputs.float().sum().backward()
+    clock.take()
+    with torch.no_grad():
+        for buffer, value in zip(model.buffers(), before, strict=True):
+            buffer.copy_(value)

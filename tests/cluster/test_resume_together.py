@@ -14,6 +14,27 @@ from small_networks import NETWORKS, PRECISIONS, why_no_engine
 RANK = Path(__file__).with_name("resuming_ranks.py")
 
 
+def train_in_parts(cases, data, out, *, ranks=2, backend):
+    """Has ranks train each case, a name and its fields, whole and in parts."""
+    command = [f"--nproc-per-node={ranks}" if "nproc" in word else word for word in TORCHRUN[:-1]]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, RANK, data, out, backend, json.dumps(cases)],
+        capture_output=True, text=True, timeout=280, env={**os.environ, **environment},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+def test_the_order_in_which_gradients_of_many_ranks_are_added_up_stays(backend, image_folder, tmp_path):
+    """It follows from the buckets, which DistributedDataParallel forms anew after its first step."""
+    if backend == "ccl" and not ccl_is_here():
+        pytest.skip("oneCCL does not load")
+    train_in_parts({"four": {}}, image_folder, tmp_path, ranks=4, backend=backend)
+    for parts in ("once", "twice"):
+        assert_same_run(tmp_path / "four" / parts, tmp_path / "four" / "whole", evaluations=False)
+
+
 @pytest.mark.parametrize("engine, backend", [*((engine, "gloo") for engine in PRECISIONS), ("fused", "ccl")])
 def test_two_ranks_go_on_as_if_they_had_not_been_stopped(engine, backend, image_folder, tmp_path):
     if reason := why_no_engine(engine) or ("" if backend == "gloo" or ccl_is_here() else "oneCCL does not load"):
@@ -23,12 +44,7 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(engine, backend, image_
         for network, options in NETWORKS.items()
         for precision in PRECISIONS[engine]
     }
-    tests = str(Path(__file__).parents[1])
-    result = subprocess.run(
-        [*TORCHRUN[:-1], RANK, image_folder, tmp_path, backend, json.dumps(cases)],
-        capture_output=True, text=True, timeout=280, env={**os.environ, "PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    train_in_parts(cases, image_folder, tmp_path, backend=backend)
     for name in cases:
         for parts in ("once", "twice"):
             assert_same_run(tmp_path / name / parts, tmp_path / name / "whole", evaluations=False)
