@@ -197,8 +197,9 @@ def export(checkpoint: str, dst: str, format: str | None, as_json: bool) -> None
     from knltrain.console import Console
     from knltrain.export import export as write
 
-    result = write(Path(checkpoint), Path(dst), format=format)
-    Console(json=as_json).line(
+    console = Console(json=as_json)
+    result = write(Path(checkpoint), Path(dst), console, format=format)
+    console.line(
         f"{dst}: {result['model']} of {result['checkpoint']}, {result['bytes'] / 1e6:.1f} MB; logits differ by "
         f"{result['max_difference']:.2g} at most, of {result['largest_logit']:.3g}"
     )

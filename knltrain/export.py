@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from knltrain import checkpoint
 from knltrain.config import RunConfig
+from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import as_trained
 from knltrain.models import model_of
@@ -34,7 +35,7 @@ _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 _IN_ARCHIVE = "knltrain.json"
 
 
-def export(folder: Path, dst: Path, *, format: str | None = None) -> dict[str, Any]:
+def export(folder: Path, dst: Path, console: Console, *, format: str | None = None) -> dict[str, Any]:
     """Writes a checkpoint's network to a file, in float32 and as it evaluates.
 
     Before the file takes its name it is read again, and its logits of random images are compared with the network's.
@@ -42,6 +43,7 @@ def export(folder: Path, dst: Path, *, format: str | None = None) -> dict[str, A
     Args:
         folder: a checkpoint, or a run's folder, of which the newest is taken.
         dst: the file; it must not be there yet.
+        console: told of checkpoints that were passed over.
         format: ``safetensors`` or ``pth``, a state dict with the names of ``knltrain.models``, which are torchvision's
             for ``resnet50`` and ``torchvision:NAME``; ``onnx`` or ``pt2``, the program too, for N x 3 x S x S
             normalised images with any N. By default what the suffix of ``dst`` says.
@@ -56,7 +58,7 @@ def export(folder: Path, dst: Path, *, format: str | None = None) -> dict[str, A
     """
     kind = format or dst.suffix.removeprefix(".")
     _refuse(dst, kind)
-    folder = checkpoint.newest(folder)
+    folder = checkpoint.newest(folder, console.warn)
     state = checkpoint.read_state(folder)
     config = as_trained(RunConfig(), state)
     model = _network(config, len(state["classes"]))

@@ -10,6 +10,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ def initialize(
         return _recorded(config, out, console) if group.is_first else None
     if not group.is_first:
         group.barrier()  # rank 0 goes first, so that what is wrong with the file is said once
-    path = find(Path(config.init_from))
+    path = find(Path(config.init_from), console.warn)
     digest = checksum(str(path))
     fresh = load(path, model)
     if group.is_first:
@@ -68,14 +69,18 @@ def initialize(
     return {"file": str(path), "sha256": digest, "fresh": fresh}
 
 
-def find(path: Path) -> Path:
+def find(path: Path, say: Callable[[str], None]) -> Path:
     """Returns the file of weights that a path means: itself, or the newest of a run's or a checkpoint's folder.
+
+    Args:
+        path: a file, a checkpoint, or a run's folder.
+        say: told of each checkpoint that was passed over, and why.
 
     Raises:
         KnltrainError: there is none.
     """
     if path.is_dir():
-        path = checkpoint.newest(path) / "model.safetensors"
+        path = checkpoint.newest(path, say) / "model.safetensors"
     if not path.exists():
         raise KnltrainError(f"init-from {path}: no such file")
     if not path.is_file():  # a pipe would be waited for

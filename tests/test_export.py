@@ -24,6 +24,7 @@ from knltrain.models.alexnet import LocalResponseNorm
 
 MODELS = {"alexnet_bn_small": 32, "alexnet": 67, "alexnet_bn": 67, "resnet50": 32}
 CLASSES = ["class0", "class1", "class2"]
+QUIET = Console(silent=True)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +85,7 @@ def as_read(about):
 @pytest.mark.parametrize("format", ["safetensors", "pth"])
 def test_state_dicts_are_plain(runs, tmp_path, model, format):
     run, file = runs(model), tmp_path / f"net.{format}"
-    result = export.export(run, file)
+    result = export.export(run, file, QUIET)
     assert (result["format"], result["model"], result["num_classes"]) == (format, model, 3)
     assert result["max_difference"] <= 1e-5
     assert result["bytes"] == file.stat().st_size
@@ -100,7 +101,7 @@ def test_state_dicts_are_plain(runs, tmp_path, model, format):
 
 
 def test_safetensors_says_what_it_is(runs, tmp_path):
-    export.export(runs("alexnet_bn_small"), tmp_path / "net.safetensors")
+    export.export(runs("alexnet_bn_small"), tmp_path / "net.safetensors", QUIET)
     with safe_open(tmp_path / "net.safetensors", "pt") as file:
         assert as_read(file.metadata()) == ("alexnet_bn_small", 32, 37)
 
@@ -112,7 +113,7 @@ def test_onnx_runs_in_onnxruntime(runs, tmp_path, model):
     import onnxruntime
 
     run, file = runs(model), tmp_path / "net.onnx"
-    result = export.export(run, file)
+    result = export.export(run, file, QUIET)
     assert result["max_difference"] <= 1e-5 + 1e-4 * result["largest_logit"]
     onnx.checker.check_model(str(file), full_check=True)
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
@@ -126,7 +127,7 @@ def test_onnx_runs_in_onnxruntime(runs, tmp_path, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_pt2_is_a_program_of_torch(runs, tmp_path, model):
     run, file = runs(model), tmp_path / "net.pt2"
-    export.export(run, file)
+    export.export(run, file, QUIET)
     extra = {"knltrain.json": ""}
     program = torch.export.load(file, extra_files=extra).module()
     assert_same_logits(run, program)
@@ -135,7 +136,7 @@ def test_pt2_is_a_program_of_torch(runs, tmp_path, model):
 
 def test_pt2_needs_nothing_of_this_package(runs, tmp_path):
     """Not even the operator of AlexNet's normalisation."""
-    export.export(runs("alexnet"), tmp_path / "net.pt2")
+    export.export(runs("alexnet"), tmp_path / "net.pt2", QUIET)
     code = (
         "import sys, torch; print(torch.export.load(sys.argv[1]).module()(torch.zeros(4, 3, 67, 67)).shape);"
         "assert not any(name.startswith('knltrain') for name in sys.modules)"
@@ -159,7 +160,7 @@ def test_torchs_normalisation_is_ours():
 def test_torchvision_takes_it(torchvision, runs, tmp_path, name, format):
     """Under its own names, into a network that it made."""
     run, file = runs(name), tmp_path / f"net.{format}"
-    export.export(run, file)
+    export.export(run, file, QUIET)
     options = {"aux_logits": False, "init_weights": False} if "googlenet" in name else {}
     theirs = torchvision.models.get_model(name.removeprefix("torchvision:"), weights=None, num_classes=3, **options)
     theirs.load_state_dict(load_file(file) if format == "safetensors" else torch.load(file, weights_only=True))
@@ -169,7 +170,7 @@ def test_torchvision_takes_it(torchvision, runs, tmp_path, name, format):
 @pytest.mark.parametrize("format", ["safetensors", "pth"])
 def test_a_run_starts_from_what_another_exported(runs, tmp_path, format):
     run, file = runs("alexnet_bn_small"), tmp_path / f"net.{format}"
-    export.export(run, file)
+    export.export(run, file, QUIET)
     model = model_of(network(run)[1], 3)
     assert weights.load(file, model) == []
     assert_same_logits(run, model.eval())
@@ -206,7 +207,7 @@ def test_refusals(runs, tmp_path, name, words):
     (tmp_path / "folder.onnx").mkdir()
     before = sorted(os.listdir(tmp_path))
     with pytest.raises(ConfigError, match=words):
-        export.export(runs("alexnet_bn_small"), tmp_path / name)
+        export.export(runs("alexnet_bn_small"), tmp_path / name, QUIET)
     assert sorted(os.listdir(tmp_path)) == before
     assert (tmp_path / "there.pth").read_text() == "mine"
 
@@ -221,7 +222,7 @@ def test_missing_packages_are_named(runs, tmp_path, monkeypatch):
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else found(name))
     with pytest.raises(ConfigError, match=r"onnxscript not installed; pip install 'knltrain\[export\]'"):
-        export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx")
+        export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx", QUIET)
 
 
 @pytest.mark.parametrize("wrong", [0.01, float("nan"), float("inf")])
@@ -236,7 +237,7 @@ def test_a_file_that_computes_something_else_is_removed(runs, tmp_path, monkeypa
 
     monkeypatch.setattr(export, "_read", read)
     with pytest.raises(KnltrainError, match=r"gives other logits than .*: they differ by .*; nothing was written"):
-        export.export(runs("alexnet_bn_small"), tmp_path / f"net.{format}")
+        export.export(runs("alexnet_bn_small"), tmp_path / f"net.{format}", QUIET)
     assert os.listdir(tmp_path) == []
 
 
@@ -255,7 +256,7 @@ def test_what_fails_leaves_nothing(runs, tmp_path, monkeypatch, error, words):
 
     monkeypatch.setattr(export, "_write", write)
     with pytest.raises((KnltrainError, OSError), match=words):
-        export.export(runs("alexnet_bn_small"), tmp_path / "net.pth")
+        export.export(runs("alexnet_bn_small"), tmp_path / "net.pth", QUIET)
     assert os.listdir(tmp_path) == []
 
 
@@ -263,5 +264,5 @@ def test_a_network_too_large_for_onnx(runs, tmp_path, monkeypatch):
     needs_onnx()
     monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
     with pytest.raises(KnltrainError, match=r"cannot be written as onnx: its weights are 0\.0 GiB.*take pt2"):
-        export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx")
+        export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx", QUIET)
     assert os.listdir(tmp_path) == []

@@ -199,7 +199,7 @@ def test_damage_is_one_line(trained, tmp_path, name, write, words):
     WRITTEN[name](trained, file)
     write(file, trained)
     with pytest.raises(KnltrainError, match=words) as raised:
-        weights.load(weights.find(file), network())
+        weights.load(weights.find(file, print), network())
     assert "\n" not in str(raised.value)
     assert str(file) in str(raised.value)
 
@@ -304,7 +304,7 @@ def test_a_run_starts_from_the_file(config, trained, engine, precision, capsys):
 def test_the_folder_of_a_run_or_of_a_checkpoint(config):
     run(config, max_steps=2)
     newest = Path(config.out, "checkpoints", "step-00000002")
-    assert weights.find(Path(config.out)) == weights.find(newest) == newest / "model.safetensors"
+    assert weights.find(Path(config.out), print) == weights.find(newest, print) == newest / "model.safetensors"
 
 
 def test_a_run_of_this_project_goes_on_as_another(config, trained, tmp_path):
