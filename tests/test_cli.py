@@ -78,6 +78,8 @@ def invoke(*arguments):
         (["train", "--recipe", "quickstart", "--globl-batch", "3"], 2, "--global-batch"),
         (["train", "--recipe", "quickstart", "--global-batch", "many"], 2, "global_batch: 'many' will not do"),
         (["train", "--config", "/nowhere.toml"], 2, "/nowhere.toml: No such file"),
+        (["train", "--recipe", "quickstart", "--allow-change", "optim.ls,seed"], 2, "did you mean optim.lr?"),
+        (["train", "--recipe", "quickstart", "--allow-change", ""], 2, "unknown field ''"),
         (["train", "--recipe", "resnet50-256", "--max-steps", "1"], 2, "no data"),
         (["train", "--recipe", "resnet50-256", "--data", "/nowhere"], 1, "/nowhere/train: no such folder"),
         (["eval", "/nowhere", "--data", "synthetic"], 1, "/nowhere: no checkpoint"),
@@ -156,6 +158,19 @@ def test_warnings_of_what_changes_nothing_or_does_not_fit(image_folder, tmp_path
     assert "schedule.gamma has no effect" in result.output
     assert "global batch 16 with the learning rate 16" in result.output
     assert "comm.* has no effect on a single rank" in result.output
+
+
+def test_a_run_goes_on_with_a_change_that_is_allowed(image_folder, tmp_path):
+    command = ["train", "--recipe", "cifar-256", "--data", image_folder, "--out", tmp_path / "run",
+               "--global-batch", 16, "--precision", "fp32"]  # fmt: skip
+    assert invoke(*command, "--max-steps", 1).exit_code == 0
+    changed = [*command, "--max-steps", 2, "--optim.weight-decay", "0.25"]
+    refused = invoke(*changed)
+    assert refused.exit_code == 2
+    assert "optim.weight_decay: 0.0005 -> 0.25" in refused.stderr
+    allowed = invoke(*changed, "--allow-change", "optim.weight-decay")
+    assert allowed.exit_code == 0, allowed.stderr
+    assert "from step 1 on, optim.weight_decay is 0.25 and no longer 0.0005" in allowed.output
 
 
 def test_eval_gives_the_runs_accuracy(image_folder, tmp_path):

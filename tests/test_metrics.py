@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 
@@ -27,15 +28,74 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     assert [row["step"] for row in read_metrics(path)] == [1, 2]
 
 
-def test_tensorboard_has_the_same_numbers(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+@pytest.mark.parametrize(
+    "tail", [b'{"step": 3', b'{"step": 3, "loss": 1}', b"[3]\n", b"\xff\n", b"3\n", b'{"step": null}\n']
+)
+def test_what_is_no_row_is_left_out_when_a_run_goes_on(tmp_path, tail):
+    """A number that was cut short reads as another: a row without its end is none."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
+    with MetricsLog(tmp_path, after_step=5) as log:
+        log.write({"step": 3})
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_an_evaluation_that_will_be_made_again_is_dropped(tmp_path):
     with MetricsLog(tmp_path) as log:
         for row in ROWS:
             log.write(row)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    with MetricsLog(tmp_path, after_step=2, evaluated_step=1):
+        pass
+    assert read_metrics(tmp_path / "metrics.jsonl") == ROWS[:2]
+
+
+def test_rows_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
+    """What is written is a whole line or the beginning of one, and the rest of it follows."""
+    said, room, original = [], [], os.write
+
+    def write(descriptor, data):
+        if not room:
+            raise OSError(28, "No space left on device")
+        return original(descriptor, data[: room.pop()])
+
+    with MetricsLog(tmp_path, warn=said.append) as log:
+        monkeypatch.setattr(os, "write", write)
+        log.write(ROWS[0])
+        room += [7]
+        log.write(ROWS[1])
+        monkeypatch.undo()
+        log.write(ROWS[2])
+    assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
+    assert said == ["metrics cannot be written (No space left on device); they follow when they can"]
+    assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 1.5)]
+
+
+def scalars(out, name):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(1, 2.0), (2, 1.5)]
-    assert [(e.step, e.value) for e in events.Scalars("top1")] == [(2, 40.0)]
+    return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def test_tensorboard_shows_each_step_of_a_killed_run_once(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for step in range(1, 6):
+            log.write({"step": step, "loss": 1.0})
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    events.write_bytes(events.read_bytes()[:-3])
+    with MetricsLog(tmp_path, after_step=3) as log:
+        for step in range(4, 7):
+            log.write({"step": step, "loss": 0.5})
+    assert scalars(tmp_path, "loss") == [(1, 1.0), (2, 1.0), (3, 1.0), (4, 0.5), (5, 0.5), (6, 0.5)]
+
+
+def test_tensorboard_has_the_same_numbers(tmp_path):
+    with MetricsLog(tmp_path) as log:
+        for row in ROWS:
+            log.write(row)
+    assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 1.5)]
+    assert scalars(tmp_path, "top1") == [(2, 40.0)]
 
 
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1], []])
