@@ -285,7 +285,8 @@ def train(
         origin = initialize(model, config, out, group, console, resumed=start.folder is not None)
         optimizer = build_optimizer(model, config.optim)
         made = {"world_size": ranks.size, "threads": threads, "isa": node.isa, "kernels": isa(), "engine": engine_name,
-                "precision": precision, "torch": torch.__version__}  # fmt: skip
+                "precision": precision, "backend": group.backend.name if group.backend else "none",
+                "torch": torch.__version__}  # fmt: skip
         progress = start.restore(model, optimizer, group, console, made=made, images=len(train_set))
         engine = build_engine(engine_name, precision, model, optimizer)
         workers = threads if config.workers is None else config.workers

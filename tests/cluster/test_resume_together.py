@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster.runs import TORCHRUN, ccl_is_here
+from cluster.runs import GLOO, KNLTRAIN, SMALL, TORCHRUN, ccl_is_here, losses, start
 from runs import assert_same_run, newest, state
 from small_networks import NETWORKS, PRECISIONS, why_no_engine
 
@@ -33,6 +33,25 @@ def test_the_order_in_which_gradients_of_many_ranks_are_added_up_stays(backend, 
     train_in_parts({"four": {}}, image_folder, tmp_path, ranks=4, backend=backend)
     for parts in ("once", "twice"):
         assert_same_run(tmp_path / "four" / parts, tmp_path / "four" / "whole", evaluations=False)
+
+
+def test_one_rank_goes_on_where_two_were_stopped(image_folder, tmp_path):
+    """With the same images in the same order, and a line that says what is another way."""
+
+    def train(command, name, *more):
+        result = start(
+            [*command, "train", *SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2",
+             "--data", image_folder, "--out", tmp_path / name, *more], OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    train(KNLTRAIN, "alone")
+    train([*TORCHRUN, "knltrain"], "together", "--max-steps", "3", *GLOO)
+    said = train(KNLTRAIN, "together")
+    assert "was made otherwise (world_size 2 -> 1, backend gloo -> none)" in said
+    assert "bits may differ" in said
+    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
 
 
 @pytest.mark.parametrize("engine, backend", [*((engine, "gloo") for engine in PRECISIONS), ("fused", "ccl")])
