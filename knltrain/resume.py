@@ -165,8 +165,6 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
     if group.is_first:
         record = guard_out(config, out, allowed)
         checkpoint.remove_leftovers(out)
-        for path in out.glob("*.tmp"):
-            path.unlink(missing_ok=True)
         changed = changes(configuration.flatten(record["config"]), config) if record else {}
         folder = checkpoint.find(out, config.resume, console.warn)
         step = 0
@@ -178,7 +176,7 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
                 changed |= changes(configuration.flatten(state["config"]), config)
         for name in sorted(allowed - changed.keys()):
             console.warn(f"--allow-change {name} has no effect: it is as it was, or may always change")
-        history = list(record.get("changes", []))
+        history = record.get("changes", [])
         for name, (was, now) in changed.items():
             history.append({"step": step, "field": name, "before": was, "after": now})
             console.line(f"from step {step} on, {name} is {now} and no longer {was}")
@@ -219,6 +217,7 @@ def guard_out(config: RunConfig, out: Path, allowed: frozenset[str]) -> dict[str
     try:
         record: dict[str, Any] = json.loads(path.read_text("utf-8"))
         before = configuration.flatten(record["config"])
+        record["changes"] = list(record.get("changes", []))
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
     _refuse(changes(before, config), allowed, f"{out} holds a run", "give another --out, or ")

@@ -85,7 +85,7 @@ def test_a_killed_run_has_every_step_once(config, killed, tmp_path):
     with (killed / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"step": 5, "loss": 1')
     shutil.copytree(newest(killed), killed / "checkpoints" / ".step-00000006.tmp")
-    (killed / "config.json.tmp").write_text("{")
+    (killed / "metrics.jsonl.tmp").write_text("{")
     (killed / ".lock").write_text("elsewhere, process 1")
     run(config)
     run(config, out=str(tmp_path / "whole"))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -189,7 +190,7 @@ def verify(folder: Path) -> dict[str, Any]:
     return state
 
 
-def newest(folder: Path, say: Callable[[str], None]) -> Path:
+def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
     """Returns ``folder`` itself if it is a checkpoint, else the newest whole one of the run in it.
 
     Args:
