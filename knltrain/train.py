@@ -32,7 +32,7 @@ from knltrain.engine import Engine, build_engine, choose_engine, choose_precisio
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import evaluate
 from knltrain.metrics import MetricsLog, draw_curves, read_metrics, write_json
-from knltrain.models import model_of
+from knltrain.models import model_of, refuse_unbuildable
 from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb, resident_mb
 from knltrain.ops.native import isa
@@ -263,8 +263,7 @@ def train(
         cleanup.enter_context(group.names_lost_ranks())
         if group.is_first:
             resume.guard_out(config, out, allow_change)
-            with torch.device("meta"):  # a network that cannot be built is refused before the data is read
-                model_of(config, num_classes=1)
+            refuse_unbuildable(config)  # before the data is read
         staged = config
         if config.stage:
             here = stage_on_every_node(

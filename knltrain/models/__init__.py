@@ -70,12 +70,29 @@ def model_of(config: RunConfig, num_classes: int) -> nn.Module:
     return channels_last
 
 
-def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+def refuse_unbuildable(config: RunConfig) -> None:
+    """Builds the network a configuration names without its memory, so that one that cannot be is refused early.
+
+    Raises:
+        ConfigError: as :func:`build_model`.
+    """
+    if config.model.startswith("torchvision:"):
+        _import_torchvision(config.model)  # under a device that is not the processor it does not import
+    with torch.device("meta"):
+        model_of(config, num_classes=1)
+
+
+def _import_torchvision(model: str) -> Any:
     try:
         from torchvision import models
     except (ImportError, RuntimeError) as error:
         # RuntimeError: a torchvision built for another torch fails while it registers its operators.
-        raise ConfigError(f"model torchvision:{name}: torchvision does not import here ({error})") from None
+        raise ConfigError(f"model {model}: torchvision does not import here ({error})") from None
+    return models
+
+
+def _torchvision(name: str, num_classes: int, options: dict[str, Any]) -> nn.Module:
+    models = _import_torchvision(f"torchvision:{name}")
     if name not in models.list_models(module=models):
         raise ConfigError(f"model: torchvision has no classifier {name!r}")
     if name in ("googlenet", "inception_v3"):
