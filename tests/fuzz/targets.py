@@ -10,8 +10,10 @@ import simplejpeg
 from node import trees
 from PIL import Image
 
+from knltrain import checkpoint
 from knltrain import config as configuration
-from knltrain.config import RunConfig
+from knltrain.config import AugmentConfig, RunConfig
+from knltrain.console import Console
 from knltrain.data import decode
 from knltrain.data.augment import Box
 from knltrain.data.convert import to_jpeg, to_square
@@ -20,9 +22,14 @@ from knltrain.data.decode import DecodeError, EncodedImage, decoder_of_parts
 from knltrain.data.journal import Journal
 from knltrain.data.manifest import Manifest, Shard, encode_manifest
 from knltrain.errors import KnltrainError
+from knltrain.evaluate import evaluate_checkpoint
+from knltrain.models import model_of
 from knltrain.node import picture as drawing
 from knltrain.node.affinity import plan_node
+from knltrain.node.binding import find_place
 from knltrain.node.topology import read_node
+from knltrain.optim import build_optimizer
+from knltrain.train import train
 
 
 def picture(height=90, width=120):
@@ -268,6 +275,39 @@ class PrepareJournal:
                 assert sum(place for place, _ in record["rejected"]) + record["images"] + record["bytes"] >= 0
 
 
+class Checkpoint:
+    """What a run left, one of its files damaged, as it is evaluated and as training goes on from it."""
+
+    allowed = (KnltrainError,)
+
+    def corpus(self, folder):
+        root, out = folder / "images", folder / "run"
+        for part in ("train", "val"):
+            for name in ("a", "b"):
+                (root / part / name).mkdir(parents=True)
+                (root / part / name / "0.jpg").write_bytes(simplejpeg.encode_jpeg(np.asarray(picture(16, 16))))
+        self.config = RunConfig(
+            data=str(root), out=str(out), model="alexnet_bn_small", image_size=16, global_batch=2, max_steps=1,
+            workers=0, precision="fp32", engine="eager", augment=AugmentConfig(name="none", resize=16),
+        )  # fmt: skip
+        train(self.config, Console(silent=True))
+        (self.folder,) = (out / "checkpoints").iterdir()
+        self.whole = {path.name: path.read_bytes() for path in sorted(self.folder.iterdir())}
+        # Of tensors the beginning, where their header is.
+        return [bytes([number]) + data[:4096] for number, data in enumerate(self.whole.values())]
+
+    def attempt(self, data, folder):
+        name = sorted(self.whole)[data[0] % len(self.whole)] if data else "state.json"
+        (self.folder / name).write_bytes(data[1:] + self.whole[name][4096:])
+        try:
+            evaluate_checkpoint(self.folder, self.config, Console(silent=True), find_place(strict=False))
+            model = model_of(self.config, 2)
+            checkpoint.load_optimizer(self.folder, build_optimizer(model, self.config.optim))
+            assert checkpoint.progress_of(checkpoint.read_state(self.folder)).step >= 0
+        finally:
+            (self.folder / name).write_bytes(self.whole[name])
+
+
 class Machine:
     """A copy of another node's sysfs and procfs, one file damaged."""
 
@@ -301,6 +341,7 @@ class Machine:
 
 
 TARGETS = {
+    "checkpoint": Checkpoint,
     "config": Toml,
     "image": Pictures,
     "index": Index,
