@@ -125,6 +125,8 @@ def test_auto_is_what_tune_measured_or_the_kernels_or_eager(monkeypatch):
     monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: "eager")
     monkeypatch.setattr("knltrain.engine.why_not", lambda: None)
     assert choose("auto") == "eager"
+    monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: "of a later version")
+    assert choose("auto") == "fused"
     # What was the fastest once may be gone now.
     monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: "compile")
     monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -99,10 +99,10 @@ def test_the_newest_measurement_counts_and_takes_the_place_of_its_like():
 
 
 FOREIGN = ["", "{", "{}", "3", "[3]", '["settings"]', '[{"settings": {}}]', '[{"settings": 3, "fastest": "eager"}]',
-           '[{"settings": {}, "fastest": 3}]']  # fmt: skip
+           '[{"settings": {}, "fastest": 3}]', "[" * 100_000]  # fmt: skip
 
 
-@pytest.mark.parametrize("text", FOREIGN)
+@pytest.mark.parametrize("text", FOREIGN, ids=range(len(FOREIGN)))
 def test_a_damaged_or_foreign_file_is_ignored_with_one_warning_and_replaced(cache, text):
     keep("eager")
     measured_file().write_text(text)
@@ -114,6 +114,15 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_warning_and_replaced(cach
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert asked() == "fused"
+
+
+def test_a_file_that_has_what_is_asked_for_and_something_else_around_it():
+    keep("eager")
+    (one,) = json.loads(measured_file().read_text())
+    for engines in (3, [3], [{"engine": "eager", "images_per_s": "many"}], {"engine": "eager"}):
+        measured_file().write_text(json.dumps([{**one, "engines": engines, "layout": {"ranks_per_node": 10**30}}]))
+        assert measured.measured_rates("bf16", NODE, 2) == {}
+        assert stored_layout(NODE) is None
 
 
 def test_a_write_that_fails_leaves_what_was_there(monkeypatch):
