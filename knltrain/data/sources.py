@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import re
 import tarfile
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from knltrain.data.folder import SUFFIXES, DataError, Folder
 from knltrain.data.manifest import read_manifest
 from knltrain.data.tar import Tar, members, shards_of
 from knltrain.errors import ConfigError
+from knltrain.files import open_regular
 
 IMAGENET_TRAIN, IMAGENET_VAL = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
 _WNID = re.compile(r"n\d{8}")
@@ -77,7 +79,7 @@ def _imagenet(root: Path) -> dict[str, Source]:
     path = root / IMAGENET_TRAIN
     if path.exists():
         entries: list[tuple[str, str, int, int]] = []  # class, name, offset, size
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             inner = list(members(file))
             for member in inner:
                 wnid = Path(member.name).stem
@@ -91,7 +93,7 @@ def _imagenet(root: Path) -> dict[str, Source]:
     if path.exists():
         truth, from_file = _ground_truth(root)
         classes = classes or tuple(sorted(set(truth.values())))
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             found = [member for member in members(file) if _is_image(member.name)]
         entries = []
         for member in sorted(found):
@@ -127,11 +129,14 @@ def _ground_truth(root: Path) -> tuple[dict[str, str], Path]:
     """
     for path in sorted([*root.glob("*.csv"), *root.glob("*.txt")]):
         truth = {}
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.reader(file):
-                words = " ".join(row).split()
-                if len(words) >= 2 and _WNID.fullmatch(words[1]):
-                    truth[Path(words[0]).stem] = words[1]
+        try:
+            with open_regular(path) as file, io.TextIOWrapper(file, "utf-8", newline="") as text:
+                for row in csv.reader(text):
+                    words = " ".join(row).split()
+                    if len(words) >= 2 and _WNID.fullmatch(words[1]):
+                        truth[Path(words[0]).stem] = words[1]
+        except (csv.Error, UnicodeDecodeError):  # some other file that lies there
+            continue
         if truth:
             return truth, path
     for path in sorted(root.glob("ILSVRC2012_devkit*.tar.gz")):
@@ -151,7 +156,7 @@ def _devkit(path: Path) -> dict[str, str]:
             f"{path}: reading it takes SciPy (pip install scipy); LOC_val_solution.csv beside it does as well"
         ) from None
     try:
-        with tarfile.open(path) as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file) as tar:
             files = {Path(info.name).name: info for info in tar if info.isfile()}
             meta = tar.extractfile(files["meta.mat"])
             truth = tar.extractfile(files["ILSVRC2012_validation_ground_truth.txt"])
@@ -160,6 +165,6 @@ def _devkit(path: Path) -> dict[str, str]:
             synsets = loadmat(meta, squeeze_me=True)["synsets"]
             wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
             numbers = [int(line) for line in truth.read().split()]
-    except (tarfile.TarError, EOFError, KeyError, ValueError, OSError) as error:
-        raise DataError(f"{path}: not the devkit, or damaged ({error})") from None
-    return {f"ILSVRC2012_val_{place:08}": wnids[number] for place, number in enumerate(numbers, 1)}
+            return {f"ILSVRC2012_val_{place:08}": wnids[number] for place, number in enumerate(numbers, 1)}
+    except Exception as error:  # tarfile, zlib and SciPy raise whatever damage leads them to
+        raise DataError(f"{path}: not the devkit, or damaged ({error or type(error).__name__})") from None

@@ -1,5 +1,6 @@
 """Data sets that are damaged, or made to do harm: refused in one line, without a wait and with nothing touched."""
 
+import gzip
 import io
 import json
 import os
@@ -248,7 +249,7 @@ def test_sparse_members_are_refused(tmp_path):
     info = tarfile.TarInfo("1.jpg")
     info.type = tarfile.GNUTYPE_SPARSE
     tar_of(tmp_path / "train-0.tar", (info, jpeg(0)))
-    with pytest.raises(DataError, match="1.jpg is stored with gaps"):
+    with pytest.raises(DataError, match=r"1\.jpg is stored with gaps"):
         open_folder(tmp_path, "train")
 
 
@@ -313,6 +314,29 @@ def test_an_index_that_is_none_is_made_anew(tmp_path, content):
     (path,) = tmp_path.glob("*.npz")
     path.write_bytes(content)
     open_folder(tmp_path, "train").check(1)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "name, content",
+    [("0.csv", b"\xff\xfe"), ("0.csv", b'"' + b"x" * 200_000), ("0.txt", None),
+     ("ILSVRC2012_devkit_t12.tar.gz", b"\x1f\x8b"),
+     ("ILSVRC2012_devkit_t12.tar.gz", gzip.compress(b"x" * 9999)[:-9]), ("ILSVRC2012_devkit_t12.tar.gz", None)],
+    ids=range(6),
+)  # fmt: skip
+def test_ground_truth_that_is_none(tmp_path, name, content):
+    webdataset(tmp_path / "ILSVRC2012_img_val.tar", [("ILSVRC2012_val_00000001.JPEG", jpeg(0))])
+    if content is None:
+        os.mkfifo(tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises((DataError, OSError)):
+        prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-raw", workers=1)
+    if name.startswith("0."):
+        (tmp_path / name).unlink()
+        (tmp_path / "0.csv").write_bytes(b"\xff\xfe")
+        (tmp_path / "1.csv").write_text("ILSVRC2012_val_00000001,n00000001 1 2 3 4\n")
+        assert prepare(tmp_path, tmp_path.parent / f"{tmp_path.name}-raw", workers=1)["counts"] == {"val": 1}
 
 
 # --- prepared folders ---
