@@ -9,16 +9,18 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable
-from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal
 
 import click
 
 import knltrain
 from knltrain import config as configuration
 from knltrain.cli_node import doctor, launch, plan
+from knltrain.cli_predict import predict
 from knltrain.command import JSON, STOPPED, reports_errors
+from knltrain.command import field_options as _field_options
+from knltrain.command import given as _given
+from knltrain.command import recipe_named as _recipe
 from knltrain.config import EngineName, Precision, RunConfig
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES, SOURCES
@@ -31,38 +33,6 @@ _CONTEXT = {
 }
 
 
-def _field_options(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options for configuration fields: the named ones, or all."""
-
-    def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        for field in reversed([f for f in configuration.fields() if not names or f.name in names]):
-            if field.name != "recipe":
-                flag = "--" + field.name.replace("_", "-")
-                parameter = field.name.replace(".", "__")  # click wants identifiers
-                command = click.option(flag, parameter, metavar=_metavar(field.type), help=field.help)(command)
-        return command
-
-    return decorate
-
-
-def _metavar(kind: Any) -> str:
-    """What stands for a value in the help text: the choices, or the type."""
-    if get_origin(kind) is Annotated:
-        return _metavar(get_args(kind)[0])
-    if get_origin(kind) is Literal:
-        return "|".join(get_args(kind))
-    if get_origin(kind) is tuple:
-        return _metavar(get_args(kind)[0]) + ",..."
-    if get_origin(kind) in (Union, UnionType):
-        return _metavar(next(part for part in get_args(kind) if part is not type(None)))
-    return {bool: "true|false", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
-
-
-def _given(values: dict[str, str | None]) -> dict[str, str]:
-    """The fields that were set on the command line, by dotted name."""
-    return {name.replace("__", "."): value for name, value in values.items() if value is not None}
-
-
 @click.group(context_settings=_CONTEXT)
 @click.version_option(knltrain.__version__, prog_name="knltrain")
 def main() -> None:
@@ -72,6 +42,7 @@ def main() -> None:
 main.add_command(plan)
 main.add_command(doctor)
 main.add_command(launch)
+main.add_command(predict)
 
 _NO_STRICT = click.option(
     "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."
@@ -464,16 +435,6 @@ def recipes(as_json: bool) -> None:
     console.print(table)
     for key, source in SOURCES.items():
         console.print(f"[{key}] {source}", markup=False, highlight=False)
-
-
-def _recipe(name: str) -> RunConfig:
-    if name not in RECIPES:
-        import difflib
-
-        near = difflib.get_close_matches(name, RECIPES, n=1)
-        hint = f"did you mean {near[0]}?" if near else "`knltrain recipes` lists them"
-        raise ConfigError(f"no recipe {name!r}; {hint}")
-    return RECIPES[name].config()
 
 
 def _percent(value: float | None) -> str:

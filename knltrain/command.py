@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import difflib
 import functools
 import os
 import re
 import sys
-from collections.abc import Callable
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping
+from types import UnionType
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 import click
 
+from knltrain import config as configuration
+from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError, one_line
+from knltrain.recipes import RECIPES
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
 _TOO_LARGE = "not enough memory ({}); take a smaller local-batch, image-size or number of workers"
@@ -57,3 +62,51 @@ def fail(message: str, code: int) -> NoReturn:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def field_options(
+    *names: str, short: Mapping[str, str] | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Options for configuration fields: the named ones, or all; ``short`` has second names for some."""
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        for field in reversed([f for f in configuration.fields() if not names or f.name in names]):
+            if field.name != "recipe":
+                flag = "--" + field.name.replace("_", "-")
+                parameter = field.name.replace(".", "__")  # click wants identifiers
+                flags = (flag, short[field.name]) if short and field.name in short else (flag,)
+                command = click.option(*flags, parameter, metavar=_metavar(field.type), help=field.help)(command)
+        return command
+
+    return decorate
+
+
+def _metavar(kind: Any) -> str:
+    """What stands for a value in the help text: the choices, or the type."""
+    if get_origin(kind) is Annotated:
+        return _metavar(get_args(kind)[0])
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    if get_origin(kind) is tuple:
+        return _metavar(get_args(kind)[0]) + ",..."
+    if get_origin(kind) in (Union, UnionType):
+        return _metavar(next(part for part in get_args(kind) if part is not type(None)))
+    return {bool: "true|false", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
+
+
+def given(values: dict[str, str | None]) -> dict[str, str]:
+    """The fields that were set on the command line, by dotted name."""
+    return {name.replace("__", "."): value for name, value in values.items() if value is not None}
+
+
+def recipe_named(name: str) -> RunConfig:
+    """The configuration of a recipe.
+
+    Raises:
+        ConfigError: there is none of that name; the nearest is offered.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"did you mean {near[0]}?" if near else "`knltrain recipes` lists them"
+        raise ConfigError(f"no recipe {name!r}; {hint}")
+    return RECIPES[name].config()

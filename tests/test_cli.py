@@ -53,6 +53,35 @@ FLAGS = {
     "launch": {"json", "help", "ppn", "hosts", "dry-run"},
     "plan": {"json", "help", "ranks-per-node", "topology", "format"},
     "doctor": {"json", "help", "data"},
+    "predict": {
+        "json",
+        "help",
+        "recipe",
+        "nodes",
+        "system",
+        "batches",
+        "network-factor",
+        "algorithm",
+        "images",
+        "layers",
+        "out",
+        "validate",
+        "accounting",
+        "calibrate",
+        "bench",
+        "allreduce",
+        "model",
+        "image-size",
+        "epochs",
+        "max-steps",
+        "global-batch",
+        "local-batch",
+        "precision",
+        "comm.dtype",
+        "dtype",
+        "comm.bucket-mb",
+        "bucket-mb",
+    },
 }
 
 
@@ -64,6 +93,9 @@ def test_the_flag_set_is_frozen():
         assert flags == FLAGS[name], name
         result = runner.invoke(main, [name, "--help"])
         assert result.exit_code == 0
+
+
+PREDICTED = ("--nodes", "8", "--system", "knl7250-opa")
 
 
 def invoke(*arguments):
@@ -109,6 +141,26 @@ def invoke(*arguments):
         (["launch", "--json", "--", "train"], 2, "--json: only --dry-run"),
         (["plan", "--topology", "/nowhere"], 2, "/nowhere: no folder sys or proc in it"),
         (["plan", "--ranks-per-node", "0"], 2, "ranks-per-node"),
+        (["predict"], 2, "give --recipe NAME"),
+        (["predict", "--recipe", "alexnet-bn-32k", "--nodes", "8"], 2, "--system: give cloud-100g"),
+        (["predict", "--recipe", "alexnet-bn-32", *PREDICTED], 2, "did you mean alexnet-bn-32k?"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--nodes", "0"], 2, "--nodes 0: give 1 or more"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--nodes", "8,,9"], 2, "--nodes 8,,9"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--nodes", "many"], 2, "--nodes many"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--system", "knl"], 2, "no system 'knl'"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--system", "/nowhere.toml"], 2, "No such file"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--global-batch", "4"], 2, "smaller than the 8 ranks"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--batches", "32768,4"], 2, "smaller than the 8 ranks"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--network-factor", "-1"], 2, "network-factor -1"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--dtype", "fp16"], 2, "comm.dtype"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--bucket-mb", "0"], 2, "comm.bucket_mb"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--model", "lenet"], 2, "--layers FILE"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--layers", "/nowhere"], 2, "/nowhere: No such file"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--layers", __file__], 2, "not JSON"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--bench", "x"], 2, "--bench has no effect"),
+        (["predict", "--validate", "--nodes", "8"], 2, "--nodes has no effect with --validate"),
+        (["predict", "--validate", "--calibrate"], 2, "--validate with --calibrate"),
+        (["predict", "--calibrate"], 2, "--calibrate: give --bench FILE"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):
@@ -242,3 +294,39 @@ def test_ctrl_c_ends_with_a_checkpoint_and_the_command_goes_on(image_folder, tmp
     assert result.exit_code == 0, result.stderr
     assert "resumed from" in result.output
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == step + 2
+
+
+def test_predict_says_how_long_where_the_time_goes_and_what_to_change(tmp_path):
+    result = invoke("predict", "--recipe", "alexnet-bn-32k", "--nodes", 512, "--system", "knl7250-opa", "--json",
+                    "--out", tmp_path / "pictures")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["nodes"], found["steps"], found["local_batch"]) == (512, 3910, 64)
+    step = found["step"]
+    parts = ("input_s", "forward_s", "backward_s", "straggler_s", "exposed_s", "optimizer_s")
+    assert sum(step[part] for part in parts) == pytest.approx(step["seconds"])
+    for words in ("network bound beyond", "bf16 gradients (--comm.dtype bf16): saves", "node-hours", "3,910 steps"):
+        assert words in result.stderr
+    for name in ("step.png", "scaling.png"):
+        assert (tmp_path / "pictures" / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_predict_over_nodes_and_batches_and_with_things_changed():
+    common = ("predict", "--recipe", "alexnet-bn-32k", "--system", "knl7250-opa", "--json")
+    grid = json.loads(invoke(*common, "--nodes", "64,512", "--batches", "8192,32768").stdout.splitlines()[-1])["grid"]
+    assert [(one["nodes"], one["global_batch"]) for one in grid] == [(64, 8192), (512, 8192), (64, 32768), (512, 32768)]
+    base = json.loads(invoke(*common, "--nodes", 512).stdout.splitlines()[-1])["total_s"]
+    for change in (("--dtype", "bf16"), ("--comm.dtype", "bf16"), ("--network-factor", 2), ("--global-batch", 65536)):
+        assert json.loads(invoke(*common, "--nodes", 512, *change).stdout.splitlines()[-1])["total_s"] < base
+    buckets = json.loads(invoke(*common, "--nodes", 512, "--bucket-mb", 1).stdout.splitlines()[-1])["step"]["buckets"]
+    assert len(buckets) > 5
+
+
+def test_predict_validates_and_accounts():
+    rows = json.loads(invoke("predict", "--validate", "--json").stdout.splitlines()[-1])
+    assert {"run", "published_min", "predicted_min", "deviation", "role", "assumed", "source"} <= rows[0].keys()
+    result = invoke(
+        "predict", "--recipe", "alexnet-bn-32k", "--nodes", 512, "--accounting", "--batches", "512", "--json"
+    )
+    (row,) = json.loads(result.stdout.splitlines()[-1])
+    assert row["iterations"] == 250_228

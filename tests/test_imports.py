@@ -15,9 +15,9 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"cli_node"},
+    {"cli_node", "cli_predict"},
     {"command"},
-    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor"},
+    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict"},
     {"resume"},
     {"engine", "checkpoint", "metrics", "weights"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
@@ -41,6 +41,7 @@ WITHOUT_TORCH = [
     "schedule",
     "cli",
     "cli_node",
+    "cli_predict",
     "command",
     *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py")) if path.stem != "__init__"),
 ]
@@ -90,6 +91,12 @@ def test_torchvision_is_imported_only_where_a_user_asks_for_its_models():
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_answers_without_torch(module):
     code = f"import sys, knltrain.{module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_predictions_need_no_torch():
+    rooms = [f"knltrain.predict.{path.stem}" for path in sorted((PACKAGE / "predict").glob("*.py"))]
+    code = f"import sys; import {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -1,0 +1,187 @@
+"""How long an all-reduce takes: the alpha-beta-gamma model of the algorithms that oneCCL and MPI have.
+
+Time is counted along the slowest rank: alpha seconds for each message it waits for, beta for each byte it sends, gamma
+for each byte it adds up. Sources: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication
+Operations in MPICH" (ring, recursive doubling, halving-doubling after Rabenseifner); Goyal et al. 2017, section 4
+(2 (p-1)/p bytes a server, 2 log2 p steps of halving-doubling, 2 (p-1) of the ring). Which algorithm oneCCL takes
+is read from its own table (src/coll/selection/selector_allreduce.cpp in oneapi-src/oneCCL).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+from knltrain.errors import ConfigError
+
+
+class Fabric(NamedTuple):
+    """What ranks send over.
+
+    Attributes:
+        nodes: nodes of the job.
+        ranks_per_node: equal on all.
+        latency_s: of a message to another node: wire, switches and software.
+        link_bytes_per_s: of a node's link, each way; its ranks share it.
+        shared_latency_s: of a message to a rank of the same node.
+        shared_bytes_per_s: of a copy through a node's memory to a rank of the same node, for each rank.
+        sum_bytes_per_s: how many received bytes a rank adds up in a second.
+        call_s: what a call takes before and after its messages, by itself.
+    """
+
+    nodes: int
+    ranks_per_node: int
+    latency_s: float
+    link_bytes_per_s: float
+    shared_latency_s: float = 1e-6
+    shared_bytes_per_s: float = math.inf
+    sum_bytes_per_s: float = math.inf
+    call_s: float = 0.0
+
+    @property
+    def ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.ranks_per_node
+
+
+class Cost(NamedTuple):
+    """What an all-reduce costs each rank.
+
+    Attributes:
+        seconds: from the last rank's arrival to the result.
+        bytes_sent: by each rank.
+        messages: sent by each rank.
+    """
+
+    seconds: float
+    bytes_sent: float
+    messages: int
+
+
+def _hop(fabric: Fabric, num_bytes: float, *, apart: int, sharing: int) -> float:
+    """Seconds of a message to the rank ``apart`` ranks away while ``sharing`` ranks of the node use its link."""
+    if fabric.nodes == 1 or apart < fabric.ranks_per_node:
+        return fabric.shared_latency_s + num_bytes / fabric.shared_bytes_per_s
+    return fabric.latency_s + num_bytes * sharing / fabric.link_bytes_per_s
+
+
+def ring(fabric: Fabric, num_bytes: float) -> Cost:
+    """Reduce-scatter and all-gather around a ring: 2 (p-1) messages of 1/p of the bytes.
+
+    Neighbours are on one node but for the last rank of each, so only one message at a time is on a link.
+    """
+    ranks = fabric.ranks
+    part = num_bytes / ranks
+    hops = [_hop(fabric, part, apart=fabric.ranks_per_node, sharing=1)]
+    if fabric.ranks_per_node > 1:
+        hops.append(_hop(fabric, part, apart=1, sharing=1))
+    seconds = (ranks - 1) * (2 * max(hops) + part / fabric.sum_bytes_per_s)
+    return Cost(seconds, 2 * (ranks - 1) * part, 2 * (ranks - 1))
+
+
+def direct(fabric: Fabric, num_bytes: float) -> Cost:
+    """Reduce-scatter and all-gather with every rank writing to every other: what oneCCL calls nreduce."""
+    ranks, local = fabric.ranks, fabric.ranks_per_node
+    part = num_bytes / ranks
+    near = (local - 1) * _hop(fabric, part, apart=0, sharing=1)
+    far = (ranks - local) * (fabric.latency_s + part * local / fabric.link_bytes_per_s) if fabric.nodes > 1 else 0.0
+    seconds = 2 * (near + far) + (ranks - 1) * part / fabric.sum_bytes_per_s
+    return Cost(seconds, 2 * (ranks - 1) * part, 2 * (ranks - 1))
+
+
+def _folded(fabric: Fabric, num_bytes: float, steps: Callable[[int], Cost]) -> Cost:
+    """Runs an algorithm for powers of two: the ranks beyond one hand their data to others before, and get it after."""
+    ranks = fabric.ranks
+    power = 1 << (ranks.bit_length() - 1)
+    cost = steps(power)
+    if power == ranks:
+        return cost
+    hop = _hop(fabric, num_bytes, apart=1, sharing=1)
+    return Cost(cost.seconds + 2 * hop + num_bytes / fabric.sum_bytes_per_s,
+                cost.bytes_sent + num_bytes, cost.messages + 1)  # fmt: skip
+
+
+def halving_doubling(fabric: Fabric, num_bytes: float) -> Cost:
+    """Recursive halving to reduce, recursive doubling to gather (Rabenseifner): 2 log2 p messages of falling size."""
+
+    def steps(power: int) -> Cost:
+        seconds, sent, messages = 0.0, 0.0, 0
+        apart, part = 1, num_bytes / 2
+        while apart < power:
+            seconds += 2 * _hop(fabric, part, apart=apart, sharing=fabric.ranks_per_node)
+            seconds += part / fabric.sum_bytes_per_s
+            sent, messages = sent + 2 * part, messages + 2
+            apart, part = 2 * apart, part / 2
+        return Cost(seconds, sent, messages)
+
+    return _folded(fabric, num_bytes, steps)
+
+
+def recursive_doubling(fabric: Fabric, num_bytes: float) -> Cost:
+    """All bytes in each of log2 p exchanges: the fewest messages, for few bytes."""
+
+    def steps(power: int) -> Cost:
+        rounds = power.bit_length() - 1
+        seconds = sum(_hop(fabric, num_bytes, apart=1 << step, sharing=fabric.ranks_per_node) for step in range(rounds))
+        return Cost(seconds + rounds * num_bytes / fabric.sum_bytes_per_s, rounds * num_bytes, rounds)
+
+    return _folded(fabric, num_bytes, steps)
+
+
+def two_level(fabric: Fabric, num_bytes: float) -> Cost:
+    """Reduce-scatter in the node's memory, all-reduce of each part between nodes, all-gather in the node's memory."""
+    local = fabric.ranks_per_node
+    if fabric.nodes == 1 or local == 1:
+        return min(ring(fabric, num_bytes), halving_doubling(fabric, num_bytes))
+    inside = fabric._replace(nodes=1)
+    part = num_bytes / local
+    near = ring(inside, num_bytes)
+    # Each part travels between ranks of the same place in their nodes, all at once over the nodes' links.
+    between = fabric._replace(ranks_per_node=1, link_bytes_per_s=fabric.link_bytes_per_s / local)
+    far = min(ring(between, part), halving_doubling(between, part))
+    return Cost(near.seconds + far.seconds, near.bytes_sent + far.bytes_sent, near.messages + far.messages)
+
+
+_SHORT_ELEMENTS, _MEDIUM_ELEMENTS = 8192, 2**20
+
+_ALGORITHMS: dict[str, Callable[[Fabric, float], Cost]] = {
+    "ring": ring,
+    "direct": direct,
+    "halving-doubling": halving_doubling,
+    "recursive-doubling": recursive_doubling,
+    "two-level": two_level,
+}
+# oneccl: what oneCCL's table has for its own transport (ofi). mpi: the fastest, as an MPI that was tuned takes it, to
+# which oneCCL leaves the choice with CCL_ATL_TRANSPORT=mpi.
+ALGORITHMS = ("oneccl", "mpi", *_ALGORITHMS)
+
+
+def all_reduce(fabric: Fabric, elements: int, itemsize: int, algorithm: str = "oneccl") -> Cost:
+    """Returns what the sum of ``elements`` numbers over all ranks costs.
+
+    Args:
+        fabric: ranks, and what is between them.
+        elements: numbers of each rank.
+        itemsize: bytes of each on the wire.
+        algorithm: one of ``ALGORITHMS``.
+
+    Raises:
+        ConfigError: no such algorithm.
+    """
+    if fabric.ranks == 1:
+        return Cost(0.0, 0.0, 0)
+    num_bytes = float(elements * itemsize)
+    if algorithm == "oneccl":
+        algorithm = (
+            "recursive-doubling" if elements <= _SHORT_ELEMENTS
+            else "direct" if elements <= _MEDIUM_ELEMENTS
+            else "ring"
+        )  # fmt: skip
+    if algorithm == "mpi":
+        cost = min(function(fabric, num_bytes) for function in _ALGORITHMS.values())
+    elif algorithm in _ALGORITHMS:
+        cost = _ALGORITHMS[algorithm](fabric, num_bytes)
+    else:
+        raise ConfigError(f"algorithm {algorithm!r}: there are {', '.join(ALGORITHMS)}")
+    return cost._replace(seconds=cost.seconds + fabric.call_s)

@@ -1,0 +1,304 @@
+"""From a configuration, a machine and a number of nodes to the time, the cost and the energy of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from knltrain.config import RunConfig
+from knltrain.errors import ConfigError
+from knltrain.predict.allreduce import Fabric
+from knltrain.predict.layers import Layer, LayerTime, gradients_of, layers_of, times_from_profile
+from knltrain.predict.systems import Rate, System
+from knltrain.predict.timeline import Step, expected_maximum, simulate
+from knltrain.recipes import IMAGENET_IMAGES
+from knltrain.schedule import total_steps
+
+# Bytes of memory that the fused update reads and writes for a parameter: momentum and float32 weights both ways, and
+# the gradient; or a bf16 gradient and a bf16 copy of the weights.
+_UPDATE_BYTES = 20
+_CHECKPOINT_BYTES = 8  # weights and momentum in float32
+_CIFAR = (50_000, 10_000)
+_IMAGENET_VAL = 50_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is to be predicted.
+
+    Attributes:
+        config: what is trained.
+        system: on what.
+        nodes: how many of it.
+        network_factor: how many times as fast the network is: bandwidth, and messages a second.
+        algorithm: of the all-reduce; None: the system's.
+        images: of the training set; None: ImageNet's, or CIFAR-10's for the small AlexNet.
+        profile: JSON of ``knltrain bench --profile`` on a node of the system, in place of the system's ceilings.
+        overlap: gradients travel while the backward pass runs, as this package has it.
+    """
+
+    config: RunConfig
+    system: System
+    nodes: int
+    network_factor: float = 1.0
+    algorithm: str | None = None
+    images: int | None = None
+    profile: Mapping[str, Any] | None = None
+    overlap: bool = True
+
+    @property
+    def ranks(self) -> int:
+        """Ranks on all nodes."""
+        return self.nodes * self.system.node.ranks.value
+
+    @property
+    def precision(self) -> str:
+        """What is computed in: auto is bf16 where the processor has it."""
+        if self.config.precision != "auto":
+            return self.config.precision
+        return "bf16" if self.system.node.bf16_gflop_per_s else "fp32"
+
+    @property
+    def training_images(self) -> int:
+        """Images of the training set."""
+        return self.images or (_CIFAR[0] if self.config.model == "alexnet_bn_small" else IMAGENET_IMAGES)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a run is predicted to take.
+
+    Attributes:
+        job: what was asked.
+        local_batch: images that a rank passes through the model at once.
+        accumulate: micro-batches of a step.
+        steps: of the whole run.
+        step: one of them.
+        images_per_s: of all nodes, training.
+        one_node_images_per_s: of one node that trains the same images a step by itself.
+        evaluation_s: of all evaluations.
+        checkpoint_s: of all checkpoints.
+        gradient_bytes: on the wire, of one rank's gradients.
+    """
+
+    job: Job
+    local_batch: int
+    accumulate: int
+    steps: int
+    step: Step
+    images_per_s: float
+    one_node_images_per_s: float
+    evaluation_s: float
+    checkpoint_s: float
+    gradient_bytes: float
+
+    @property
+    def efficiency(self) -> float:
+        """Images/s over those of as many single nodes."""
+        return self.images_per_s / (self.job.nodes * self.one_node_images_per_s)
+
+    @property
+    def total_s(self) -> float:
+        """From the first step to the end."""
+        return self.steps * self.step.seconds + self.evaluation_s + self.checkpoint_s
+
+    @property
+    def node_hours(self) -> float:
+        """Nodes times hours."""
+        return self.job.nodes * self.total_s / 3600
+
+    @property
+    def usd(self) -> float | None:
+        """Price of the node-hours, where the system has one."""
+        price = self.job.system.node.usd_per_hour
+        return self.node_hours * price.value if price else None
+
+    @property
+    def kwh(self) -> float | None:
+        """Energy, where the system says what a node draws."""
+        watts = self.job.system.node.watts
+        return self.node_hours * watts.value / 1000 if watts else None
+
+
+def predict(job: Job) -> Prediction:
+    """Predicts a run.
+
+    Raises:
+        ConfigError: fewer than one node, a batch that the ranks cannot share, a network factor that is not positive, a
+            network or a precision that the system knows nothing of.
+    """
+    config, system = job.config, job.system
+    if job.nodes < 1:
+        raise ConfigError(f"{job.nodes} nodes: give 1 or more")
+    if not (job.network_factor > 0 and math.isfinite(job.network_factor)):
+        raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
+    local, accumulate = share(job)
+    times, optimizer_s = layer_times(job, local)
+    slowest = 1 + system.noise.spread.value * expected_maximum(job.ranks)
+    computing_s = accumulate * sum(time.forward_s + time.backward_s for time in times)
+    reading_s = _reading_s(job, local * accumulate)
+    threads = max(1, (system.node.cores.value - system.node.comm_cores.value) // system.node.ranks.value)
+    step = simulate(
+        times,
+        fabric=fabric_of(job),
+        algorithm=job.algorithm or system.network.algorithm,
+        wire_itemsize=2 if config.comm.dtype == "bf16" else 4,
+        bucket_mb=config.comm.bucket_mb,
+        optimizer_s=optimizer_s,
+        accumulate=accumulate,
+        slowest=slowest,
+        input_s=reading_s,
+        memory_bytes_per_s=1e9 * system.node.memory_gb_per_s.value / system.node.ranks.value,
+        thread_bytes_per_s=_thread_bytes_per_s(system),
+        threads=threads,
+        overlap=job.overlap,
+    )
+    alone_s = computing_s + reading_s + optimizer_s
+    steps = total_steps(epochs=config.epochs, num_images=job.training_images, global_batch=config.global_batch)
+    if config.max_steps:
+        steps = min(steps, config.max_steps)
+    epochs = steps * config.global_batch / job.training_images
+    elements = sum(gradient.elements for time in times for gradient in time.gradients)
+    evaluations = max(1, math.floor(epochs + 1e-9))
+    val_images = _CIFAR[1] if config.model == "alexnet_bn_small" else _IMAGENET_VAL
+    forward_s = sum(time.forward_s for time in times) / local
+    checkpoints = max(1, math.ceil(epochs / config.checkpoint.every - 1e-9))
+    return Prediction(
+        job=job,
+        local_batch=local,
+        accumulate=accumulate,
+        steps=steps,
+        step=step,
+        images_per_s=config.global_batch / step.seconds,
+        one_node_images_per_s=config.global_batch / job.nodes / alone_s,
+        evaluation_s=evaluations * math.ceil(val_images / job.ranks) * forward_s * slowest,
+        checkpoint_s=checkpoints * _CHECKPOINT_BYTES * elements / (1e9 * system.storage.write_gb_per_s.value),
+        gradient_bytes=sum(step.sizes),
+    )
+
+
+def share(job: Job) -> tuple[int, int]:
+    """Images that a rank passes through the model at once, and how many times in a step, as the trainer divides them.
+
+    Raises:
+        ConfigError: it does not divide; the message names sizes that do.
+    """
+    batch, ranks = job.config.global_batch, job.ranks
+    if batch < ranks:
+        raise ConfigError(
+            f"global-batch {batch} is smaller than the {ranks} ranks of {job.nodes} nodes; take {ranks} or more"
+        )
+    if batch % ranks:
+        down = batch // ranks * ranks
+        raise ConfigError(f"global-batch {batch} is not a multiple of {ranks} ranks; take {down} or {down + ranks}")
+    of_rank = batch // ranks
+    local = min(job.config.local_batch or of_rank, of_rank)
+    if of_rank % local:
+        divisor = next(size for size in range(local, 0, -1) if of_rank % size == 0)
+        raise ConfigError(
+            f"local-batch {local} does not divide the {of_rank} images a rank has in a step; take {divisor}"
+        )
+    return local, of_rank // local
+
+
+def fabric_of(job: Job) -> Fabric:
+    """What the ranks of a job send over."""
+    network, factor = job.system.network, job.network_factor
+    return Fabric(
+        nodes=job.nodes,
+        ranks_per_node=job.system.node.ranks.value,
+        latency_s=1e-6 * network.latency_us.value / factor,
+        link_bytes_per_s=1e9 * network.link_gb_per_s.value * factor,
+        shared_latency_s=1e-6 * network.shared_latency_us.value,
+        shared_bytes_per_s=1e9 * network.shared_gb_per_s.value,
+        sum_bytes_per_s=1e9 * network.sum_gb_per_s.value,
+        call_s=1e-6 * network.call_us.value,
+    )
+
+
+def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
+    """What a rank needs for each layer of a micro-batch, and for the update, in seconds.
+
+    From the profile of a node, or from the ceilings of the system: a layer takes as long as its arithmetic or as what
+    it moves, whichever is longer, over the part of the ceilings that a measured rate says a step reaches.
+    """
+    node = job.system.node
+    computing = node.cores.value - node.comm_cores.value
+    if job.profile is not None:
+        times, batch, optimizer_s = times_from_profile(job.profile, "--layers")
+        factor = node.ranks.value * node.cores.value / computing * local_batch / batch
+        return [dataclasses.replace(time, forward_s=time.forward_s * factor, backward_s=time.backward_s * factor)
+                for time in times], optimizer_s * node.ranks.value  # fmt: skip
+    config, precision = job.config, job.precision
+    layers = layers_of(config.model, image_size=config.image_size)
+    rate = _rate(job.system, config.model, precision)
+    efficiency, cores = _efficiency(job.system, rate)
+    factor = node.ranks.value * cores / computing / efficiency
+    times = []
+    for layer in layers:
+        forward_s, backward_s = ceiling_s(layer, local_batch, job.system, precision)
+        times.append(LayerTime(layer.name, factor * forward_s, factor * backward_s, gradients_of(layer, precision)))
+    return times, node.ranks.value * _update_s(job.system, layers)
+
+
+def ceiling_s(layer: Layer, batch: int, system: System, precision: str) -> tuple[float, float]:
+    """Seconds of a layer's forward and backward part if a whole node ran it at its ceilings.
+
+    Raises:
+        ConfigError: bf16 on a processor without.
+    """
+    node = system.node
+    ceiling = node.bf16_gflop_per_s if precision == "bf16" else node.fp32_gflop_per_s
+    if ceiling is None:
+        raise ConfigError(f"precision bf16: {system.name} does not compute in it; use --precision fp32")
+    flops, moved = 1e9 * ceiling.value, 1e9 * node.memory_gb_per_s.value
+    itemsize = 2 if precision == "bf16" else 4
+    weights = layer.num_parameters
+    return (
+        max(batch * layer.forward_flops / flops, itemsize * (batch * layer.forward_values + weights) / moved),
+        # The weights are read for the input's gradient, and their own gradient is written.
+        max(batch * layer.backward_flops / flops, itemsize * (batch * layer.backward_values + 2 * weights) / moved),
+    )
+
+
+def _rate(system: System, model: str, precision: str) -> Rate | None:
+    """The measured rate that says most about a network: its own, else one of its precision, else any."""
+    for fits in (lambda rate: model in rate.models and rate.precision == precision,
+                 lambda rate: rate.precision == precision, lambda rate: True):  # fmt: skip
+        for rate in system.rate:
+            if fits(rate):
+                return rate
+    return None
+
+
+def _efficiency(system: System, rate: Rate | None) -> tuple[float, int]:
+    """The part of a node's ceilings that a step reaches, and of how many cores."""
+    if rate is None:
+        assert system.node.efficiency is not None
+        return system.node.efficiency.value, system.node.cores.value
+    layers = layers_of(rate.models[0], image_size=rate.image_size)
+    bound_s = sum(sum(ceiling_s(layer, rate.batch, system, rate.precision)) for layer in layers)
+    took_s = rate.batch / rate.images_per_s - _update_s(system, layers)
+    return bound_s / took_s, rate.cores or system.node.cores.value
+
+
+def _update_s(system: System, layers: list[Layer]) -> float:
+    """Seconds of the optimizer's update with the memory of a whole node."""
+    elements = sum(layer.num_parameters for layer in layers)
+    return _UPDATE_BYTES * elements / (1e9 * system.node.memory_gb_per_s.value)
+
+
+def _thread_bytes_per_s(system: System) -> float | None:
+    thread = system.network.thread_gb_per_s
+    return None if thread is None or system.node.comm_cores.value else 1e9 * thread.value
+
+
+def _reading_s(job: Job, images: int) -> float:
+    """Seconds that reading the images of a step takes from a rank's cores, which decode and compute alike."""
+    if job.system.input is None:
+        return 0.0
+    cores = job.system.node.cores.value / job.system.node.ranks.value
+    return images / (job.system.input.images_per_core_s.value * cores)

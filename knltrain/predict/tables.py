@@ -1,0 +1,113 @@
+"""What people read: tables and lines of a prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from knltrain.console import Console
+from knltrain.predict.run import Prediction
+
+# A pipe has no width of its own; what reads it should get one line a row.
+_PIPE_WIDTH = 150
+
+
+def show(console: Console, table: Table) -> None:
+    """Prints a table."""
+    if not console.rich.is_terminal:
+        console.rich.width = _PIPE_WIDTH
+    console.rich.print(table)
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes, hours or days, with what is worth reading."""
+    for unit, size in (("days", 86400.0), ("h", 3600.0), ("min", 60.0)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.1f} s"
+
+
+def summary(prediction: Prediction) -> list[str]:
+    """What a run takes, in a few lines."""
+    job, step = prediction.job, prediction.step
+    config = job.config
+    cost = "" if prediction.usd is None else f", {prediction.usd:,.0f} USD"
+    energy = "" if prediction.kwh is None else f", {prediction.kwh:,.0f} kWh"
+    return [
+        f"{config.recipe or config.model}: {config.model}, {config.epochs:g} epochs at batch {config.global_batch:,} "
+        f"on {job.nodes:,} nodes of {job.system.name} ({job.system.about})",
+        f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
+        f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb:g} MiB, "
+        f"{job.algorithm or job.system.network.algorithm}",
+        f"{duration(prediction.total_s)}: {prediction.steps:,} steps of {1e3 * step.seconds:.1f} ms, "
+        f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",
+        f"{prediction.images_per_s:,.0f} img/s, {prediction.efficiency:.0%} of {job.nodes:,} single nodes; "
+        f"{prediction.node_hours:,.1f} node-hours{cost}{energy}",
+    ]
+
+
+def step_table(prediction: Prediction) -> Table:
+    """Where the time of a step goes."""
+    step = prediction.step
+    table = _table("where a step's time goes", names=("",), numbers=("ms", "of the step"))
+    for name, seconds in (
+        ("images", step.input_s), ("forward", step.forward_s), ("backward", step.backward_s),
+        ("waiting for the slowest rank", step.straggler_s), ("communication that is not hidden", step.exposed_s),
+        ("optimizer", step.optimizer_s),
+    ):  # fmt: skip
+        table.add_row(name, f"{1e3 * seconds:.1f}", f"{seconds / step.seconds:.1%}")
+    table.add_section()
+    table.add_row(f"gradients on the wire, {len(step.sizes)} buckets", f"{1e3 * step.on_wire_s:.1f}", "")
+    return table
+
+
+def scaling_table(predictions: Sequence[Prediction]) -> Table:
+    """A line for each number of nodes and batch."""
+    numbers = ["nodes", "batch", "images a rank", "step, ms", "img/s", "efficiency", "not hidden", "time", "node-hours"]
+    priced, metered = predictions[0].usd is not None, predictions[0].kwh is not None
+    numbers += ["USD"] * priced + ["kWh"] * metered
+    table = _table("over nodes and batches", numbers=numbers)
+    for one in predictions:
+        step = one.step
+        table.add_row(
+            f"{one.job.nodes:,}", f"{one.job.config.global_batch:,}", f"{one.accumulate * one.local_batch:,}",
+            f"{1e3 * step.seconds:.1f}", f"{one.images_per_s:,.0f}", f"{one.efficiency:.0%}",
+            f"{step.exposed_s / step.seconds:.0%}", duration(one.total_s), f"{one.node_hours:,.1f}",
+            *([f"{one.usd:,.0f}"] if one.usd is not None else []),
+            *([f"{one.kwh:,.0f}"] if one.kwh is not None else []),
+        )  # fmt: skip
+    return table
+
+
+def validation_table(rows: Sequence[dict[str, Any]]) -> Table:
+    """Predicted against published."""
+    table = _table("minutes, predicted against published", names=("run", "system"),
+                   numbers=("published", "predicted", "deviation", "role"))  # fmt: skip
+    for row in rows:
+        table.add_row(row["run"], row["system"], f"{row['published_min']:g}", f"{row['predicted_min']:.1f}",
+                      f"{row['deviation']:+.1%}", row["role"])  # fmt: skip
+    return table
+
+
+def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """Iterations, messages and bytes against the batch."""
+    table = _table(title, numbers=("batch", "iterations", "images a node", "messages a node", "TB a node sends",
+                                   "operations a byte"))  # fmt: skip
+    for row in rows:
+        ratio = row["flops_per_byte"]
+        table.add_row(f"{row['batch']:,}", f"{row['iterations']:,}", f"{row['images_per_node']:g}",
+                      f"{row['messages']:,}", f"{row['terabytes']:,.2f}",
+                      "" if ratio is None else f"{ratio:,.0f}")  # fmt: skip
+    return table
+
+
+def _table(title: str, *, names: Sequence[str] = (), numbers: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in names:
+        table.add_column(name, no_wrap=True)
+    for name in numbers:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table

@@ -1,0 +1,154 @@
+"""Whole runs: what a measured rate gives back, what the parts add up to, and what is refused."""
+
+import dataclasses
+import math
+
+import msgspec
+import pytest
+from foreseen import ALEXNET, GOOD, RESNET, job, replaced
+
+from knltrain.config import CommConfig, RunConfig
+from knltrain.errors import ConfigError
+from knltrain.predict.accounting import accounting
+from knltrain.predict.run import predict, share
+from knltrain.predict.systems import Input, Sourced, load, parse
+from knltrain.recipes import RECIPES
+
+
+@pytest.mark.parametrize("name, model", [("knl7250-opa", "alexnet"), ("knl7250-opa", "resnet50"),
+                                         ("xeon8160-opa", "resnet50"), ("xeon8480-200g", "resnet50")])  # fmt: skip
+def test_a_node_trains_at_the_rate_it_was_measured_at(name, model):
+    system = load(name)
+    (rate,) = [rate for rate in system.rate if model in rate.models]
+    config = RunConfig(model=model, image_size=rate.image_size, global_batch=rate.batch, precision=rate.precision)
+    if rate.cores is None:  # measured with all of them
+        system = replaced(system, node={"comm_cores": 0})
+    one = predict(job(config, replaced(system, node={"ranks": 1}), nodes=1))
+    assert one.images_per_s == pytest.approx(rate.images_per_s, rel=1e-9)
+    assert one.efficiency == pytest.approx(1)
+
+
+def test_cores_for_communication_do_not_compute():
+    system = replaced(load("cloud-25g"), node={"comm_cores": 0})
+    halved = replaced(system, node={"comm_cores": system.node.cores.value // 2})
+    assert predict(job(system=halved, nodes=1)).step.forward_s == pytest.approx(
+        2 * predict(job(system=system, nodes=1)).step.forward_s
+    )
+
+
+def test_a_run_is_its_steps_evaluations_and_checkpoints():
+    one = predict(job())
+    assert one.steps == 3910
+    assert one.total_s == pytest.approx(3910 * one.step.seconds + one.evaluation_s + one.checkpoint_s)
+    assert one.images_per_s == pytest.approx(32768 / one.step.seconds)
+    assert one.node_hours == pytest.approx(512 * one.total_s / 3600)
+    node = one.job.system.node
+    assert one.usd == pytest.approx(one.node_hours * node.usd_per_hour.value)
+    assert one.kwh == pytest.approx(one.node_hours * node.watts.value / 1000)
+    # 100 checkpoints of float32 weights and momentum, 99 passes over 50,000 images: 3,910 steps are 100.004 epochs
+    assert one.checkpoint_s == pytest.approx(101 * 8 * one.gradient_bytes / 4 / 1e9)
+    assert one.evaluation_s == pytest.approx(
+        100 * math.ceil(50_000 / 512) * one.step.forward_s / 64 * (1 + one.step.straggler_s / _computing(one))
+    )
+    assert predict(job(dataclasses.replace(ALEXNET, max_steps=10))).steps == 10
+    assert predict(job(images=1000)).steps == round(100 * 1000 / 32768)
+
+
+def _computing(one):
+    return one.step.forward_s + one.step.backward_s
+
+
+def test_gradients_are_those_of_the_network():
+    fp32, bf16 = (
+        predict(job(dataclasses.replace(ALEXNET, comm=CommConfig(dtype=dtype)))) for dtype in ("fp32", "bf16")
+    )
+    assert bf16.gradient_bytes == fp32.gradient_bytes / 2
+    assert bf16.step.on_wire_s < fp32.step.on_wire_s
+
+
+def test_more_is_never_slower():
+    base = predict(job()).total_s
+    assert predict(job(network_factor=2.0)).total_s < base
+    assert predict(job(network_factor=0.5)).total_s > base
+    assert predict(job(overlap=False)).total_s > base
+    assert predict(job(nodes=256)).total_s > base
+    assert predict(job(system=replaced(load("knl7250-opa"), noise={"spread": 0.0}))).total_s < base
+    assert predict(job(system=replaced(load("knl7250-opa"), network={"sum_gb_per_s": 5.0}))).total_s < base
+
+
+def test_four_thousand_nodes():
+    one = predict(job(nodes=4096))
+    assert 0 < one.efficiency < predict(job(nodes=64)).efficiency <= 1
+
+
+def test_reading_takes_from_computing():
+    system = msgspec.structs.replace(load("knl7250-opa"), input=Input(images_per_core_s=Sourced(100.0, "test")))
+    assert predict(job(system=system)).step.input_s == pytest.approx(64 / (100 * 68))
+
+
+def test_a_profile_takes_the_place_of_the_ceilings():
+    profile = {
+        "batch": 64, "precision": "fp32", "step_s": {"median": 1.0}, "profiled_step_s": 1.0, "optimizer_s": 0.1,
+        "other_s": 0.1, "layers": [{"layer": "fc", "kind": "linear", "forward_s": 0.3, "backward_s": 0.5,
+                                    "gradient_bytes": 4_000_000}],
+    }  # fmt: skip
+    system = replaced(load("knl7250-opa"), node={"comm_cores": 0})
+    one = predict(job(system=system, profile=profile))
+    assert (one.step.forward_s, one.step.backward_s, one.step.optimizer_s) == pytest.approx((0.4, 0.5, 0.1))
+    assert one.gradient_bytes == 4_000_000
+    config = dataclasses.replace(ALEXNET, model="torchvision:vgg16")
+    assert predict(job(config, system=system, profile=profile)).step.forward_s == pytest.approx(0.4)
+    with pytest.raises(ConfigError, match="--layers FILE"):
+        predict(job(config))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"nodes": 0}, "0 nodes: give 1 or more"),
+        ({"nodes": -5}, "-5 nodes"),
+        ({"network_factor": -2.0}, "network-factor -2"),
+        ({"network_factor": math.nan}, "network-factor nan"),
+        ({"nodes": 32769}, "smaller than the 32769 ranks of 32769 nodes; take 32769 or more"),
+        ({"nodes": 1600}, "not a multiple of 1600 ranks; take 32000 or 33600"),
+        ({"config": dataclasses.replace(ALEXNET, local_batch=48)}, "local-batch 48 does not divide the 64 images"),
+        ({"config": dataclasses.replace(ALEXNET, precision="bf16")}, "knl7250-opa does not compute in it"),
+        ({"algorithm": "magic"}, "there are oneccl"),
+    ],
+)
+def test_nonsense_is_one_line(changes, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        predict(dataclasses.replace(job(), **changes))
+    assert "\n" not in str(caught.value)
+
+
+def test_the_batch_is_divided_as_the_trainer_does():
+    from knltrain.train import share_of
+
+    for config in (ALEXNET, RESNET):
+        for nodes in (1, 4, 512, 2048):
+            theirs = share_of(config, 0, nodes)
+            assert share(job(config, nodes=nodes)) == (theirs.local_batch, theirs.accumulate)
+
+
+def test_small_images_are_cifars():
+    config = RECIPES["cifar-2k"].config()
+    system = parse(GOOD, "two.toml")
+    assert predict(job(config, system, nodes=1)).steps == round(15 * 50_000 / 2048)
+
+
+def test_accounting_is_the_published_table():
+    """Iterations of 100 epochs of AlexNet and 90 of ResNet-50, for every batch from 512 to 32K."""
+    rows = accounting("alexnet", image_size=227, epochs=100, nodes=512)
+    assert [row["iterations"] for row in rows][:7] == [250228, 125114, 62557, 31278, 15639, 7820, 3910]
+    resnet = accounting("resnet50", image_size=224, epochs=90, nodes=512)
+    assert [row["iterations"] for row in resnet][:7] == [225205, 112603, 56301, 28151, 14075, 7038, 3519]
+    assert rows[1]["images_per_node"] == 2
+    last = rows[6]
+    assert last["messages"] == 3910 * 18
+    assert last["terabytes"] == pytest.approx(3910 * 2 * 511 / 512 * 4 * 60_965_224 / 1e12)
+    assert last["flops_per_byte"] == pytest.approx(64 * rows[0]["flops_per_byte"])
+    alone = accounting("alexnet", image_size=227, epochs=1, nodes=1, batches=[512])[0]
+    assert (alone["messages"], alone["terabytes"], alone["flops_per_byte"]) == (0, 0, None)
+    with pytest.raises(ConfigError, match="0 nodes"):
+        accounting("alexnet", image_size=227, epochs=1, nodes=0)
