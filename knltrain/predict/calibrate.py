@@ -18,6 +18,7 @@ from knltrain.predict.systems import parse
 _MATRIX = 1536
 _COPY_BYTES = 256 * 2**20
 _REPEATS = 5
+_SMALL_BYTES, _LARGE_BYTES = 4096, 2**24
 _NORMAL_QUARTILES = 1.349  # their distance, in standard deviations
 
 
@@ -201,14 +202,14 @@ class _Measured:
 
 
 def _fit(rows: Sequence[tuple[float, float]]) -> _Line:
-    """Least squares in the relative error, so that small messages count as much as large ones."""
-    sizes, seconds = np.array(rows, dtype=np.float64).T
-    weights = 1 / seconds
-    matrix = np.stack([weights, sizes * weights], axis=1)
-    (start, per_byte), *_ = np.linalg.lstsq(matrix, np.ones_like(seconds), rcond=None)
+    """The start from messages that cost nothing else, the rate from those that no cache holds, or the largest two."""
+    rows = sorted(rows)
+    start = statistics.median(seconds for size, seconds in rows if size <= max(_SMALL_BYTES, rows[0][0]))
+    large = [row for row in rows if row[0] >= _LARGE_BYTES] or rows[-2:]
+    per_byte = statistics.median((seconds - start) / size for size, seconds in large)
     if per_byte <= 0:
-        raise ConfigError("--calibrate: large all-reduces took no longer than small ones; measure again")
-    return _Line(max(0.0, float(start)), float(per_byte))
+        raise KnltrainError("--calibrate: large all-reduces took no longer than small ones; measure again")
+    return _Line(start, per_byte)
 
 
 def _ceilings(rooflines: Sequence[dict[str, Any]], cores: int) -> tuple[float, float | None, float, str]:

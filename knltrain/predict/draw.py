@@ -12,8 +12,10 @@ from knltrain.predict.run import Prediction
 from knltrain.predict.tables import duration
 
 _LANES = ("input", "compute", "network", "optimizer")
-_COLOURS = {"input": "C4", "forward": "C0", "backward": "C1", "micro-batch": "C0", "waiting for gradients": "0.8",
+_COLOURS = {"input": "C4", "micro-batch": "C9", "forward": "C0", "backward": "C1", "waiting for gradients": "0.8",
             "network": "C2", "optimizer": "C3"}  # fmt: skip
+_EDGED = ("network", "micro-batch")
+_LABELS = {"network": "bucket", "input": "images", "backward": "backward, by layer"}
 
 
 def draw_step(prediction: Prediction, path: Path) -> None:
@@ -27,18 +29,18 @@ def draw_step(prediction: Prediction, path: Path) -> None:
     figure = Figure(figsize=(10, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    legend = set()
+    lanes = [lane for lane in _LANES if any(span.lane == lane for span in step.spans)]
+    shown = set()
     for span in step.spans:
-        kind = span.name.split(" ")[0] if span.name.startswith("backward") else span.name
+        kind = span.name.partition(" ")[0] if span.name.startswith("backward") else span.name
         kind = kind if span.lane == "compute" else span.lane
-        label = "bucket" if kind == "network" else "images" if kind == "input" else kind
-        width = 1e3 * (span.end - span.start)
-        row = len(_LANES) - 1 - _LANES.index(span.lane)
-        axes.barh(row, width, left=1e3 * span.start, height=0.6, color=_COLOURS[kind], edgecolor="white",
-                  lw=0.3 if len(step.spans) < 150 else 0, label=None if label in legend else label)  # fmt: skip
-        legend.add(label)
-    axes.set_yticks(range(len(_LANES)), list(reversed(_LANES)))
-    axes.set(xlabel="ms", xlim=(0, 1e3 * step.seconds), ylim=(-0.5, len(_LANES) - 0.5))
+        # Buckets are told apart by their edges; layers are too many for that.
+        axes.barh(len(lanes) - 1 - lanes.index(span.lane), 1e3 * (span.end - span.start), left=1e3 * span.start,
+                  height=0.6, color=_COLOURS[kind], edgecolor="white", lw=0.5 if kind in _EDGED else 0,
+                  label=None if kind in shown else _LABELS.get(kind, kind))  # fmt: skip
+        shown.add(kind)
+    axes.set_yticks(range(len(lanes)), list(reversed(lanes)))
+    axes.set(xlabel="ms", xlim=(0, 1e3 * step.seconds), ylim=(-0.5, len(lanes) - 0.5))
     axes.set_title(
         f"{job.config.model}, {job.nodes:,} nodes of {job.system.name}, {prediction.accumulate} x "
         f"{prediction.local_batch} images a rank: {1e3 * step.seconds:.1f} ms a step, "
@@ -60,7 +62,7 @@ def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
         path: where to.
     """
     job = predictions[0].job
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(12, 4), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{job.config.model}, {job.config.epochs:g} epochs on {job.system.name}", fontsize=10)
     times, parts = figure.subplots(1, 2)
@@ -90,7 +92,7 @@ def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
         bottom = [low + value for low, value in zip(bottom, share, strict=True)]
     parts.set_xticks(places, [f"{count:,}" for count in nodes], rotation=45 if len(row) > 6 else 0)
     parts.set(xlabel="nodes", ylabel=f"part of a step, batch {batches[-1]:,}", ylim=(0, 1))
-    parts.legend(fontsize=8, loc="lower left")
+    parts.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     times.set_xscale("log", base=2)
     times.set_xticks(nodes, [f"{count:,}" for count in nodes], rotation=45 if len(row) > 6 else 0)
     times.minorticks_off()
