@@ -12,10 +12,15 @@ from knltrain.predict.run import Prediction
 from knltrain.predict.tables import duration
 
 _LANES = ("input", "compute", "network", "optimizer")
-_COLOURS = {"input": "C4", "micro-batch": "C9", "forward": "C0", "backward": "C1", "waiting for gradients": "0.8",
-            "network": "C2", "optimizer": "C3"}  # fmt: skip
+_COLOURS = {"input": "C4", "micro-batch": "C9", "forward": "C0", "backward": "C1", "packing": "C8",
+            "waiting for gradients": "0.8", "network": "C2", "optimizer": "C3"}  # fmt: skip
 _EDGED = ("network", "micro-batch")
-_LABELS = {"network": "bucket", "input": "images", "backward": "backward, by layer"}
+_LABELS = {
+    "network": "bucket",
+    "packing": "dividing and converting a bucket",
+    "input": "images",
+    "backward": "backward, by layer",
+}
 
 
 def draw_step(prediction: Prediction, path: Path) -> None:

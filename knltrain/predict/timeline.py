@@ -147,7 +147,8 @@ def simulate(
     def computed(name: str, seconds: float) -> None:
         start = clock.now
         clock.compute(seconds)
-        spans.append(Span("compute", name, start, clock.now))
+        if clock.now > start:
+            spans.append(Span("compute", name, start, clock.now))
 
     one = slowest * computing / accumulate
     for _ in range(accumulate - 1):
@@ -167,9 +168,9 @@ def simulate(
             members = [gradients[gradient] for gradient in waiting[nth]]
             elements = sum(gradient.elements for gradient in members)
             itemsize = members[0].itemsize
-            clock.compute((2 * itemsize + (itemsize != wire_itemsize) * (itemsize + wire_itemsize))
-                          * elements / memory_bytes_per_s)  # fmt: skip
-            unpack_s = (itemsize != wire_itemsize) * (itemsize + wire_itemsize) * elements / memory_bytes_per_s
+            converted = (itemsize != wire_itemsize) * (itemsize + wire_itemsize)
+            computed("packing", (2 * itemsize + converted) * elements / memory_bytes_per_s)
+            unpack_s = converted * elements / memory_bytes_per_s
             cost = all_reduce(fabric, elements, wire_itemsize, algorithm)
             busy_s = 2 * cost.bytes_sent / thread_bytes_per_s if thread_bytes_per_s else 0.0
             flight = clock.send(cost, min(1.0, busy_s / cost.seconds) / threads if cost.seconds else 0.0)
