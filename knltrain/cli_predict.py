@@ -30,6 +30,7 @@ _FIELDS = ("model", "image_size", "epochs", "max_steps", "global_batch", "local_
 @click.option("--batches", metavar="B,...", help="Global batches; a line for each with each number of nodes.")
 @click.option("--network-factor", type=float, default=1.0, show_default=True, help="2: a network twice as fast.")
 @click.option("--algorithm", type=click.Choice(_ALGORITHMS), help="Of the all-reduce; default the system's.")
+@click.option("--no-overlap", is_flag=True, help="Gradients leave when the backward pass is over, as others have it.")
 @click.option("--images", type=click.IntRange(min=1), help="Of the training set; default ImageNet's.")
 @click.option("--layers", metavar="FILE", help="Times of layers: JSON of `knltrain bench --profile` on such a node.")
 @click.option("--out", metavar="FILE|DIR", help="DIR for step.png and scaling.png; with --calibrate the TOML file.")
@@ -44,7 +45,8 @@ _FIELDS = ("model", "image_size", "epochs", "max_steps", "global_batch", "local_
 def predict(
     recipe: str | None, nodes: str | None, system: str | None, batches: str | None, out: str | None,
     validate: bool, accounting: bool, calibrate: bool, bench: tuple[str, ...], allreduce: str | None, as_json: bool,
-    network_factor: float, algorithm: str | None, images: int | None, layers: str | None, **values: str | None,
+    network_factor: float, algorithm: str | None, no_overlap: bool, images: int | None, layers: str | None,
+    **values: str | None,
 ) -> None:  # fmt: skip
     """Say how long a run will take on so many nodes of a machine, where the time goes, and what to change."""
     from knltrain.console import Console
@@ -52,7 +54,7 @@ def predict(
     console = Console(json=as_json)
     what = {"--recipe": recipe, "--nodes": nodes, "--system": system, "--batches": batches, "--algorithm": algorithm,
             "--images": images, "--layers": layers, "--out": out, "--bench": bench, "--allreduce": allreduce,
-            "--network-factor": network_factor != 1 or None,
+            "--network-factor": network_factor != 1, "--no-overlap": no_overlap,
             **{f"--{name.replace('_', '-')}": value for name, value in given(values).items()}}  # fmt: skip
     asked = {name for name, value in what.items() if value}
     mode = _mode(validate=validate, accounting=accounting, calibrate=calibrate)
@@ -79,7 +81,8 @@ def predict(
             if system is None:
                 raise ConfigError(f"--system: give {', '.join(names())} or a TOML file")
             job = Job(config=config, system=load(system), nodes=counts[0], network_factor=network_factor,
-                      algorithm=algorithm, images=images, profile=_profile(layers) if layers else None)  # fmt: skip
+                      algorithm=algorithm, overlap=not no_overlap, images=images,
+                      profile=_profile(layers) if layers else None)  # fmt: skip
             sizes = _numbers("--batches", batches) if batches else [config.global_batch]
             result = _predict(console, job, counts, sizes, Path(out) if out else None)
     if as_json:
@@ -98,7 +101,7 @@ def _takes(mode: str) -> set[str]:
     fields = {f"--{name.replace('_', '-')}" for name in _FIELDS}
     return {
         "": {"--recipe", "--nodes", "--system", "--batches", "--algorithm", "--images", "--layers", "--out",
-             "--network-factor", *fields},
+             "--network-factor", "--no-overlap", *fields},
         "--validate": set(),
         "--accounting": {"--recipe", "--nodes", "--batches", "--images", "--model", "--image-size", "--epochs",
                          "--comm.dtype"},

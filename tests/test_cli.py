@@ -62,6 +62,7 @@ FLAGS = {
         "batches",
         "network-factor",
         "algorithm",
+        "no-overlap",
         "images",
         "layers",
         "out",
@@ -318,6 +319,7 @@ def test_predict_over_nodes_and_batches_and_with_things_changed():
     base = json.loads(invoke(*common, "--nodes", 512).stdout.splitlines()[-1])["total_s"]
     for change in (("--dtype", "bf16"), ("--comm.dtype", "bf16"), ("--network-factor", 2), ("--global-batch", 65536)):
         assert json.loads(invoke(*common, "--nodes", 512, *change).stdout.splitlines()[-1])["total_s"] < base
+    assert json.loads(invoke(*common, "--nodes", 512, "--no-overlap").stdout.splitlines()[-1])["total_s"] > base
     buckets = json.loads(invoke(*common, "--nodes", 512, "--bucket-mb", 1).stdout.splitlines()[-1])["step"]["buckets"]
     assert len(buckets) > 5
 

@@ -61,6 +61,8 @@ def changes(job: Job) -> Iterator[tuple[str, Job]]:
     if job.ranks > 1:
         if config.comm.dtype == "fp32":
             yield "bf16 gradients (--comm.dtype bf16)", with_comm(dtype="bf16")
+        if not job.overlap:
+            yield "gradients that travel during the backward pass, as here", dataclasses.replace(job, overlap=True)
         for factor in (0.25, 4.0):
             size = config.comm.bucket_mb * factor
             yield f"buckets of {size:g} MiB (--comm.bucket-mb {size:g})", with_comm(bucket_mb=size)

@@ -99,6 +99,7 @@ def calibrate(benches: Sequence[Path], allreduce: Path, name: str) -> str:
             "",
             "[storage]",
             _number("write_gb_per_s", 0.5, "assumption: one writer; put what this machine has here"),
+            *_input([one for one in timed if "input_images_per_s" in one[1]], cores),
             *(row for rate in rates for row in ("", "[[rate]]", *rate)),
             "",
         ]
@@ -153,6 +154,15 @@ def _rates(timed: Sequence[tuple[Path, dict[str, Any]]]) -> list[list[str]]:
         ]
         for (model, precision), (path, one) in best.items()
     ]
+
+
+def _input(read: Sequence[tuple[Path, dict[str, Any]]], cores: int) -> list[str]:
+    """What the fastest input costs, where the benches have read any."""
+    if not read:
+        return []
+    path, one = max(read, key=lambda row: float(row[1]["input_images_per_s"]))
+    source = f"{path.name}: the input alone, from {one['data']}, on {cores} cores"
+    return ["", "[input]", _number("images_per_core_s", float(one["input_images_per_s"]) / cores, source)]
 
 
 class _Measured:

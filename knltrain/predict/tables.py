@@ -41,7 +41,7 @@ def summary(prediction: Prediction) -> list[str]:
         f"on {job.nodes:,} nodes of {job.system.name} ({job.system.about})",
         f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
         f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb:g} MiB, "
-        f"{job.algorithm or job.system.network.algorithm}",
+        f"{job.algorithm or job.system.network.algorithm}{'' if job.overlap else ', after the backward pass'}",
         f"{duration(prediction.total_s)}: {prediction.steps:,} steps of {1e3 * step.seconds:.1f} ms, "
         f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",
         f"{prediction.images_per_s:,.0f} img/s, {prediction.efficiency:.0%} of {job.nodes:,} single nodes; "

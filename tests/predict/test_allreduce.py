@@ -1,12 +1,15 @@
 """All-reduces against the closed formulas of the sources, and against limits that any model must keep."""
 
 import math
+from typing import get_args, get_type_hints
 
 import pytest
 
+from knltrain import cli_predict
 from knltrain.errors import ConfigError
 from knltrain.predict import allreduce
 from knltrain.predict.allreduce import ALGORITHMS, Fabric, all_reduce
+from knltrain.predict.systems import Network
 
 ALPHA, BETA, GAMMA, CALL = 2e-6, 1 / 12.5e9, 1 / 3e9, 30e-6
 SIZE = 4 * 25_600_000
@@ -95,6 +98,12 @@ def test_ranks_beyond_a_power_of_two_hand_their_data_over(power, rest):
 def test_oneccl_takes_the_algorithm_of_its_table():
     for elements, name in ((8192, "recursive-doubling"), (8193, "direct"), (2**20, "direct"), (2**20 + 1, "ring")):
         assert all_reduce(fabric(16), elements, 2) == all_reduce(fabric(16), elements, 2, name)
+
+
+def test_flag_and_files_know_the_same_algorithms():
+    (flag,) = [parameter for parameter in cli_predict.predict.params if parameter.name == "algorithm"]
+    assert tuple(flag.type.choices) == ALGORITHMS
+    assert get_args(get_type_hints(Network)["algorithm"]) == ALGORITHMS
 
 
 def test_an_unknown_algorithm_is_one_line():

@@ -68,6 +68,12 @@ def test_the_all_reduces_come_back(write, world_size, ranks_per_node, nodes):
         assert seconds == pytest.approx(START + size / RATE, rel=0.03)
 
 
+def test_what_input_costs_is_in_a_bench_that_read(write):
+    read = {**BENCH, "data": "imagenet-raw", "input_images_per_s": 4000.0, "images_per_s": 19.0}
+    text = calibrate([write("b.jsonl", BENCH, read, CEILINGS)], write("a.json", allreduce()), "here")
+    assert parse(text, "here").input.images_per_core_s.value == 1000
+
+
 def test_without_a_roofline_the_ceilings_are_measured(write):
     text = calibrate([write("b.json", {**BENCH, "precision": "bf16"})], write("a.json", allreduce(backend="gloo")), "x")
     system = parse(text, "x")
