@@ -97,7 +97,7 @@ class _Walk:
         self.channels = out
         moved = before + self.values
         first = not self.layers
-        parameters = (out, weights) if bias else (weights,)
+        parameters = (weights, out) if bias else (weights,)
         self.layers.append(Layer(name, "conv", flops, flops if first else 2 * flops, moved,
                                  moved if first else 2 * moved, parameters))  # fmt: skip
 
