@@ -62,6 +62,8 @@ def predict(
         raise ConfigError(
             f"{' '.join(sorted(useless))} has no effect {f'with {mode}' if mode else 'without --calibrate'}"
         )
+    if batches and values["global_batch"]:
+        raise ConfigError("--batches with --global-batch: give the one or the other")
     result: Any
     if mode == "--validate":
         result = _validate(console)

@@ -12,9 +12,8 @@ from knltrain.predict.run import Prediction
 from knltrain.predict.tables import duration
 
 _LANES = ("input", "compute", "network", "optimizer")
-_COLOURS = {"input": "C4", "micro-batch": "C9", "forward": "C0", "backward": "C1", "packing": "C8",
+_COLOURS = {"input": "C4", "earlier micro-batches": "C9", "forward": "C0", "backward": "C1", "packing": "C8",
             "waiting for gradients": "0.8", "network": "C2", "optimizer": "C3"}  # fmt: skip
-_EDGED = ("network", "micro-batch")
 _LABELS = {
     "network": "bucket",
     "packing": "dividing and converting a bucket",
@@ -41,7 +40,7 @@ def draw_step(prediction: Prediction, path: Path) -> None:
         kind = kind if span.lane == "compute" else span.lane
         # Buckets are told apart by their edges; layers are too many for that.
         axes.barh(len(lanes) - 1 - lanes.index(span.lane), 1e3 * (span.end - span.start), left=1e3 * span.start,
-                  height=0.6, color=_COLOURS[kind], edgecolor="white", lw=0.5 if kind in _EDGED else 0,
+                  height=0.6, color=_COLOURS[kind], edgecolor="white", lw=0.5 if kind == "network" else 0,
                   label=None if kind in shown else _LABELS.get(kind, kind))  # fmt: skip
         shown.add(kind)
     axes.set_yticks(range(len(lanes)), list(reversed(lanes)))

@@ -21,6 +21,7 @@ from knltrain.schedule import total_steps
 # the gradient; or a bf16 gradient and a bf16 copy of the weights.
 _UPDATE_BYTES = 20
 _CHECKPOINT_BYTES = 8  # weights and momentum in float32
+_SLOWEST_FACTOR, _MOST_STEPS = 1e-6, 1e15
 _CIFAR = (50_000, 10_000)
 _IMAGENET_VAL = 50_000
 
@@ -56,7 +57,9 @@ class Job:
 
     @property
     def precision(self) -> str:
-        """What is computed in: auto is bf16 where the processor has it."""
+        """What is computed in: what the profile has; auto is bf16 where the processor has it."""
+        if self.profile is not None:
+            return str(self.profile.get("precision"))
         if self.config.precision != "auto":
             return self.config.precision
         return "bf16" if self.system.node.bf16_gflop_per_s else "fp32"
@@ -133,8 +136,10 @@ def predict(job: Job) -> Prediction:
     config, system = job.config, job.system
     if job.nodes < 1:
         raise ConfigError(f"{job.nodes} nodes: give 1 or more")
-    if not (job.network_factor > 0 and math.isfinite(job.network_factor)):
+    if not _SLOWEST_FACTOR <= job.network_factor <= 1 / _SLOWEST_FACTOR:
         raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
+    if config.epochs * job.training_images / config.global_batch > _MOST_STEPS:
+        raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: nobody lives to see the end")
     local, accumulate = share(job)
     times, optimizer_s = layer_times(job, local)
     slowest = 1 + system.noise.spread.value * expected_maximum(job.ranks)
@@ -156,6 +161,8 @@ def predict(job: Job) -> Prediction:
         threads=threads,
         overlap=job.overlap,
     )
+    if not math.isfinite(step.seconds):
+        raise ConfigError(f"{system.name}: with its numbers a step never ends; look for one that is too small")
     alone_s = computing_s + reading_s + optimizer_s
     steps = total_steps(epochs=config.epochs, num_images=job.training_images, global_batch=config.global_batch)
     if config.max_steps:
@@ -222,12 +229,17 @@ def fabric_of(job: Job) -> Fabric:
 def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
     """What a rank needs for each layer of a micro-batch, and for the update, in seconds.
 
-    From the profile of a node, or from the ceilings of the system: a layer takes as long as its arithmetic or as what
-    it moves, whichever is longer, over the part of the ceilings that a measured rate says a step reaches.
+    From the profile of a node, which has to be of this network, image size and precision; or from the ceilings of the
+    system: a layer takes as long as its arithmetic or as what it moves, whichever is longer, over the part of the
+    ceilings that a measured rate says a step reaches.
+
+    Raises:
+        ConfigError: the profile is of something else, or the system has no such ceiling or an impossible rate.
     """
     node = job.system.node
     computing = node.cores.value - node.comm_cores.value
     if job.profile is not None:
+        _refuse_other(job.profile, job.config)
         times, batch, optimizer_s = times_from_profile(job.profile, "--layers")
         factor = node.ranks.value * node.cores.value / computing * local_batch / batch
         return [dataclasses.replace(time, forward_s=time.forward_s * factor, backward_s=time.backward_s * factor)
@@ -242,6 +254,13 @@ def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
         forward_s, backward_s = ceiling_s(layer, local_batch, job.system, precision)
         times.append(LayerTime(layer.name, factor * forward_s, factor * backward_s, gradients_of(layer, precision)))
     return times, node.ranks.value * _update_s(job.system, layers)
+
+
+def _refuse_other(profile: Mapping[str, Any], config: RunConfig) -> None:
+    """Refuses a profile of something else than what is to be predicted."""
+    for name, ours in (("model", config.model), ("image_size", config.image_size), ("precision", config.precision)):
+        if profile.get(name) != ours and ours != "auto":
+            raise ConfigError(f"--layers: {name.replace('_', '-')} of the profile is {profile.get(name)}, not {ours}")
 
 
 def ceiling_s(layer: Layer, batch: int, system: System, precision: str) -> tuple[float, float]:
@@ -279,9 +298,17 @@ def _efficiency(system: System, rate: Rate | None) -> tuple[float, int]:
     if rate is None:
         assert system.node.efficiency is not None
         return system.node.efficiency.value, system.node.cores.value
-    layers = layers_of(rate.models[0], image_size=rate.image_size)
+    try:
+        layers = layers_of(rate.models[0], image_size=rate.image_size)
+    except ConfigError as error:
+        raise ConfigError(f"{system.name}: a rate of it: {error}") from None
     bound_s = sum(sum(ceiling_s(layer, rate.batch, system, rate.precision)) for layer in layers)
     took_s = rate.batch / rate.images_per_s - _update_s(system, layers)
+    if took_s <= 0:
+        raise ConfigError(
+            f"{system.name}: {rate.images_per_s:g} images/s of {rate.models[0]} leave no time beside the optimizer; "
+            "correct the rate, its batch, or node.memory_gb_per_s"
+        )
     return bound_s / took_s, rate.cores or system.node.cores.value
 
 

@@ -150,9 +150,7 @@ def simulate(
         if clock.now > start:
             spans.append(Span("compute", name, start, clock.now))
 
-    one = slowest * computing / accumulate
-    for _ in range(accumulate - 1):
-        computed("micro-batch", one)
+    computed("earlier micro-batches", (accumulate - 1) * slowest * computing / accumulate)
     computed("forward", slowest * sum(time.forward_s for time in times))
 
     backward = list(reversed(times))

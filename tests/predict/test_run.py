@@ -88,7 +88,8 @@ def test_reading_takes_from_computing():
 
 def test_a_profile_takes_the_place_of_the_ceilings():
     profile = {
-        "batch": 64, "precision": "fp32", "step_s": {"median": 1.0}, "profiled_step_s": 1.0, "optimizer_s": 0.1,
+        "model": "alexnet_bn", "image_size": 227, "batch": 64, "precision": "fp32",
+        "step_s": {"median": 1.0}, "profiled_step_s": 1.0, "optimizer_s": 0.1,
         "other_s": 0.1, "layers": [{"layer": "fc", "kind": "linear", "forward_s": 0.3, "backward_s": 0.5,
                                     "gradient_bytes": 4_000_000}],
     }  # fmt: skip
@@ -97,9 +98,25 @@ def test_a_profile_takes_the_place_of_the_ceilings():
     assert (one.step.forward_s, one.step.backward_s, one.step.optimizer_s) == pytest.approx((0.4, 0.5, 0.1))
     assert one.gradient_bytes == 4_000_000
     config = dataclasses.replace(ALEXNET, model="torchvision:vgg16")
-    assert predict(job(config, system=system, profile=profile)).step.forward_s == pytest.approx(0.4)
+    other = {**profile, "model": "torchvision:vgg16"}
+    assert predict(job(config, system=system, profile=other)).step.forward_s == pytest.approx(0.4)
+    for change, words in (({}, "model of the profile is alexnet_bn, not torchvision:vgg16"),
+                          ({"image_size": 224}, "image-size of the profile is 227, not 224"),
+                          ({"precision": "bf16"}, "precision of the profile is fp32, not bf16")):  # fmt: skip
+        wrong = dataclasses.replace(ALEXNET, **change) if change else config
+        with pytest.raises(ConfigError, match=words):
+            predict(job(wrong, system=system, profile=profile))
     with pytest.raises(ConfigError, match="--layers FILE"):
         predict(job(config))
+
+
+def test_a_step_of_very_many_micro_batches_is_predicted_at_once():
+    assert predict(job(dataclasses.replace(ALEXNET, global_batch=2**60), nodes=1)).accumulate == 2**51
+
+
+def other_rate(**fields):
+    system = load("knl7250-opa")
+    return msgspec.structs.replace(system, rate=(msgspec.structs.replace(system.rate[0], **fields),))
 
 
 @pytest.mark.parametrize(
@@ -109,6 +126,14 @@ def test_a_profile_takes_the_place_of_the_ceilings():
         ({"nodes": -5}, "-5 nodes"),
         ({"network_factor": -2.0}, "network-factor -2"),
         ({"network_factor": math.nan}, "network-factor nan"),
+        ({"network_factor": 1e-320}, "network-factor"),
+        ({"config": dataclasses.replace(ALEXNET, epochs=1e300)}, "epochs 1e\\+300 of 1,281,167 images"),
+        ({"system": replaced(load("knl7250-opa"), network={"link_gb_per_s": 1e-320})}, "a step never ends"),
+        (
+            {"system": replaced(load("knl7250-opa"), node={"memory_gb_per_s": 0.1})},
+            "leave no time beside the optimizer",
+        ),
+        ({"system": other_rate(models=("vgg",))}, "a rate of it: model 'vgg'"),
         ({"nodes": 32769}, "smaller than the 32769 ranks of 32769 nodes; take 32769 or more"),
         ({"nodes": 1600}, "not a multiple of 1600 ranks; take 32000 or 33600"),
         ({"config": dataclasses.replace(ALEXNET, local_batch=48)}, "local-batch 48 does not divide the 64 images"),
