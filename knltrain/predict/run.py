@@ -241,9 +241,16 @@ def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
     if job.profile is not None:
         _refuse_other(job.profile, job.config)
         times, batch, optimizer_s = times_from_profile(job.profile, "--layers")
-        factor = node.ranks.value * node.cores.value / computing * local_batch / batch
-        return [dataclasses.replace(time, forward_s=time.forward_s * factor, backward_s=time.backward_s * factor)
-                for time in times], optimizer_s * node.ranks.value  # fmt: skip
+        # What a rank's cores do, from what those that were timed do.
+        factor = int(job.profile.get("threads", node.cores.value)) * node.ranks.value / computing
+        return [
+            dataclasses.replace(
+                time,
+                forward_s=factor * time.forward_s * local_batch / batch,
+                backward_s=factor * time.backward_s * local_batch / batch,
+            )
+            for time in times
+        ], optimizer_s * factor
     config, precision = job.config, job.precision
     layers = layers_of(config.model, image_size=config.image_size)
     rate = _rate(job.system, config.model, precision)

@@ -10,7 +10,7 @@ from foreseen import ALEXNET, GOOD, RESNET, job, replaced
 from knltrain.config import CommConfig, RunConfig
 from knltrain.errors import ConfigError
 from knltrain.predict.accounting import accounting
-from knltrain.predict.run import predict, share
+from knltrain.predict.run import fabric_of, predict, share
 from knltrain.predict.systems import Input, Sourced, load, parse
 from knltrain.recipes import RECIPES
 
@@ -76,6 +76,11 @@ def test_more_is_never_slower():
     assert predict(job(system=replaced(load("knl7250-opa"), network={"sum_gb_per_s": 5.0}))).total_s < base
 
 
+def test_a_network_twice_as_fast_sends_twice_the_bytes_and_messages():
+    fabric, faster = (fabric_of(job(network_factor=factor)) for factor in (1.0, 2.0))
+    assert faster == fabric._replace(latency_s=fabric.latency_s / 2, link_bytes_per_s=2 * fabric.link_bytes_per_s)
+
+
 def test_four_thousand_nodes():
     one = predict(job(nodes=4096))
     assert 0 < one.efficiency < predict(job(nodes=64)).efficiency <= 1
@@ -97,6 +102,10 @@ def test_a_profile_takes_the_place_of_the_ceilings():
     one = predict(job(system=system, profile=profile))
     assert (one.step.forward_s, one.step.backward_s, one.step.optimizer_s) == pytest.approx((0.4, 0.5, 0.1))
     assert one.gradient_bytes == 4_000_000
+    on_half_the_cores = predict(job(system=system, profile={**profile, "threads": 34}))
+    assert on_half_the_cores.step.backward_s == pytest.approx(0.25)
+    four_ranks = predict(job(system=replaced(system, node={"ranks": 4}), profile={**profile, "threads": 17}))
+    assert four_ranks.step.backward_s == pytest.approx(0.5 / 4), "a quarter of the images on a quarter of the cores"
     config = dataclasses.replace(ALEXNET, model="torchvision:vgg16")
     other = {**profile, "model": "torchvision:vgg16"}
     assert predict(job(config, system=system, profile=other)).step.forward_s == pytest.approx(0.4)
