@@ -12,6 +12,7 @@ there is reported like an exception that is not one of those for people.
 
 import argparse
 import faulthandler
+import itertools
 import json
 import mmap
 import os
@@ -165,15 +166,16 @@ def main():
         return
     failures, tried = 0, dict.fromkeys(names, 0)
     end = time.monotonic() + 60 * options.minutes
+    turns = itertools.cycle(names)
     while (left := end - time.monotonic()) > 0:
-        for name in names:
-            seconds = min(left, 60 * options.minutes / len(names), 60.0)
-            done, failure = run(name, seed=options.seed, seconds=seconds, first=tried[name])
-            tried[name] += done
-            if failure:
-                failures += 1
-                number, said = failure
-                print(f"{name} --seed {options.seed} --only {number}: {said}", flush=True)
+        name = next(turns)
+        seconds = min(left, 60 * options.minutes / len(names), 60.0)
+        done, failure = run(name, seed=options.seed, seconds=seconds, first=tried[name])
+        tried[name] += done
+        if failure:
+            failures += 1
+            number, said = failure
+            print(f"{name} --seed {options.seed} --only {number}: {said}", flush=True)
     print(", ".join(f"{name} {count:,}" for name, count in tried.items()), f"inputs; {failures} failures")
     sys.exit(failures > 0)
 
