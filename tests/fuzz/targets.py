@@ -56,7 +56,16 @@ class Jpeg:
         exif = Image.Exif()
         exif[0x0112] = 6
         image = picture()
+        plain, progressive = encoded(image, "JPEG"), encoded(image, "JPEG", progressive=True)
+        # What no encoder here writes: the frame says arithmetic coding, lossless, or samples that fit no block.
+        others = [plain.replace(b"\xff\xc0", kind, 1) for kind in (b"\xff\xc1", b"\xff\xc3", b"\xff\xc9")]
+        others.append(progressive.replace(b"\xff\xc2", b"\xff\xca", 1))
+        for data, marker in ((plain, b"\xff\xc0"), (progressive, b"\xff\xc2")):
+            first = data.index(marker) + 11  # sampling factors of the first component, the second's 3 bytes behind it
+            for factors in (0x41, 0x14, 0x44, 0x31, 0x13, 0x32):
+                others += [data[:at] + bytes([factors]) + data[at + 1 :] for at in (first, first + 3)]
         return [
+            *others,
             *(
                 simplejpeg.encode_jpeg(np.asarray(image), colorsubsampling=s)
                 for s in ("444", "422", "420", "440", "411")
