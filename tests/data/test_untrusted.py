@@ -5,11 +5,12 @@ import io
 import json
 import os
 import socket
-import stat
 import struct
 import subprocess
 import sys
 import tarfile
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -140,9 +141,8 @@ def test_thousands_of_empty_classes_are_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["train", "train/a", "train/a/0.jpg"])
-def test_what_may_not_be_read_is_named(folder, what):
+def test_what_may_not_be_read_is_named(what):
     """As root everything may be read: then as nobody, in another process."""
-    (folder / what).chmod(0)
     code = (
         "import os, sys\nfrom pathlib import Path\nfrom knltrain.data.datasets import open_folder\n"
         "def use():\n"
@@ -151,17 +151,15 @@ def test_what_may_not_be_read_is_named(folder, what):
         "use()\n"  # as root this loads all modules, which nobody may not be allowed to read
         "if os.geteuid() == 0: os.setgid(65534); os.setuid(65534); use()\n"
     )
-    parents = [*folder.parents][:-2]  # /tmp may be entered by everybody
-    modes = [(parent, stat.S_IMODE(parent.stat().st_mode)) for parent in (folder, *parents)]
-    try:
-        for parent, mode in modes:
-            parent.chmod(mode | 0o055)
+    # Not pytest's folder, which is closed to others.
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        folder.chmod(0o755)
+        write_jpeg(folder / "train" / "a" / "0.jpg", 20, 20, 0)
+        (folder / what).chmod(0)
         result = subprocess.run(
             [sys.executable, "-c", code, folder], capture_output=True, text=True, timeout=60, cwd="/"
         )
-    finally:
-        for parent, mode in modes:
-            parent.chmod(mode)
         (folder / what).chmod(0o700)
     assert result.stdout.startswith(f"DataError {folder / what}: Permission denied"), result.stderr
 
