@@ -72,17 +72,17 @@ class CheckpointWriter:
 
         Raises:
             KnltrainError: the one before is still not written after ``timeout_s``.
+            Exception: what is no fault of the disk, from the one before.
         """
-        if self.writing:
-            start = time.perf_counter()
-            self._wait()
-            waited = time.perf_counter() - start
-            self.waited_s += waited
-            if waited > _NOTICED_S:
-                self._warn(
-                    f"training waited {waited:.0f} s: the checkpoint before that of step {progress.step:,} was still "
-                    "being written; checkpoint.every spaces them out"
-                )
+        start = time.perf_counter()
+        self._wait()
+        waited = time.perf_counter() - start
+        self.waited_s += waited
+        if waited > _NOTICED_S:
+            self._warn(
+                f"training waited {waited:.0f} s: the checkpoint before that of step {progress.step:,} was still being "
+                "written; checkpoint.every spaces them out"
+            )
         self._failure = None
         self._snapshot.take(progress, weights, optimizer, meta=meta, statistics=statistics)
         # A daemon: where the storage hangs, the process can still end.
@@ -119,6 +119,7 @@ class CheckpointWriter:
     def _write(self, step: int, last: bool) -> None:
         with contextlib.suppress(OSError):  # only lost time
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
+        with contextlib.suppress(OSError):
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)
         folder = folder_of(self._out, step)

@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(background, gate, t
 
 
 def test_one_is_under_way_and_the_next_waits_for_it_aloud(background, gate, tmp_path, said, monkeypatch):
-    monkeypatch.setattr(writer, "_NOTICED_S", 0.0)
+    monkeypatch.setattr(writer, "_NOTICED_S", 0.05)
     model, optimizer = stepped()
     begin(background, 1, model, optimizer)
     threading.Timer(0.2, gate.set).start()
@@ -96,13 +96,18 @@ def test_a_full_disk_is_a_warning_or_where_nothing_follows_an_error(background, 
     assert names(tmp_path) == ["step-00000002"]
 
 
-def test_what_is_no_fault_of_the_disk_ends_training(tmp_path, monkeypatch):
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_what_is_no_fault_of_the_disk_ends_training(tmp_path, monkeypatch, at_the_end):
+    """At the next checkpoint, or at the end."""
     monkeypatch.setattr(writer, "write", lambda *_: (_ for _ in ()).throw(ValueError("a mistake")))
-    model, optimizer = stepped()
-    with pytest.raises(ValueError, match="a mistake"), CheckpointWriter(
-        tmp_path, keep=1, cpus=(), warn=pytest.fail, timeout_s=60
-    ) as background:  # fmt: skip
-        begin(background, 1, model, optimizer)
+    background = CheckpointWriter(tmp_path, keep=1, cpus=(), warn=pytest.fail, timeout_s=60)
+    begin(background, 1, *stepped())
+    deadline = time.monotonic() + 60
+    while background.writing:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(ValueError, match="a mistake"):
+        background.finish() if at_the_end else begin(background, 2, *stepped())
 
 
 def test_storage_that_hangs_is_given_up(gate, tmp_path):
