@@ -31,9 +31,14 @@ class Travel(NamedTuple):
 
 
 class GradientClock:
-    """How long gradients were on the wire, and how much of it the backward pass did not hide."""
+    """How long gradients were on the wire, and how much of it the backward pass did not hide.
+
+    Attributes:
+        compressor: what approximates them on their way, if anything does.
+    """
 
     def __init__(self) -> None:
+        self.compressor: PowerSGD | None = None
         self._first = self._sent = self._last = 0.0
 
     def started(self) -> None:
@@ -107,14 +112,13 @@ def data_parallel(
         flat /= group.world_size
         clock.finished()
 
-    power = PowerSGD(config.powersgd_rank, mean_of_all)
-
     def compressed_mean(state: PowerSGD, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         add_carried(bucket)
         return state.take(bucket)
 
     if config.compression == "powersgd":
-        parallel.register_comm_hook(power, compressed_mean)
+        clock.compressor = PowerSGD(config.powersgd_rank, mean_of_all)
+        parallel.register_comm_hook(clock.compressor, compressed_mean)
     else:
         parallel.register_comm_hook(clock, reduce_mean)
     return parallel, clock
@@ -143,6 +147,8 @@ def settle_buckets(
         outputs = model(black)
     outputs.float().sum().backward()
     clock.take()
+    if clock.compressor:
+        clock.compressor.forget()
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)

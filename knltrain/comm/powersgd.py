@@ -68,6 +68,10 @@ class PowerSGD:
             self._gradients, self._waiting = {}, []
         return future
 
+    def forget(self) -> None:
+        """Begins anew: with random factors, and nothing left out so far."""
+        self._layers.clear()
+
     def _average(self, gradients: dict[Tensor, Tensor]) -> None:
         thin = {parameter: _matrix(gradient) for parameter, gradient in gradients.items() if self._saves(gradient)}
         whole = [gradient for parameter, gradient in gradients.items() if parameter not in thin]

@@ -87,6 +87,14 @@ def test_buckets_wait_for_the_last():
     torch.testing.assert_close(first.gradients()[0], low_rank(20, 20, 1, 1), rtol=1e-4, atol=1e-4)
 
 
+def test_what_was_left_out_can_be_forgotten():
+    power, first, second = alone(1), torch.randn(30, 30), low_rank(30, 30, 1, 5)
+    power.take(Bucket(["weight"], [first]))
+    power.forget()
+    power.take(bucket := Bucket(["weight"], [second]))
+    torch.testing.assert_close(bucket.gradients()[0], second, rtol=1e-4, atol=1e-4)
+
+
 def test_a_number_that_is_none_is_seen_by_all_and_gone_with_the_step():
     power, good = alone(1), low_rank(20, 20, 1, 3)
     spoiled = good.clone()
