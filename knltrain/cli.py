@@ -109,9 +109,10 @@ def train(
 
     summary, finished = run(config, console, place, allow_change=allowed)
     if not finished:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # from a launcher whose other ranks were quicker to end
-        if summary:
-            console.line(f"stopped by a signal after step {summary['steps']:,}; the same command goes on from there")
+        for late in (signal.SIGTERM, signal.SIGUSR1):  # from a launcher whose other ranks were quicker to end
+            signal.signal(late, signal.SIG_IGN)
+        when = f"after step {summary['steps']:,}" if summary else "before the first step"
+        console.line(f"stopped by a signal {when}; the same command goes on from there")
         sys.exit(STOPPED)
     if summary:
         console.line(

@@ -17,11 +17,14 @@ from knltrain.config import RunConfig, override
 from knltrain.console import Console
 from knltrain.data.datasets import open_part
 from knltrain.data.folder import DataError
-from knltrain.data.loader import Loader
+from knltrain.data.loader import Batch, Loader
 from knltrain.engine import DTYPES, autocast, choose_precision
 from knltrain.models import model_of
 from knltrain.node.binding import Place, running_on
 from knltrain.node.memory import keep_freed_memory
+from knltrain.signals import StopRequest
+
+_NOTHING = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64))
 
 
 class Accuracy(NamedTuple):
@@ -34,7 +37,9 @@ class Accuracy(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, batch: int) -> Accuracy:
+def evaluate(
+    model: nn.Module, precision: str, loader: Loader, group: Group, *, batch: int, stop: StopRequest | None = None
+) -> Accuracy | None:
     """Evaluates a model on a data set; every rank takes its share and returns the whole result.
 
     Running statistics must be equal on all ranks (averaged_running_statistics). With fewer than five classes, top-5
@@ -46,12 +51,23 @@ def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, 
         loader: of the validation images.
         group: the ranks that take part.
         batch: images at once.
+        stop: looked at before every batch.
+
+    Returns:
+        What was found; None if any rank was asked to stop before it was through.
     """
     model.eval()
     correct = in_five = images = 0
     loss = 0.0
+    batches = loader.evaluation(batch=batch, rank=group.rank, world_size=group.world_size)
     try:
-        for pictures, labels in loader.evaluation(batch=batch, rank=group.rank, world_size=group.world_size):
+        # Shares differ by an image, and so perhaps by a batch; all ranks look equally often whether to stop.
+        for _ in range(-(-len(loader) // (group.world_size * batch))):
+            if stop is not None and group.sum(stop.requested) != [0]:
+                return None
+            pictures, labels = next(batches, _NOTHING)
+            if not len(labels):
+                continue
             with autocast(precision):
                 logits = model(pictures)
             logits = logits.float()
@@ -62,6 +78,7 @@ def evaluate(model: nn.Module, precision: str, loader: Loader, group: Group, *, 
             in_five += int(hits.sum())
             images += len(labels)
     finally:
+        batches.close()
         model.train()
     all_correct, all_in_five, all_loss, all_images = group.sum(correct, in_five, loss, images)
     return Accuracy(
@@ -113,6 +130,7 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
             start = time.perf_counter()
             accuracy = evaluate(model, precision, loader, group, batch=128)
             seconds = time.perf_counter() - start
+    assert accuracy is not None  # nothing asks it to stop
     return {
         "checkpoint": str(folder),
         "data": config.data,

@@ -1,4 +1,8 @@
-"""Asking a run to stop: the first signal is noted, the second acts at once."""
+"""Asking a run to stop: the first signal is noted, the second acts at once.
+
+SIGINT is Ctrl-C, SIGTERM what launchers and batch systems send, SIGUSR1 what Slurm sends before a time limit to a job
+that asks for a warning.
+"""
 
 from __future__ import annotations
 
@@ -7,11 +11,14 @@ import threading
 from types import FrameType, TracebackType
 from typing import Any
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
-    """While entered, SIGINT and SIGTERM set ``requested``; a second one does what it would have done without us."""
+    """While entered, the first of ``SIGNALS`` sets ``requested``; a second one does what it would have done without us.
+
+    That is: SIGINT raises KeyboardInterrupt, the others end the process.
+    """
 
     def __init__(self) -> None:
         self.requested = False
@@ -20,7 +27,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Only the main thread may set handlers; a run inside another program's thread is stopped by that program.
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(

@@ -82,6 +82,10 @@ class Run:
         """Whether the last of ``steps`` steps completed another ``every`` epochs."""
         return math.floor(self.epoch(steps) / every + 1e-9) > math.floor(self.epoch(steps - 1) / every + 1e-9)
 
+    def evaluation_due(self, steps: int) -> bool:
+        """Whether the run is evaluated after so many steps: at the end of every epoch, and of the run."""
+        return steps > 0 and (self.crossed(steps) or steps == self.last_step)
+
     def lr(self, step: int) -> float:
         """The learning rate of a step."""
         return learning_rate(
@@ -108,6 +112,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             all ranks: mean loss; has anyone been asked to stop? is the loss a number?
             optimizer step
             after an epoch: evaluate, begin to write a checkpoint
+            if asked to stop, also during the evaluation: write a checkpoint, and end
     """
     config, engine, group = run.config, run.engine, run.group
     model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
@@ -118,8 +123,13 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     batches = run.train_loader.training(run.share, first_step, last_step)
 
     with contextlib.closing(batches):
-        if run.progress.evaluated_step < first_step and run.crossed(first_step):
-            evaluate_epoch(run, log, bar)  # a signal left no time for it
+        if group.sum(stop.requested) != [0]:
+            return False  # while data were opened
+        missed = run.progress.evaluated_step < first_step and run.evaluation_due(first_step)
+        if missed and not evaluate_epoch(run, log, bar, stop):  # a signal had left no time for it
+            return False
+        if missed and first_step == last_step:
+            save_checkpoint(run, log, time.perf_counter() - started, last=True)
         for step in range(first_step, last_step):
             step_start, data_s, loss_sum, lr = time.perf_counter(), 0.0, 0.0, run.lr(step)
             for param_group in engine.optimizer.param_groups:
@@ -157,9 +167,9 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                 log.write(row)
             bar.step(row)
             run.progress = dataclasses.replace(run.progress, step=done)
+            if run.evaluation_due(done) and not stops:
+                stops = not evaluate_epoch(run, log, bar, stop)
             ending = done == last_step or stops > 0
-            if (run.crossed(done) and not stops) or done == last_step:
-                evaluate_epoch(run, log, bar)
             if run.crossed(done, config.checkpoint.every) or ending:
                 save_checkpoint(run, log, time.perf_counter() - started, last=ending)
             if stops:
@@ -183,13 +193,20 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
     torch.default_generator.manual_seed(int(random_bits(seed, _DROPOUT, step, micro_batch)[0]))
 
 
-def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
-    """Evaluates, and notes the best top-1."""
+def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:
+    """Evaluates, and notes the best top-1; returns whether no signal came in between, which gives the evaluation up."""
     start = time.perf_counter()
     with averaged_running_statistics(run.engine.model, run.group):
         accuracy = evaluate(
-            run.engine.model, run.engine.precision, run.val_loader, run.group, batch=min(run.share.local_batch, 256)
+            run.engine.model,
+            run.engine.precision,
+            run.val_loader,
+            run.group,
+            batch=min(run.share.local_batch, 256),
+            stop=stop,
         )
+    if accuracy is None:
+        return False
     best = max(accuracy.top1, run.progress.best_top1 or 0.0)
     step = run.progress.step
     run.progress = dataclasses.replace(run.progress, evaluated_step=step, top1=accuracy.top1, best_top1=best)
@@ -201,6 +218,7 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress) -> None:
     for problem in (drift(run.place), run.train_loader.moved(), run.val_loader.moved()):
         if problem:
             warnings.warn(f"{problem}: a library has changed it", stacklevel=1)
+    return True
 
 
 def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last: bool) -> None:
@@ -267,8 +285,15 @@ def train(
         staged = config
         if config.stage:
             here = stage_on_every_node(
-                Path(config.data), Path(config.stage), group.sum, console.line, local_rank=ranks.local_rank
+                Path(config.data),
+                Path(config.stage),
+                group.sum,
+                console.line,
+                local_rank=ranks.local_rank,
+                stop_requested=lambda: stop.requested,
             )
+            if here is None:
+                return {}, False
             staged = dataclasses.replace(config, data=str(here))
         if not group.is_first:
             group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once

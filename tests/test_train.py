@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from knltrain import evaluate as evaluating
 from knltrain import train as trainer
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
@@ -105,7 +106,7 @@ def test_twice_the_same_run_is_the_same_run(config, tmp_path):
     assert not same(weights(config.out), weights(tmp_path / "other"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
     original, handler = trainer.seed_dropout, signal.getsignal(number)
 
@@ -138,6 +139,46 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatc
     run(config)
     evaluations = [row["step"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "top1" in row]
     assert evaluations == [3, 6, 9]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_a_signal_ends_an_evaluation_which_is_then_made_up_for(config, monkeypatch, last):
+    """Of 50,000 images one takes minutes, and who sends a signal gives a minute or less."""
+    steps = 9 if last else 3
+    original, batches = evaluating.autocast, []
+
+    def interrupt(precision):
+        batches.append(precision)
+        if len(batches) == (9 if last else 1):  # thirteen images, four at a time
+            signal.raise_signal(signal.SIGUSR1)
+        return original(precision)
+
+    monkeypatch.setattr(evaluating, "autocast", interrupt)
+    summary, finished = run(config, local_batch=4)
+    assert (finished, summary["steps"]) == (False, steps)
+    assert len(batches) == (9 if last else 1), "of this evaluation's four batches one was begun"
+    assert max(Path(config.out, "checkpoints").iterdir()).name == f"step-{steps:08}"
+    monkeypatch.undo()
+    summary, finished = run(config, local_batch=4)
+    assert finished
+    assert summary["top1"] is not None
+    evaluations = [row["step"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "top1" in row]
+    assert evaluations == [3, 6, 9]
+
+
+def test_a_signal_before_the_first_step_ends_the_run_before_it(config, monkeypatch):
+    original = trainer.open_data
+
+    def interrupt(config):
+        signal.raise_signal(signal.SIGUSR1)
+        return original(config)
+
+    monkeypatch.setattr(trainer, "open_data", interrupt)
+    summary, finished = run(config)
+    assert (finished, summary["steps"]) == (False, 0)
+    assert not Path(config.out, "checkpoints").exists()
+    monkeypatch.undo()
+    assert run(config)[1]
 
 
 def test_accumulation_is_the_same_batch(config, tmp_path):

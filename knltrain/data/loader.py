@@ -176,6 +176,10 @@ class Loader:
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._dataset.close()
 
+    def __len__(self) -> int:
+        """Images of the data set."""
+        return len(self._dataset)
+
     @property
     def skipped(self) -> int:
         return len(self._bad)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -88,8 +89,14 @@ def _copy(source: Path, target: Path, digest: str, done: int, progress: Callable
 
 
 def stage_on_every_node(
-    root: Path, into: Path, total: Callable[..., list[float]], say: Callable[[str], None], *, local_rank: int
-) -> Path:
+    root: Path,
+    into: Path,
+    total: Callable[..., list[float]],
+    say: Callable[[str], None],
+    *,
+    local_rank: int,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> Path | None:
     """One rank of each node copies; all wait until every node is ready, or fail together.
 
     Args:
@@ -98,34 +105,42 @@ def stage_on_every_node(
         total: sums numbers over all ranks. It is called again and again, so no wait is longer than the network allows.
         say: told now and then, in words, how far this node is.
         local_rank: of this process on its node; 0 copies.
+        stop_requested: whether this rank was asked to stop.
 
     Returns:
-        The copy on this node.
+        The copy on this node; None if any rank was asked to stop before all were ready.
 
     Raises:
         ConfigError: as of :func:`stage`.
         KnltrainError: likewise, or another node failed.
     """
-    said = time.monotonic()
+    said, given_up = time.monotonic(), threading.Event()
 
     def progress(done: int, all_bytes: int) -> None:
         nonlocal said
+        if given_up.is_set():
+            raise KnltrainError(f"--stage {into}: given up")
         if time.monotonic() - said > _LINE_EVERY_S:
             said = time.monotonic()
             say(f"staging: {done / 1e9:.1f} of {all_bytes / 1e9:.1f} GB")
 
     with ThreadPoolExecutor(1) as pool:
         copying: Future[Path] | None = pool.submit(stage, root, into, progress) if local_rank == 0 else None
-        while True:
-            ready = copying is None or copying.done()
-            failed = copying is not None and copying.done() and copying.exception() is not None
-            waiting, failures = total(not ready, failed)
-            if failures and ready and not waiting:
-                if copying is not None:
-                    copying.result()
-                raise KnltrainError("another node could not stage the data; what it printed is the cause")
-            if not waiting:
-                break
-            time.sleep(_POLL_S)
+        try:
+            while True:
+                ready = copying is None or copying.done()
+                failed = copying is not None and copying.done() and copying.exception() is not None
+                waiting, failures, stops = total(not ready, failed, stop_requested())
+                if failures and ready and not waiting:
+                    if copying is not None:
+                        copying.result()
+                    raise KnltrainError("another node could not stage the data; what it printed is the cause")
+                if not waiting:
+                    break
+                if stops:
+                    return None
+                time.sleep(_POLL_S)
+        finally:
+            given_up.set()  # the pool waits for its thread, whatever ends this
     # On a rank that copied nothing, this finds the copy that is there.
     return copying.result() if copying else stage(root, into)

@@ -44,6 +44,29 @@ def test_a_job_that_is_preempted_is_queued_again_and_ends_as_one_run(slurm, imag
     assert plan(out)["launcher"] == "slurm"
 
 
+def test_slurms_warning_has_the_job_queued_again(slurm, image_folder, tmp_path, monkeypatch):
+    """As --signal sends it before a time limit, which counts in minutes and is not waited for here."""
+    out, log = tmp_path / "run", tmp_path / "log"
+    assert "#SBATCH --signal=USR1@" in SCRIPT.read_text()
+    monkeypatch.chdir(tmp_path)
+    number = slurm.submit(
+        f"--output={log}", "--ntasks-per-node", "2", SCRIPT, *SMALL, *GLOO, "--max-steps", STEPS, "--epochs", "1e5",
+        "--checkpoint.every", "1e5", "--data", image_folder, "--out", out,
+        PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+    )  # fmt: skip
+
+    def said():
+        return f"{slurm.job(number)} {log.read_text() if log.exists() else ''}"
+
+    until(lambda: len(steps(out)) >= 3, 60, said)
+    slurm.run("scancel", "--signal=USR1", number)
+    until(lambda: slurm.job(number)["Restarts"] == "1", 60, said)
+    until(lambda: slurm.job(number)["JobState"] in ("COMPLETED", "FAILED", "CANCELLED"), 120, said)
+    assert slurm.job(number)["JobState"] == "COMPLETED", said()
+    assert log.read_text().count("stopped by a signal after step") == 1
+    assert steps(out) == list(range(1, STEPS + 1))
+
+
 def steps(out):
     path = out / "metrics.jsonl"
     return [row["step"] for row in read_metrics(path) if "loss" in row] if path.exists() else []

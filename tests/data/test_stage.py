@@ -2,6 +2,7 @@
 
 import shutil
 import threading
+import time
 
 import pytest
 
@@ -87,14 +88,15 @@ class Ranks:
         return sums
 
 
-def on_ranks(roots, into, local_ranks):
-    ranks, results = Ranks(len(roots)), [None] * len(roots)
+def on_ranks(roots, into, local_ranks, stops=None):
+    ranks, results = Ranks(len(roots)), ["nothing"] * len(roots)
 
     def run(number):
         try:
             results[number] = stage_on_every_node(
-                roots[number], into[number], ranks.total, lambda _: None, local_rank=local_ranks[number]
-            )
+                roots[number], into[number], ranks.total, lambda _: None, local_rank=local_ranks[number],
+                stop_requested=(stops or {}).get(number, lambda: False),
+            )  # fmt: skip
         except KnltrainError as error:
             results[number] = str(error)
 
@@ -123,3 +125,27 @@ def test_all_fail_with_the_one_that_fails(prepared, tmp_path, monkeypatch, image
     assert [found[0], found[1], found[3]] == [
         "another node could not stage the data; what it printed is the cause"
     ] * 3  # fmt: skip
+
+
+def test_one_rank_that_is_asked_to_stop_ends_the_copying_on_all(prepared, tmp_path, monkeypatch):
+    """A copy of a terabyte is given up in the middle of a file, and what is whole stays."""
+    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    monkeypatch.setattr(staging, "_BLOCK", 64)
+    copied = threading.Event()
+    original = staging._copy
+
+    def slow(source, target, digest, done, progress):
+        def at(count):
+            copied.set()
+            progress(count)
+            time.sleep(0.02)
+
+        return original(source, target, digest, done, at)
+
+    monkeypatch.setattr(staging, "_copy", slow)
+    found = on_ranks([prepared] * 2, [tmp_path / "a"] * 2, [0, 1], {1: copied.is_set})
+    assert found == [None, None]
+    assert not list((tmp_path / "a").glob("*/meta.json"))
+    monkeypatch.undo()
+    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    assert files(on_ranks([prepared], [tmp_path / "a"], [0])[0]) == files(prepared)

@@ -1,0 +1,75 @@
+"""A signal that one rank gets, or all: they end together, after a checkpoint, and the same command goes on."""
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+from cluster.runs import GLOO, SMALL, TORCHRUN, mpiexec
+from cluster.test_lost_ranks import ranks_of, wait_until
+
+from knltrain.metrics import read_metrics
+
+STEPS = 1000
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
+
+
+@contextlib.contextmanager
+def running(launcher, image_folder, out, *options):
+    """Two ranks that train; yields their job's mark and the process that started them."""
+    start = TORCHRUN if launcher == "torchrun" else [*mpiexec("-n", 2), sys.executable, "-m"]
+    job = f"{os.getpid()}-{out.parent.name}"
+    command = [*start, "knltrain", "train", *SMALL, *GLOO, "--max-steps", str(STEPS), "--epochs", "1e5",
+               "--checkpoint.every", "1e5", "--data", str(image_folder), "--out", str(out), *options]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "KNLTRAIN_TEST": job}
+    )
+    try:
+        yield job, process
+    finally:
+        process.kill()
+        for pid in ranks_of(job).values():
+            os.kill(pid, signal.SIGKILL)
+
+
+def steps(out):
+    path = out / "metrics.jsonl"
+    return [row["step"] for row in read_metrics(path) if "loss" in row] if path.exists() else []
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+def test_a_signal_to_one_rank_ends_both_after_a_checkpoint(launcher, number, rank, image_folder, tmp_path):
+    out = tmp_path / "run"
+    with running(launcher, image_folder, out) as (job, process):
+        wait_until(lambda: len(steps(out)) >= 3, 120, process)
+        os.kill(ranks_of(job)[rank], number)
+        output, errors = process.communicate(timeout=90)
+    last = steps(out)[-1]
+    assert last < STEPS
+    assert f"stopped by a signal after step {last}; the same command goes on from there" in output
+    assert json.loads((out / "summary.json").read_text())["finished"] is False
+    assert [path.name for path in (out / "checkpoints").iterdir()] == [f"step-{last:08}"]
+    # torchrun ends with a code of its own, and says its ranks'.
+    assert process.returncode == (75 if launcher == "mpiexec" else 1)
+    assert launcher == "mpiexec" or "exitcode  : 75" in errors
+    with running(launcher, image_folder, out, "--max-steps", str(last + 2)) as (_, process):
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert f"resumed from {out}/checkpoints/step-{last:08}" in output
+    assert steps(out) == list(range(1, last + 3))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_mpiexec_passes_a_signal_on(number, image_folder, tmp_path):
+    out = tmp_path / "run"
+    with running("mpiexec", image_folder, out) as (_, process):
+        wait_until(lambda: len(steps(out)) >= 3, 120, process)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75
+    assert f"stopped by a signal after step {steps(out)[-1]};" in output
