@@ -6,18 +6,22 @@ that asks for a warning.
 
 from __future__ import annotations
 
+import ctypes
 import signal
 import threading
 from types import FrameType, TracebackType
 from typing import Any
 
+_libc = ctypes.CDLL(None)
+_libc.signal.argtypes, _libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
     """While entered, the first of ``SIGNALS`` sets ``requested``; a second one does what it would have done without us.
 
-    That is: SIGINT raises KeyboardInterrupt, the others end the process.
+    That is: SIGINT raises KeyboardInterrupt, the others end the process, also where it waits in a library. Different
+    signals that come at the same time may be taken for one.
     """
 
     def __init__(self) -> None:
@@ -37,7 +41,13 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        self._restore()
+        for other, before in self._before.items():
+            if callable(before):
+                signal.signal(other, before)
+            else:
+                # Behind Python's back, which may be about to call this method for another one that came at the same
+                # time, and would say that it does not find it any more.
+                _libc.signal(other, int(before))
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -1,0 +1,101 @@
+"""A second signal acts at once, wherever the run is, and what it interrupts does no harm."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from knltrain import checkpoint
+from knltrain.signals import SIGNALS, StopRequest
+
+# The command, whose checkpoints of a folder with the file "slow" in it are written for a minute.
+SLOW = """
+import sys, time
+from pathlib import Path
+from knltrain import cli
+from knltrain.checkpoint import store
+write_file = store.write_file
+def slowly(path, parts):
+    written = write_file(path, parts)
+    if (path.parents[2] / "slow").exists():
+        (path.parents[2] / "writing").touch()
+        time.sleep(60)
+    return written
+store.write_file = slowly
+cli.main()
+"""
+
+
+def wait_for(condition, process):
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
+
+
+def caught(pid, number):
+    """Whether a process has a handler for a signal."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    mask = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+    return bool(mask >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("second", SIGNALS)
+def test_a_second_signal_while_a_checkpoint_is_written_leaves_the_one_before(second, image_folder, tmp_path):
+    out, script = tmp_path / "run", tmp_path / "slow.py"
+    script.write_text(SLOW)
+    # Steps of an epoch: two. A checkpoint after each.
+    command = [sys.executable, str(script), "train", "--recipe", "cifar-256", "--data", str(image_folder),
+               "--out", str(out), "--global-batch", "24", "--epochs", "1e5", "--precision", "fp32",
+               "--engine", "eager"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    try:
+        wait_for(lambda: list(out.glob("checkpoints/step-*")), process)
+        (out / "slow").touch()
+        wait_for(lambda: (out / "writing").exists(), process)
+        process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not caught(process.pid, signal.SIGUSR1), process)  # it was noted
+        process.send_signal(second)
+        _, errors = process.communicate(timeout=40)  # less than what a file takes
+    finally:
+        process.kill()
+    assert process.returncode == (130 if second == signal.SIGINT else -second), errors
+    assert "Traceback" not in errors
+    (whole, *_) = reversed(checkpoint.list_checkpoints(out))
+    state = checkpoint.verify(whole)
+    (out / "slow").unlink()
+    result = subprocess.run(
+        [*command, "--max-steps", str(state["step"] + 1)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert f"resumed from {whole}" in result.stdout
+    assert not list(out.glob("checkpoints/.*"))
+
+
+@pytest.mark.parametrize("first", SIGNALS)
+def test_the_first_is_noted_and_what_was_before_is_there_again(first):
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    with StopRequest() as stop:
+        assert not stop.requested
+        signal.raise_signal(first)
+        assert stop.requested
+        assert caught(os.getpid(), signal.SIGINT)  # which is Python's own business
+        assert not caught(os.getpid(), signal.SIGTERM)
+        assert not caught(os.getpid(), signal.SIGUSR1)
+    assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
+
+
+def test_signals_that_come_at_the_same_time_are_one():
+    """As a launcher and a batch system may send them; Python would say of the second that it ignores it."""
+    with StopRequest() as stop:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+        assert stop.requested
