@@ -29,7 +29,7 @@ Positive = Annotated[float, Meta(gt=0, le=1e6)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
 Count = Annotated[int, Meta(ge=1, le=10**9)]
-CountFromZero = Annotated[int, Meta(ge=0, le=10**9)]
+StepsFromZero = Annotated[int, Meta(ge=0, le=10**9, extra={"unit": "steps"})]
 Epochs = Annotated[float, Meta(ge=1e-6, le=1e6, extra={"unit": "epochs"})]
 EpochsFromZero = Annotated[float, Meta(ge=0, le=1e6, extra={"unit": "epochs"})]
 Steps = Annotated[int, Meta(ge=1, le=10**12, extra={"unit": "steps"})]
@@ -135,6 +135,30 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class HealthConfig:
+    """What is done about numbers that have gone bad; see ``knltrain.health``."""
+
+    policy: Literal["stop", "skip", "rewind"] = _field(
+        "stop",
+        "a loss or gradient that is no number: end the run and save its state for study, leave the step's update out, "
+        "or go back to the last checkpoint with a lower learning rate",
+    )
+    max_skips: Annotated[int, Meta(ge=1, le=10**6, extra={"unit": "steps"})] = _field(
+        5, "skip: most steps in a row; the run ends at the next"
+    )
+    max_rewinds: Annotated[int, Meta(ge=1, le=1000, extra={"unit": "rewinds"})] = _field(
+        3, "rewind: most times in a run; it ends at the next"
+    )
+    rewind_factor: Annotated[float, Meta(gt=0, lt=1)] = _field(0.5, "rewind: the learning rate is multiplied by it")
+    divergence_steps: StepsFromZero = _field(
+        50, "end the run after so many steps in a row with a loss 5 % above chance; 0 never does"
+    )
+    compare_every: StepsFromZero = _field(
+        100, "steps between two comparisons of the ranks' weights, before checkpoints besides; 0 never compares"
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One training run, complete but for the machine it runs on."""
 
@@ -174,6 +198,7 @@ class RunConfig:
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
         if self.augment.name != "rrc" and self.resize < self.image_size:
@@ -337,6 +362,9 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),
     "comm.bucket_mb": ("comm.compression none", lambda c: c.comm.compression == "none"),
     "zero_init_residual": ("initial weights drawn at random: init-from brings others", lambda c: not c.init_from),
+    "health.max_skips": ("health.policy skip", lambda c: c.health.policy == "skip"),
+    "health.max_rewinds": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
+    "health.rewind_factor": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
     "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
 }
 

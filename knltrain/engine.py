@@ -61,6 +61,19 @@ class Engine:
         state: dict[str, Tensor] = self.model.state_dict()
         return {name: self.masters.get(name, tensor) for name, tensor in state.items()}
 
+    def gradients(self) -> dict[str, Tensor]:
+        """What the optimizer's next step takes, by parameter name, in the order of the model's layers."""
+        named = ((name, self.optimizer.gradient(parameter)) for name, parameter in self.model.named_parameters())
+        return {name: gradient for name, gradient in named if gradient is not None}
+
+    def weights(self) -> dict[str, Tensor]:
+        """The float32 weights that the optimizer updates, by parameter name, as they lie in memory."""
+        return {
+            name: parameter.detach()
+            for group in self.optimizer.param_groups
+            for name, parameter in zip(group["names"], group["params"], strict=True)
+        }
+
 
 def autocast(precision: str) -> AbstractContextManager[object]:
     """The context of a forward pass in fp32 or bf16."""

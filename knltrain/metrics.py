@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import time
@@ -98,6 +99,9 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         """Adds a row; it needs a ``step``, and its numbers become TensorBoard scalars."""
+        # JSON knows no infinity, and nothing that is no number.
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+               for name, value in row.items()}  # fmt: skip
         self._file.write((json.dumps(row) + "\n").encode())
         scalars = [
             Summary.Value(tag=name, simple_value=value)

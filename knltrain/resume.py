@@ -11,7 +11,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from knltrain.errors import ConfigError, KnltrainError
 # What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
 _MAY_CHANGE = {
     "data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep", "engine",
-    "force_bf16", "comm.backend", "comm.timeout_s",
+    "force_bf16", "comm.backend", "comm.timeout_s", "health.policy", "health.max_skips", "health.max_rewinds",
+    "health.rewind_factor", "health.divergence_steps", "health.compare_every",
 }  # fmt: skip
 # A run that was killed a moment ago may have ranks that have not ended yet.
 _PATIENCE_S = 10.0
@@ -142,6 +143,17 @@ class Start:
                 f"{self.folder} was made otherwise ({others}): images and their order are the same, bits may differ"
             )
         return checkpoint.progress_of(state)
+
+    def or_newer(self, saved: Sequence[Path], group: Group) -> Start:
+        """The same, but from the newest whole checkpoint of those that this process has written, if there is one."""
+        folder = self.folder
+        for path in reversed(saved if group.is_first else []):
+            with contextlib.suppress(KnltrainError):
+                checkpoint.verify(path)
+                folder = path
+                break
+        found = group.from_first(str(folder or ""))
+        return dataclasses.replace(self, folder=Path(found) if found else None)
 
 
 def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed: frozenset[str]) -> Start:

@@ -22,6 +22,7 @@ FIELDS = """
     augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb comm.compression
     comm.powersgd-rank comm.timeout-s
     checkpoint.every checkpoint.keep
+    health.policy health.max-skips health.max-rewinds health.rewind-factor health.divergence-steps health.compare-every
 """
 FLAGS = {
     "train": {"recipe", "config", "json", "help", "no-strict-affinity", "allow-change", *FIELDS.split()},

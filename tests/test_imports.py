@@ -19,6 +19,8 @@ FLOORS = [
     {"command"},
     {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict"},
     {"resume"},
+    {"run"},
+    {"health"},
     {"engine", "checkpoint", "metrics", "weights"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},

@@ -47,6 +47,11 @@ class Progress:
         top1: what came of it, percent; None before the first.
         best_top1: best evaluation so far, percent; None before the first.
         wall_s: seconds of training before this process, evaluations and checkpoints included.
+        skipped_steps: whose update was left out because a number in them was none.
+        skipped_in_a_row: of these, the last ones up to now.
+        steps_above_chance: the last steps in a row whose loss was that of a diverged run.
+        rewinds: how often the run went back to a checkpoint.
+        lr_factor: what the schedule's learning rate is multiplied by since.
     """
 
     step: int
@@ -54,6 +59,11 @@ class Progress:
     top1: float | None = None
     best_top1: float | None = None
     wall_s: float = 0.0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    steps_above_chance: int = 0
+    rewinds: int = 0
+    lr_factor: float = 1.0
 
 
 class _State(TypedDict):

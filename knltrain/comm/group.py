@@ -17,6 +17,7 @@ import torch.distributed as dist
 # Before there is a process group: its functions have the default group as it is now for their defaults, and one that
 # they hold never ends. Its threads would then meet an interpreter that does.
 import torch.distributed.nn.functional
+from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from knltrain.comm.backend import Chosen, choose_backend, gloo
@@ -67,6 +68,7 @@ class Group:
         backend: what was chosen, or None with one rank.
         interface: of this rank's network interfaces, the one that leads to the others, loopback on one node.
         channel: the process group that collectives go through, or None for the default one.
+        hosts: of each rank.
         last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
 
     Raises:
@@ -80,6 +82,7 @@ class Group:
         self.interface = ""
         self.last_step: int | None = None
         self.channel: dist.ProcessGroup | None = None
+        self.hosts = [socket.gethostname()]
         self._roll_call: RollCall | None = None
         if ranks.size == 1:
             return
@@ -109,7 +112,8 @@ class Group:
         store.set(keys[self.rank], f"{chosen.name} {socket.gethostname()}")
         store.wait(keys, _START_TIMEOUT)
         answers = [answer.decode().split(maxsplit=1) for answer in store.multi_get(keys)]
-        self._roll_call = RollCall(store, self.rank, [host for _, host in answers])
+        self.hosts = [host for _, host in answers]
+        self._roll_call = RollCall(store, self.rank, self.hosts)
         without = sorted({host for name, host in answers if name == "gloo"})
         if chosen.name == "gloo" or not without:
             return chosen
@@ -142,6 +146,18 @@ class Group:
         tensor = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(tensor, group=self.channel)
         return tensor.tolist()
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every rank's values, one row a rank.
+
+        Args:
+            values: of equal length and type on all ranks.
+        """
+        if self.world_size == 1:
+            return values[None]
+        rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        dist.all_gather(rows, values, group=self.channel)
+        return torch.stack(rows)
 
     def barrier(self) -> None:
         """Waits for every rank."""

@@ -36,6 +36,14 @@ class MasterOptimizer(torch.optim.Optimizer):
                 self.carried[copy] = copy.grad.float()
             copy.grad = None
 
+    def gradient(self, parameter: Tensor) -> Tensor | None:
+        """The gradient that :meth:`step` takes for a parameter, or for a copy: the sum over micro-batches, if any."""
+        carried = self.carried.get(parameter)
+        if carried is not None and parameter.grad is not None:
+            carried.add_(parameter.grad)
+            parameter.grad = None
+        return parameter.grad if carried is None else carried
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of parameters and copies."""
         super().zero_grad(set_to_none)
@@ -61,13 +69,11 @@ class MasterOptimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             for parameter in group["params"]:
                 copy = self.working_copies.get(parameter)
-                grad = parameter.grad if copy is None else copy.grad
+                grad = self.gradient(parameter if copy is None else copy)
                 if grad is None:
                     continue
                 if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
-                if copy is not None and copy in self.carried:
-                    grad = self.carried.pop(copy).add_(grad)
                 state: dict[str, Any] = self.state[parameter]
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

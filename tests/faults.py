@@ -1,0 +1,98 @@
+"""What goes wrong in a machine, made to go wrong: a loss, a gradient or a weight of one rank at one step.
+
+``python tests/faults.py train …`` is the command with the faults that FAULTS names, as ``loss:5:1 weight:8:0``.
+"""
+
+import os
+import types
+
+LAYER = "features.conv3.weight"  # which gradient and which weight
+
+
+def inject(kind, step, rank=0, *, times=1, patch=setattr):
+    """Has the computation of ``step``, counted from 1, go wrong on a rank, as often as it comes there up to ``times``.
+
+    Args:
+        kind: ``loss`` and ``gradient`` are no numbers then, and of ``weight`` one bit flips after the step.
+        step: which.
+        rank: where.
+        times: how often.
+        patch: sets an attribute, as setattr.
+    """
+    from knltrain import health
+    from knltrain import train as trainer
+
+    at = {"step": -1, "rank": -1, "left": times}
+
+    def due():
+        at["left"] -= at["step"] == step and at["rank"] == rank
+        return at["step"] == step and at["rank"] == rank and at["left"] >= 0
+
+    original_begin = health.Watch.begin_step
+
+    def begin_step(watch):
+        at["rank"] = watch._group.rank
+        original_begin(watch)
+
+    original_seed = trainer.seed_dropout
+
+    def seed_dropout(seed, number, micro):
+        at["step"] = number + 1
+        original_seed(seed, number, micro)
+
+    patch(health.Watch, "begin_step", begin_step)
+    patch(trainer, "seed_dropout", seed_dropout)
+
+    if kind == "loss":
+        cross_entropy = trainer.F.cross_entropy
+
+        def bad_loss(*arguments, **options):
+            return cross_entropy(*arguments, **options) * (float("nan") if due() else 1.0)
+
+        patch(trainer, "F", types.SimpleNamespace(cross_entropy=bad_loss))
+    elif kind == "gradient":
+        data_parallel = trainer.data_parallel
+
+        def with_hook(model, *arguments):
+            def spoil(gradient):
+                return gradient * float("inf") if due() else gradient
+
+            dict(model.named_parameters())[LAYER].register_hook(spoil)
+            return data_parallel(model, *arguments)
+
+        patch(trainer, "data_parallel", with_hook)
+    elif kind == "weight":
+        compare = health.Watch.compare_weights
+
+        def after_a_flip(watch, done, **options):
+            if due():
+                flip(watch._engine.weights()[LAYER], bit=3)
+            compare(watch, done, **options)
+
+        patch(health.Watch, "compare_weights", after_a_flip)
+    else:
+        raise ValueError(kind)
+
+
+def flip(tensor, bit):
+    """Flips one bit of a number in the middle of a float32 tensor."""
+    import torch
+
+    memory = tensor.as_strided((tensor.numel(),), (1,)).view(torch.int32)
+    memory[tensor.numel() // 2] ^= (1 << bit) - (2**32 if bit == 31 else 0)
+
+
+if __name__ == "__main__":
+    from knltrain import cli
+
+    take_place = cli._take_place
+
+    def take_place_and_inject(**options):
+        place = take_place(**options)  # torch comes after it
+        for fault in os.environ["FAULTS"].split():
+            kind, step, rank = fault.split(":")
+            inject(kind, int(step), int(rank))
+        return place
+
+    cli._take_place = take_place_and_inject
+    cli.main()
