@@ -160,7 +160,7 @@ def invoke(*arguments):
         (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--layers", "/nowhere"], 2, "/nowhere: No such file"),
         (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--layers", __file__], 2, "not JSON"),
         (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--bench", "x"], 2, "--bench has no effect"),
-        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--epochs", "1e300"], 2, "epochs 1e+300"),
+        (["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--epochs", "1e300"], 2, "epochs: '1e300' will not do"),
         (
             ["predict", "--recipe", "alexnet-bn-32k", *PREDICTED, "--batches", "8", "--global-batch", "8"],
             2,

@@ -184,9 +184,18 @@ def test_rewind_ends_when_it_does_not_help(config, monkeypatch):
     assert sorted(losses(config.out)) == [1, 2, 3, 4]
 
 
-def test_a_step_whose_weights_are_no_numbers_makes_no_checkpoint(config):
+def test_a_step_whose_weights_are_no_numbers_makes_no_checkpoint(config, monkeypatch):
     """Loss and gradient may be numbers when what a step makes of them is not."""
-    options = {"optim.name": "sgd", "optim.variant": "heavy-ball", "optim.lr": 3e38, "optim.weight_decay": 1e3}
+    options = {"optim.name": "sgd", "optim.variant": "heavy-ball", "optim.lr": 1e6, "optim.weight_decay": 1e6}
+    initial = trainer.model_of
+
+    def huge(*arguments, **options):
+        model = initial(*arguments, **options)
+        with torch.no_grad():
+            model.features.conv1.weight.mul_(1e30)  # batch norm follows: the loss is a number all the same
+        return model
+
+    monkeypatch.setattr(trainer, "model_of", huge)
     with pytest.raises(KnltrainError, match=r"step 1 has made weights that are no numbers \(features\.conv1\.weight\)"):
         run(config, max_steps=1, **options)
     assert not Path(config.out, "checkpoints").exists()
