@@ -89,13 +89,12 @@ struct Api {
     Event (*allgatherv)(const void *, size_t, const Buffers &, const Counts &, int type, const Comm &, Attr, const Events &);
     Event (*allreduce)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
     Event (*alltoallv)(const void *, const Counts &, void *, const Counts &, int type, const Comm &, Attr, const Events &);
-    Event (*barrier)(const Comm &, Attr, const Events &);
     Event (*broadcast)(void *, size_t, int type, int root, const Comm &, Attr, const Events &);
     Event (*recv)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
     Event (*reduce)(const void *, void *, size_t, int type, int op, int root, const Comm &, Attr, const Events &);
     Event (*reduce_scatter)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
     Event (*send)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
-    Attr allgatherv_attr, allreduce_attr, alltoallv_attr, barrier_attr, broadcast_attr, comm_attr, kvs_attr, pt2pt_attr,
+    Attr allgatherv_attr, allreduce_attr, alltoallv_attr, broadcast_attr, comm_attr, kvs_attr, pt2pt_attr,
         reduce_attr, reduce_scatter_attr;
     Version (*get_library_version)();
 };
@@ -141,7 +140,6 @@ void load(const std::string &path) {
     find(api.alltoallv,
          "_ZN3ccl2v19alltoallvEPKvRKSt6vectorImSaImEEPvS7_NS0_8datatypeERKNS0_12communicatorERKNS0_14alltoallv_attrE"
          "RKS3_INS0_5eventESaISG_EE");
-    find(api.barrier, "_ZN3ccl2v17barrierERKNS0_12communicatorERKNS0_12barrier_attrE" CCL_EVENTS "S8_EE");
     find(api.broadcast,
          "_ZN3ccl2v19broadcastEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_14broadcast_attrE" CCL_EVENTS "SA_EE");
     find(api.recv, "_ZN3ccl2v14recvEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_10pt2pt_attrE" CCL_EVENTS "SA_EE");
@@ -156,7 +154,6 @@ void load(const std::string &path) {
     find(api.allgatherv_attr, "_ZN3ccl2v123default_allgatherv_attrE");
     find(api.allreduce_attr, "_ZN3ccl2v122default_allreduce_attrE");
     find(api.alltoallv_attr, "_ZN3ccl2v122default_alltoallv_attrE");
-    find(api.barrier_attr, "_ZN3ccl2v120default_barrier_attrE");
     find(api.broadcast_attr, "_ZN3ccl2v122default_broadcast_attrE");
     find(api.comm_attr, "_ZN3ccl2v117default_comm_attrE");
     find(api.kvs_attr, "_ZN3ccl2v116default_kvs_attrE");
@@ -473,9 +470,6 @@ void bind_ccl(nb::module_ &parent) {
         .def_ro("size", &Communicator::size)
         .def("close", close, Guard())
         .def("abandon", [](const CommunicatorPtr &of) { engine().abandon(of); }, Guard())
-        .def("barrier", [](const CommunicatorPtr &of, bool background) {
-            return enqueue(of, background, 0, 0, 0, [](const Comm &comm) { return api.barrier(comm, api.barrier_attr, {}); });
-        })
         .def("broadcast", [](const CommunicatorPtr &of, Address data, size_t count, int type, int root, bool background) {
             return enqueue(of, background, type, 0, root, [=](const Comm &comm) {
                 return api.broadcast(at(data), count, type, root, comm, api.broadcast_attr, {});

@@ -48,7 +48,6 @@ void all(event *e, communicator *c, kvs *k) {
                   const Events &)>(allreduce);
     use<event (*)(const void *, const Sizes &, void *, const Sizes &, datatype, const communicator &,
                   const alltoallv_attr &, const Events &)>(alltoallv);
-    use<event (*)(const communicator &, const barrier_attr &, const Events &)>(barrier);
     use<event (*)(void *, size_t, datatype, int, const communicator &, const broadcast_attr &,
                   const Events &)>(broadcast);
     use<event (*)(void *, size_t, datatype, int, const communicator &, const pt2pt_attr &, const Events &)>(recv);
@@ -59,7 +58,7 @@ void all(event *e, communicator *c, kvs *k) {
     use<event (*)(void *, size_t, datatype, int, const communicator &, const pt2pt_attr &, const Events &)>(send);
     use<library_version (*)()>(get_library_version);
     use(&default_allgatherv_attr), use(&default_allreduce_attr), use(&default_alltoallv_attr);
-    use(&default_barrier_attr), use(&default_broadcast_attr), use(&default_comm_attr);
+    use(&default_broadcast_attr), use(&default_comm_attr);
     use(&default_kvs_attr), use(&default_pt2pt_attr);
     use(&default_reduce_attr), use(&default_reduce_scatter_attr);
 }
@@ -127,7 +126,7 @@ refused(lambda: comm.all_to_all(0, [1, 2], 0, [1], 9, False), "2 given for 1 ran
 refused(lambda: comm.all_gather(0, 1, [0], [1, 1], 9, False), "2 given for 1 ranks")
 comm.close()
 comm.close()
-refused(lambda: comm.barrier(False), "closed")
+refused(lambda: comm.broadcast(0, 4, 9, 0, False), "closed")
 print("all refused")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
