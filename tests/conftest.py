@@ -1,6 +1,7 @@
 """What tests share: data that they make themselves, and a cache folder of their own."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -20,6 +21,15 @@ def own_cache(tmp_path_factory):
         del os.environ["KNLTRAIN_CACHE"]
     else:
         os.environ["KNLTRAIN_CACHE"] = before
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c():
+    """A shell's background jobs are started with SIGINT ignored, and hand that on."""
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(autouse=True)
