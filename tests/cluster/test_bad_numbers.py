@@ -39,8 +39,7 @@ def report_of(result):
     return said.pop()
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
-@pytest.mark.parametrize("kind", ["loss", "gradient"])
+@pytest.mark.parametrize("kind, launcher", [("loss", "torchrun"), ("gradient", "mpiexec")])
 def test_one_ranks_bad_number_stops_both_before_the_step(kind, launcher, undisturbed, image_folder, tmp_path):
     out = tmp_path / "run"
     result = train(image_folder, out, faults=f"{kind}:5:1", launcher=launcher)
@@ -85,8 +84,7 @@ def test_both_ranks_leave_the_step_out_or_go_back_together(policy, image_folder,
     assert_same_run(parts, out, evaluations=False)
 
 
-@pytest.mark.parametrize("backend", ["gloo", "auto"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank, backend", [(0, "gloo"), (1, "auto")])
 def test_a_bit_that_flips_in_one_ranks_weights_is_found(rank, backend, undisturbed, image_folder, tmp_path):
     out = tmp_path / "run"
     result = train(image_folder, out, "--health.compare-every", "2", faults=f"weight:5:{rank}",

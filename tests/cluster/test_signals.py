@@ -40,9 +40,11 @@ def steps(out):
     return [row["step"] for row in read_metrics(path) if "loss" in row] if path.exists() else []
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("number", SIGNALS)
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
+@pytest.mark.parametrize(
+    "launcher, number, rank",
+    [("torchrun", signal.SIGINT, 0), ("torchrun", signal.SIGTERM, 1), ("mpiexec", signal.SIGTERM, 0),
+     ("mpiexec", signal.SIGUSR1, 1)],
+)  # fmt: skip
 def test_a_signal_to_one_rank_ends_both_after_a_checkpoint(launcher, number, rank, image_folder, tmp_path):
     out = tmp_path / "run"
     with running(launcher, image_folder, out) as (job, process):
