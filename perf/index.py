@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,9 @@ def generate(folder: Path, count: int) -> None:
     path = folder / "train-00000.tar"
     with open(path, "wb") as file:
         file.truncate(count * _SAMPLE_BYTES)
-    index = tar.TarIndex(
-        np.zeros(count, np.int32), np.arange(count) * _SAMPLE_BYTES, np.full(count, 1000), np.arange(count) % 1000
-    )
+    at = np.arange(count)
+    offsets, sizes = at * _SAMPLE_BYTES + tarfile.BLOCKSIZE, np.full(count, 400)  # behind a header each
+    index = tar.TarIndex(np.zeros(count, np.int32), offsets, sizes, at % 1000)
     state = path.stat()
     stamp = np.array([(state.st_size, state.st_mtime_ns)])
     if not tar._write_index(folder / f"train-index-v{tar._VERSION}.npz", np.array([path.name]), stamp, index):
