@@ -166,11 +166,10 @@ def disturb(kind, job, rng):
     if kind == "full":
         fill = job.out.parent / "filler"
         before, told = reached(job.out), len(COMPLAINT.findall(job.said()))
-        with fill.open("wb") as file:
+        with fill.open("wb", buffering=0) as file:  # what does not fit is not written again when it is closed
             try:
                 while True:
                     file.write(bytes(2**16))
-                    file.flush()
             except OSError:
                 pass
         time.sleep(rng.uniform(1, 3))
