@@ -199,12 +199,18 @@ struct Request {
 };
 using RequestPtr = std::shared_ptr<Request>;
 
-// How long after the last sign of life oneCCL is asked again at once (a thread that waits has nothing else to do; one in
-// the background takes the core from somebody), then after others had the core, then in naps. A call that takes longer
-// than kLook has moved something.
-constexpr auto kSpinWaiting = std::chrono::microseconds(500), kSpinBehind = std::chrono::microseconds(20);
-constexpr auto kLook = std::chrono::microseconds(5), kNap = std::chrono::microseconds(50);
-constexpr auto kYield = std::chrono::microseconds(2000);
+// How long after the last sign of life oneCCL is asked again at once, and then after others had the core; after that in
+// naps, of which looking takes a tenth at most. A thread that waits has nothing else to do; one in the background takes
+// the core from somebody. A look that takes longer than kLook, and kLookMore for each operation that is under way, has
+// moved something.
+struct Patience {
+    Clock::duration spin, yield;
+};
+constexpr Patience kWaiting{std::chrono::microseconds(500), std::chrono::microseconds(2000)};
+constexpr Patience kBehind{std::chrono::microseconds(20), std::chrono::microseconds(400)};
+constexpr auto kLook = std::chrono::nanoseconds(5000), kLookMore = std::chrono::nanoseconds(500);
+constexpr auto kNap = std::chrono::microseconds(50);
+constexpr int kNapLooks = 10;
 
 Clock::time_point after(double seconds) {
     return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
@@ -226,7 +232,7 @@ class Engine {
         const auto until = after(seconds);
         std::unique_lock lock(mutex_);
         while (!request->done && Clock::now() < until)
-            drive_or_wait(lock, until, kSpinWaiting, true, [&] { return request->done; });
+            drive_or_wait(lock, until, kWaiting, true, [&] { return request->done; });
         return request->done;
     }
 
@@ -235,7 +241,7 @@ class Engine {
         const auto until = after(seconds);
         std::unique_lock lock(mutex_);
         while (finished_.empty() && !stopped_ && Clock::now() < until)
-            drive_or_wait(lock, until, kSpinBehind, !(queue_.empty() && running_.empty()),
+            drive_or_wait(lock, until, kBehind, !(queue_.empty() && running_.empty()),
                           [&] { return stopped_ || !finished_.empty(); });
         if (finished_.empty()) return nullptr;
         RequestPtr request = finished_.front();
@@ -287,20 +293,21 @@ class Engine {
 
    private:
     template <class F>
-    void drive_or_wait(std::unique_lock<std::mutex> &lock, Clock::time_point until, Clock::duration spin, bool work,
+    void drive_or_wait(std::unique_lock<std::mutex> &lock, Clock::time_point until, const Patience &patience, bool work,
                        F enough) {
         if (driven_ || !work)
             // Woken also by a thread that stops driving, and by a new operation.
             changed_.wait_until(lock, until);
         else
-            drive(lock, until, spin, enough);
+            drive(lock, until, patience, enough);
     }
 
     // Calls oneCCL until `enough`. The lock is held on entry and on return, not in between.
     template <class F>
-    void drive(std::unique_lock<std::mutex> &lock, Clock::time_point until, Clock::duration spin, F enough) {
+    void drive(std::unique_lock<std::mutex> &lock, Clock::time_point until, const Patience &patience, F enough) {
         driven_ = true;
         auto now = Clock::now(), alive = now;
+        size_t turn = 0;
         while (!enough() && now < until) {
             while (!queue_.empty()) {
                 running_.push_back(queue_.front());
@@ -312,17 +319,20 @@ class Engine {
             if (running_.empty()) break;
             lock.unlock();
             const auto before = Clock::now();
-            bool any = false;
-            for (const RequestPtr &request : running_) any |= request->over = is_over(*request);
+            // Asking for one moves all. The oldest is over first, but for those of other communicators.
+            bool any = running_.front()->over = is_over(*running_.front());
+            Request &another = *running_[++turn % running_.size()];
+            if (!another.over) any |= another.over = is_over(another);
             now = Clock::now();
-            if (any || now - before > kLook)
+            const auto look = now - before;
+            if (any || look > kLook + running_.size() * kLookMore)
                 alive = now;
-            else if (now - alive < spin)
+            else if (now - alive < patience.spin)
                 __builtin_ia32_pause();
-            else if (now - alive < kYield)
+            else if (now - alive < patience.yield)
                 sched_yield();
             else
-                std::this_thread::sleep_for(kNap);
+                std::this_thread::sleep_for(std::max<Clock::duration>(kNap, kNapLooks * look));
             lock.lock();
             if (any) collect();
         }
