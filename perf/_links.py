@@ -13,12 +13,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from knltrain.errors import ConfigError
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.tune import what_was_said
 
 _PROGRAMS = ("unshare", "nsenter", "setpriv", "taskset", "ip", "tc", "hostname")
 _LINK = "link0"
 _PORT = 29400
 _START_S = 20.0
+_PATIENCE_S = 600.0
 # What may pass at once at any speed: several packets of the largest size that the kernel hands over undivided, 64 KiB.
 _BURST = 1 << 20
 _BLAST_S = 1.0
@@ -98,25 +100,53 @@ class Hosts:
             if result.returncode:
                 raise ConfigError(f"--links: {command}: {result.stderr.strip()}")
 
-    def ranks(self, train: Sequence[str]) -> list[str]:
+    def ranks(self, words: Sequence[str]) -> list[str]:
         """The command that starts one rank on each host, each on its share of this machine's cores; it ends with them.
 
         Args:
-            train: what follows the interpreter.
+            words: what follows the interpreter.
         """
-        cpus = sorted(os.sched_getaffinity(0))
-        count = len(self.pids)
-        lines = []
-        for rank, pid in enumerate(self.pids):
-            mine = cpus[rank * len(cpus) // count : (rank + 1) * len(cpus) // count] or [cpus[rank % len(cpus)]]
-            told = {"RANK": rank, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
-                    "MASTER_ADDR": _address(1), "MASTER_PORT": _PORT}  # fmt: skip
-            words = [*_enter(pid, "--net", "--uts"), "taskset", "--cpu-list", ",".join(map(str, mine)), "env",
-                     *(f"{name}={value}" for name, value in told.items()), sys.executable, *train]  # fmt: skip
-            lines.append(" ".join(f"'{word}'" for word in words) + " &")
+        lines = [" ".join(f"'{word}'" for word in self._rank(number, words)) + " &" for number in range(len(self.pids))]
         # Told to end, it tells them and waits; the code of one that fails is its own.
-        waits = f"for rank in $(seq {count}); do wait -n || code=$?; done; exit ${{code:-0}}"
+        waits = f"for rank in $(seq {len(lines)}); do wait -n || code=$?; done; exit ${{code:-0}}"
         return ["bash", "-c", "\n".join(["trap \"trap '' TERM; kill 0; wait\" TERM", *lines, waits])]
+
+    def answers(self, words: Sequence[str]) -> list[str]:
+        """Runs a command on all hosts at once, each on its share of the cores, and returns what each printed.
+
+        Args:
+            words: what follows the interpreter.
+
+        Raises:
+            KnltrainError: it failed on one, or never ended.
+        """
+        with contextlib.ExitStack() as stack:
+            processes = []
+            for number in range(len(self.pids)):
+                process = subprocess.Popen(self._rank(number, words), stdin=subprocess.DEVNULL, text=True,
+                                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                stack.callback(lambda process=process: (process.kill(), process.communicate()))
+                processes.append(process)
+            said = []
+            for process in processes:
+                try:
+                    out, errors = process.communicate(timeout=_PATIENCE_S)
+                except subprocess.TimeoutExpired:
+                    raise KnltrainError(f"{' '.join(words)}: no end after {_PATIENCE_S:g} s") from None
+                if process.returncode:
+                    raise KnltrainError(f"{' '.join(words)}: {what_was_said(errors)}")
+                said.append(out)
+            return said
+
+    def _rank(self, number: int, words: Sequence[str]) -> list[str]:
+        """What runs one of the ranks on its host."""
+        cpus, count = sorted(os.sched_getaffinity(0)), len(self.pids)
+        mine = cpus[number * len(cpus) // count : (number + 1) * len(cpus) // count]
+        told = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1,
+                "MASTER_ADDR": _address(1), "MASTER_PORT": _PORT}  # fmt: skip
+        return [*_enter(self.pids[number], "--net", "--uts"), "taskset", "--cpu-list",
+                ",".join(map(str, mine or [cpus[number % len(cpus)]])), "env",
+                *(f"{name}={value}" for name, value in told.items()), sys.executable, *words]  # fmt: skip
 
     def measured_gbit(self) -> float:
         """What one connection really carries from the second host to the first, Gbit/s."""

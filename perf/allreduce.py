@@ -10,6 +10,9 @@ environment). Each call is in place and begins when a barrier of the same back e
 Bandwidths are those of nccl-tests (doc/PERFORMANCE.md there): with S bytes in t seconds over n ranks,
 ``algbw = S / t`` and ``busbw = algbw * 2 (n - 1) / n``, which is what each rank must at least send and receive, so that
 it can be compared with the speed of the link whatever n is.
+
+At the largest size it is also seen what computing loses: matrix products by all compute threads run until the sum has
+arrived, and those that are missing are the time that communication took from them.
 """
 
 from __future__ import annotations
@@ -42,6 +45,8 @@ _WARMUP = 2
 _ROUNDS = 4
 _CEILING = "oneCCL alone"
 _PATIENCE_S = 120.0
+_PRODUCT = 192  # rows of the matrices: a product takes some 50 us of a core, from its caches
+_PRODUCTS = 40
 
 # Times so many calls on so many elements of a type, after those that are not timed; seconds of each call on this rank.
 Calls = Callable[[str, int, int], list[float]]
@@ -112,6 +117,7 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
                 counts = {size // _BYTES[name] for size in chosen} | (set() if sizes or quick else {_ELEMENTS})
                 for count in sorted(counts):
                     rows += _measure(backends, name, count, repeats, group.world_size)
+            beside = _beside_computing(max(chosen), repeats)
     if not group.is_first:
         return
     result = {
@@ -123,10 +129,15 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
         "oneccl": group.backend.version if "ccl" in backends and group.backend else None,
         "repeats": repeats,
         "rows": rows,
+        "beside_computing": {"backend": next(iter(backends)), "bytes": max(chosen), **beside},
         **provenance(place.node),
     }
     folder = out_folder(out)
     show(console, _table(rows, list(backends)))
+    console.line(
+        f"{max(chosen) / 2**20:.3g} MiB in float32 take {1e3 * beside['seconds']:.1f} ms beside computing, which loses "
+        f"{1e3 * beside['computing_lost_s']:.1f} ms by it"
+    )
     finish(result, _figure(result), folder, console, as_json=as_json)
 
 
@@ -160,6 +171,41 @@ def _measure(backends: dict[str, Calls], name: str, count: int, repeats: int, wo
         rows.append({"backend": backend, "dtype": name, "bytes": size, "min_s": timed[0], "median_s": median,
                      "max_s": timed[-1], "algbw_gb_per_s": algbw, "busbw_gb_per_s": busbw})  # fmt: skip
     return rows
+
+
+def _beside_computing(size: int, repeats: int) -> dict[str, float]:
+    """All-reduces of the first back end in float32 while this rank computes; medians, averaged over the ranks."""
+    import torch
+    import torch.distributed as dist
+
+    tensor, matrix = torch.zeros(size // 4), torch.ones(_PRODUCT, _PRODUCT)
+    result = torch.empty_like(matrix)
+
+    def products_s() -> float:
+        start = time.perf_counter()
+        for _ in range(_PRODUCTS):
+            torch.mm(matrix, matrix, out=result)
+        return (time.perf_counter() - start) / _PRODUCTS
+
+    products_s()
+    seconds, lost = [], []
+    for _ in range(_WARMUP + repeats):
+        before_s = products_s()
+        dist.barrier()
+        start, count = time.perf_counter(), 0
+        work = dist.all_reduce(tensor, async_op=True)
+        assert work is not None
+        while not work.is_completed():
+            torch.mm(matrix, matrix, out=result)
+            count += 1
+        seconds.append(time.perf_counter() - start)
+        work.wait()
+        dist.barrier()
+        lost.append(seconds[-1] - count * (before_s + products_s()) / 2)
+    medians = torch.tensor([statistics.median(seconds[_WARMUP:]), max(0.0, statistics.median(lost[_WARMUP:]))])
+    dist.all_reduce(medians)
+    both = (medians / dist.get_world_size()).tolist()
+    return {"seconds": both[0], "computing_lost_s": both[1]}
 
 
 def _torch_calls(channel: Any) -> Calls:

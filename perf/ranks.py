@@ -11,20 +11,13 @@ gradients' way that the backward pass does not hide: from its last bucket's leav
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
-import json
-import os
-import statistics
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, TypeVar, get_args
+from collections.abc import Sequence
+from typing import Any, get_args
 
 import click
 from _common import finish, out_folder, output_options, show
-from _links import Hosts
+from _turns import Setting, link_speed, list_of, train_in_turns
 from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
@@ -32,51 +25,8 @@ from rich.table import Table
 from knltrain.config import EngineName, Precision, RunConfig, override
 from knltrain.console import Console
 from knltrain.errors import ConfigError
-from knltrain.node.layouts import Layout
 from knltrain.node.topology import read_node
 from knltrain.provenance import provenance
-from knltrain.tune import rank_command, timed_steps, training_words
-
-_T = TypeVar("_T")
-_PATIENCE_S = 1800.0
-_TIMES = ("step_s", "comm_s", "exposed_comm_s", "data_s")
-
-
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """What a turn trains with.
-
-    Attributes:
-        ranks: all of them.
-        threads: compute threads of each.
-        gbit: speed of the links between hosts of one rank each, Gbit/s; None with all ranks on this node.
-        config: what they train.
-    """
-
-    ranks: int
-    threads: int
-    gbit: float | None
-    config: RunConfig
-
-    def as_dict(self) -> dict[str, Any]:
-        """What differs between settings, by the names that the table has."""
-        config = self.config
-        return {"ranks": self.ranks, "threads": self.threads, "link_gbit": self.gbit, "engine": config.engine,
-                "local_batch": config.global_batch // self.ranks, "dtype": config.comm.dtype,
-                "bucket_mb": config.comm.bucket_mb, "backend": config.comm.backend,
-                "compression": config.comm.compression}  # fmt: skip
-
-
-def _list(kind: Callable[[str], _T]) -> Callable[[Any, click.Parameter, str | None], list[_T]]:
-    """Reads a list of values separated by commas."""
-
-    def read(context: Any, option: click.Parameter, text: str | None) -> list[_T]:
-        try:
-            return [kind(word) for word in text.split(",")] if text else []
-        except ValueError:
-            raise click.BadParameter(f"{text}: values separated by commas, as in {option.metavar}") from None
-
-    return read
 
 
 def _layout(word: str) -> tuple[int, int]:
@@ -86,25 +36,21 @@ def _layout(word: str) -> tuple[int, int]:
     return ranks, threads
 
 
-def _speed(word: str) -> float:
-    if not 0.001 <= float(word) <= 1000:
-        raise ValueError
-    return float(word)
-
-
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", default="resnet50", show_default=True, help="Network, as train names it.")
 @click.option("--image-size", type=int, default=224, show_default=True, help="Pixels.")
 @click.option("--batch", type=click.IntRange(min=1), default=64, show_default=True, help="Images a step, all ranks.")
 @click.option("--precision", type=click.Choice(get_args(Precision)), default="auto", show_default=True)
-@click.option("--layouts", metavar="1x2,2x1", callback=_list(_layout), help="Ranks x threads on this node.")
-@click.option("--links", metavar="1,10", callback=_list(_speed), help="Gbit/s between hosts of one rank each (root).")
+@click.option("--layouts", metavar="1x2,2x1", callback=list_of(_layout), help="Ranks x threads on this node.")
+@click.option(
+    "--links", metavar="1,10", callback=list_of(link_speed), help="Gbit/s between hosts of one rank each (root)."
+)
 @click.option("--hosts", type=click.IntRange(min=2), default=2, show_default=True, help="Hosts, with --links.")
-@click.option("--engines", metavar="fused,eager", callback=_list(str), help="Default auto.")
-@click.option("--backends", metavar="ccl,gloo", callback=_list(str), help="Default auto.")
-@click.option("--dtypes", metavar="fp32,bf16", callback=_list(str), help="Of gradients on the wire; default fp32.")
-@click.option("--bucket-mb", metavar="1,25", callback=_list(float), help="Sizes of buckets, MiB; default 25.")
-@click.option("--compressions", metavar="none,powersgd", callback=_list(str), help="Default none.")
+@click.option("--engines", metavar="fused,eager", callback=list_of(str), help="Default auto.")
+@click.option("--backends", metavar="ccl,gloo", callback=list_of(str), help="Default auto.")
+@click.option("--dtypes", metavar="fp32,bf16", callback=list_of(str), help="Of gradients on the wire; default fp32.")
+@click.option("--bucket-mb", metavar="1,25", callback=list_of(float), help="Sizes of buckets, MiB; default 25.")
+@click.option("--compressions", metavar="none,powersgd", callback=list_of(str), help="Default none.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps timed in a turn; default 5, with --quick 1.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each setting; default 3, with --quick 1.")
 @output_options
@@ -136,64 +82,11 @@ def main(
     console = Console(json=as_json)
     folder = out_folder(out)
     rounds, steps = rounds or (1 if quick else 3), steps or (1 if quick else 5)
-    rows, carried = _measure(settings, console, rounds=rounds, steps=steps)
+    rows, carried = train_in_turns(settings, console, rounds=rounds, steps=steps)
     result = {**common, "rounds": rounds, "steps": steps, "links_measured_gbit": carried, "settings": rows,
               **provenance(read_node())}  # fmt: skip
     show(console, _table(result))
     finish(result, _figure(result), folder, console, as_json=as_json)
-
-
-def _measure(
-    settings: Sequence[Setting], console: Console, *, rounds: int, steps: int
-) -> tuple[list[dict[str, Any]], dict[str, float]]:
-    """Lets the settings take turns; returns a row of each, and what links of each speed carried when asked alone."""
-    samples: list[list[dict[str, Any]]] = [[] for _ in settings]
-    plans: list[dict[str, Any]] = [{} for _ in settings]
-    carried: dict[str, float] = {}
-    for number in range(1, rounds + 1):
-        for setting, taken, plan in zip(settings, samples, plans, strict=True):
-            with tempfile.TemporaryDirectory() as folder:
-                out = Path(folder, "run")
-                config = setting.config
-                train = training_words(config, config.global_batch // setting.ranks, out, steps)
-                deadline = time.monotonic() + _PATIENCE_S
-                if setting.gbit is None:
-                    layout = Layout(setting.ranks, setting.threads, 0, config.global_batch // setting.ranks)
-                    command, environ = rank_command(layout, train)
-                    turn = timed_steps(command, environ, out, steps, deadline)
-                else:
-                    hosts = Hosts(setting.ranks, setting.gbit)
-                    try:
-                        carried.setdefault(f"{setting.gbit:g}", hosts.measured_gbit())
-                        turn = timed_steps(hosts.ranks(train), dict(os.environ), out, steps, deadline)
-                    finally:
-                        hosts.close()
-                plan |= json.loads((out / "config.json").read_text("utf-8"))["plan"]
-            taken += turn
-            median = statistics.median(row["step_s"] for row in turn)
-            console.line(f"round {number} of {rounds}, {_words(setting)}: {config.global_batch / median:.1f} img/s")
-    rows = []
-    for setting, taken, plan in zip(settings, samples, plans, strict=True):
-        row = setting.as_dict() | {key: plan[key] for key in ("engine", "backend", "precision")}  # as it was resolved
-        for name in _TIMES:
-            row[name] = statistics.median(step[name] for step in taken)
-        times = sorted(step["step_s"] for step in taken)
-        row |= {"fastest_step_s": times[0], "slowest_step_s": times[-1],
-                "images_per_s": setting.config.global_batch / row["step_s"],
-                "exposed_fraction": statistics.median(step["exposed_comm_s"] / step["step_s"] for step in taken),
-                "all_step_s": [step["step_s"] for step in taken]}  # fmt: skip
-        rows.append(row)
-    return rows, carried
-
-
-def _words(setting: Setting) -> str:
-    row = setting.as_dict()
-    where = f"{row['link_gbit']:g} Gbit/s, " if row["link_gbit"] else ""
-    packed = "" if row["compression"] == "none" else f", {row['compression']}"
-    return (
-        f"{row['ranks']} x {row['threads']}, {where}{row['engine']}, {row['backend']}, {row['dtype']}{packed}, "
-        f"buckets of {row['bucket_mb']:g} MiB"
-    )
 
 
 # By the keys of a row: what the table calls them.

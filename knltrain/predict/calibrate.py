@@ -182,6 +182,7 @@ class _Measured:
         if len(rows) < 2:
             raise ConfigError(f"{path}: needs float32 all-reduces of two sizes or more")
         self.backend, self.line = backend, _fit(rows)
+        self.threads, self.beside = int(result.get("threads", 1)), result.get("beside_computing")
 
     def network(self) -> list[str]:
         """The lines of [network]."""
@@ -206,9 +207,20 @@ class _Measured:
             _number("shared_latency_us", 0.0, nothing),
             _number("sum_gb_per_s", 1000.0, "adding up is in the other rates"),
             _number("call_us", 1e6 * self.line.start, fitted),
-            _number("thread_gb_per_s", 2 * rate, "every byte sent and received keeps the thread busy: assumption"),
+            self._thread(sent),
             f"algorithm = {json.dumps('oneccl' if self.backend == 'ccl' else 'ring')}",
         ]
+
+    def _thread(self, sent: float) -> str:
+        """Bytes that a communicating thread handles in a second that it takes from the computing ones."""
+        if self.beside is None:
+            rate = 2e-9 * sent / self.line.per_byte
+            return _number("thread_gb_per_s", rate, "every byte sent and received keeps the thread busy: assumption")
+        size, lost_s = float(self.beside["bytes"]), float(self.beside["computing_lost_s"])
+        # Less than a millionth of the flight is nothing that was measured.
+        busy_s = self.threads * max(lost_s, 1e-6 * float(self.beside["seconds"]))
+        measured = f"{self.path.name}: what products of matrices lost beside an all-reduce of {size / 2**20:.3g} MiB"
+        return _number("thread_gb_per_s", 2e-9 * sent * size / busy_s, measured)
 
 
 def _fit(rows: Sequence[tuple[float, float]]) -> _Line:

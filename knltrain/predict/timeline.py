@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from knltrain.predict.allreduce import Cost, Fabric, all_reduce
+from knltrain.predict.allreduce import Fabric, all_reduce
 from knltrain.predict.layers import LayerTime, buckets
 
+_FAIR_SHARE = 0.5  # of a core, for a communicating thread that shares it with one that computes
 _SYNC_ELEMENTS = 2  # the sum of losses, and of ranks that were asked to stop
 
 
@@ -68,10 +69,23 @@ class Step:
     spans: tuple[Span, ...]
 
 
-class _Flight(NamedTuple):
-    start: float
-    end: float
-    stolen: float  # of the rank's computing speed, while it lasts
+@dataclass
+class _Flight:
+    """A bucket on its way.
+
+    Attributes:
+        left_s: what is left of it while nobody computes.
+        longer: how many times longer it takes while somebody computes.
+        stolen: of the rank's computing speed, while it lasts.
+        start: when it leaves.
+        end: when it has arrived.
+    """
+
+    left_s: float
+    longer: float
+    stolen: float
+    start: float = 0.0
+    end: float = 0.0
 
 
 class _Clock:
@@ -80,27 +94,38 @@ class _Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.flights: list[_Flight] = []
+        self._arrived = 0
 
     def compute(self, seconds: float) -> None:
         """Passes the time that so much computing takes, with what communication leaves of the cores."""
-        for flight in self.flights:
-            if flight.end <= self.now:
-                continue
-            free = min(seconds, max(0.0, flight.start - self.now))
-            self.now, seconds = self.now + free, seconds - free
+        while self._arrived < len(self.flights):
+            flight = self.flights[self._arrived]
             speed = 1 - flight.stolen
-            if speed * (flight.end - self.now) >= seconds:
-                self.now += seconds / speed if speed else 0.0
+            lasts = flight.left_s * flight.longer
+            if speed * lasts > seconds:
+                passed = seconds / speed
+                flight.left_s -= passed / flight.longer
+                self.now += passed
                 return
-            seconds -= speed * (flight.end - self.now)
-            self.now = flight.end
+            seconds -= speed * lasts
+            self._arrive(lasts)
         self.now += seconds
 
-    def send(self, cost: Cost, stolen: float) -> _Flight:
+    def send(self, seconds: float, longer: float, stolen: float) -> None:
         """Puts a bucket behind those that are on the wire."""
-        start = max(self.now, self.flights[-1].end if self.flights else 0.0)
-        self.flights.append(_Flight(start, start + cost.seconds, stolen))
-        return self.flights[-1]
+        self.flights.append(_Flight(seconds, longer, stolen, start=self.now))
+
+    def wait(self) -> None:
+        """Passes the time until all have arrived."""
+        while self._arrived < len(self.flights):
+            self._arrive(self.flights[self._arrived].left_s)
+
+    def _arrive(self, lasts: float) -> None:
+        self.now += lasts
+        self.flights[self._arrived].end = self.now
+        self._arrived += 1
+        if self._arrived < len(self.flights):
+            self.flights[self._arrived].start = self.now
 
 
 def simulate(
@@ -133,7 +158,8 @@ def simulate(
         input_s: what images take of a step.
         memory_bytes_per_s: of a rank, for the passes that divide, convert and copy back a bucket.
         thread_bytes_per_s: where no core is kept for communication, the bytes that the communicating thread handles
-            in a second of computing time, which it takes from the ``threads`` that compute; None: it takes none.
+            in a second of computing time, which it takes from the ``threads`` that compute, of one at most the half
+            that a fair scheduler gives it; None: it takes none.
         threads: compute threads of a rank.
         overlap: buckets leave as soon as they are full; else when the backward pass is over.
     """
@@ -171,13 +197,16 @@ def simulate(
             unpack_s = converted * elements / memory_bytes_per_s
             cost = all_reduce(fabric, elements, wire_itemsize, algorithm)
             busy_s = 2 * cost.bytes_sent / thread_bytes_per_s if thread_bytes_per_s else 0.0
-            flight = clock.send(cost, min(1.0, busy_s / cost.seconds) / threads if cost.seconds else 0.0)
-            spans.append(Span("network", f"bucket {nth}", flight.start, flight.end))
+            beside_s = max(cost.seconds, busy_s / _FAIR_SHARE)
+            shared = busy_s / beside_s / threads if busy_s else 0.0
+            clock.send(cost.seconds, beside_s / cost.seconds if cost.seconds else 1.0, shared)
             sizes.append(float(elements * wire_itemsize))
             sent, messages, nth = sent + cost.bytes_sent, messages + cost.messages, nth + 1
     backward_end = clock.now
-    arrived = clock.flights[-1].end + unpack_s if clock.flights else backward_end
-    clock.now = max(backward_end, arrived)
+    clock.wait()
+    if clock.flights:
+        clock.now = max(backward_end, clock.flights[-1].end + unpack_s)
+    spans += [Span("network", f"bucket {nth}", flight.start, flight.end) for nth, flight in enumerate(clock.flights)]
     if clock.now > backward_end:
         spans.append(Span("compute", "waiting for gradients", backward_end, clock.now))
     clock.now += all_reduce(fabric, _SYNC_ELEMENTS, 8, algorithm).seconds

@@ -297,6 +297,10 @@ def test_allreduce(ranks, script, tmp_path):
         assert 0 < row["min_s"] <= row["median_s"] <= row["max_s"]
         assert row["algbw_gb_per_s"] == pytest.approx(1e-9 * row["bytes"] / row["median_s"])
         assert row["busbw_gb_per_s"] == pytest.approx({1: 0, 2: row["algbw_gb_per_s"]}[ranks])
+    beside = result["beside_computing"]
+    assert (beside["backend"], beside["bytes"]) == (backends[0], 2**20)
+    assert beside["computing_lost_s"] >= 0
+    assert beside["seconds"] > 0
     assert is_png(tmp_path / "out" / "allreduce.png")
 
 

@@ -43,6 +43,19 @@ def write(tmp_path):
     return one
 
 
+def test_what_communication_takes_from_computing_is_measured(write):
+    size, lost_s = 2**26, 0.05
+    measured = {**allreduce(4, 1), "threads": 3, "beside_computing": {"bytes": size, "seconds": 0.2,
+                                                                     "computing_lost_s": lost_s}}  # fmt: skip
+    system = parse(calibrate([write("b.json", BENCH, CEILINGS)], write("a.json", measured), "here"), "here")
+    # Each of 4 ranks sends and receives 1.5 times the bytes; three threads lose 0.05 s each.
+    thread = system.network.thread_gb_per_s
+    assert thread.value == pytest.approx(2e-9 * 1.5 * size / (3 * lost_s), rel=1e-3)
+    assert thread.source.startswith("a.json: what products of matrices lost")
+    measured["beside_computing"]["computing_lost_s"] = 0.0
+    calibrate([write("b.json", BENCH, CEILINGS)], write("a.json", measured), "here")
+
+
 def test_the_benchs_rate_comes_back(write):
     slower = {**BENCH, "images_per_s": 15.0}
     text = calibrate(

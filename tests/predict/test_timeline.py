@@ -89,9 +89,13 @@ def test_communication_on_a_computing_core_takes_its_time():
     assert one.backward_s == 7.5
     # On two cores it is half of that.
     assert spans(step(thread_bytes_per_s=4 * MIB, threads=2), "compute")[-2] == ("backward first", 7.0, 11.5)
-    # A core that does nothing else meanwhile stands still for as long as the bucket travels.
-    still = step(thread_bytes_per_s=0.1 * MIB)
-    assert spans(still, "compute")[-2] == ("backward first", 7.0, 13.0)
+    # 4 s of work for 2 s on the wire: each has half of the core while both want it, and the wire waits too.
+    slow = step(thread_bytes_per_s=MIB)
+    assert spans(slow, "compute")[-2] == ("backward first", 7.0, 15.0)
+    assert spans(slow, "network") == [("bucket 0", 7.0, 15.0), ("bucket 1", 15.0, 16.0)]
+    # What is left of it when nobody computes any more goes at the wire's speed: 8 of 32 s have passed.
+    slower = step(thread_bytes_per_s=MIB / 4)
+    assert spans(slower, "network") == [("bucket 0", 7.0, 16.5), ("bucket 1", 16.5, 17.5)]
 
 
 def test_buckets_are_divided_and_converted_at_the_speed_of_memory():
