@@ -176,7 +176,7 @@ def _as_dict(one: Prediction) -> dict[str, Any]:
         "recipe": job.config.recipe, "model": job.config.model, "system": job.system.name, "nodes": job.nodes,
         "ranks": job.ranks, "global_batch": job.config.global_batch, "local_batch": one.local_batch,
         "accumulate": one.accumulate, "precision": job.precision, "comm_dtype": job.config.comm.dtype,
-        "bucket_mb": job.config.comm.bucket_mb, "steps": one.steps, "total_s": one.total_s,
+        "bucket_mb": job.config.comm.bucket_mb_of(job.ranks), "steps": one.steps, "total_s": one.total_s,
         "evaluation_s": one.evaluation_s, "checkpoint_s": one.checkpoint_s, "images_per_s": one.images_per_s,
         "one_node_images_per_s": one.one_node_images_per_s, "efficiency": one.efficiency,
         "node_hours": one.node_hours, "usd": one.usd, "kwh": one.kwh,

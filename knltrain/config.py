@@ -111,8 +111,8 @@ class CommConfig:
 
     backend: Literal["auto", "ccl", "gloo"] = _field("auto", "process group; auto: oneCCL where it loads, else gloo")
     dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
-    bucket_mb: Annotated[float, Meta(ge=0.001, le=1e5, extra={"unit": "MiB"})] = _field(
-        25.0, "size of a gradient bucket, MiB"
+    bucket_mb: Annotated[float, Meta(ge=0.001, le=1e5, extra={"unit": "MiB"})] | None = _field(
+        None, "size of a gradient bucket, MiB; default by the number of ranks: 4 up to 64, more to 25 from 400"
     )
     compression: Literal["none", "powersgd"] = _field(
         "none", "powersgd: gradients travel as thin float32 factors, for networks that are slow; approximate"
@@ -123,6 +123,14 @@ class CommConfig:
     timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
         600.0, "longest wait for another rank after the first step, and for a checkpoint to be on disk, seconds"
     )
+
+    def bucket_mb_of(self, ranks: int) -> float:
+        """MiB of gradients that travel together between so many ranks.
+
+        Small buckets leave early and end soon after the backward pass. What a message costs by itself grows with the
+        ranks, and asks for larger ones: docs/tuning.md has the measurements.
+        """
+        return min(25.0, max(4.0, ranks / 16)) if self.bucket_mb is None else self.bucket_mb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -299,6 +299,7 @@ def train(
         if group.backend:
             plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
                      "transport": group.backend.transport, "interface": group.interface,
+                     "bucket_mb": config.comm.bucket_mb_of(ranks.size),
                      "oneccl": group.backend.settings}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), start.folder)
         if run.is_finished:

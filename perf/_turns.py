@@ -65,7 +65,7 @@ class Setting:
         config = self.config
         return {"ranks": self.ranks, "threads": self.threads, "link_gbit": self.gbit, "engine": config.engine,
                 "local_batch": config.global_batch // self.ranks, "dtype": config.comm.dtype,
-                "bucket_mb": config.comm.bucket_mb, "backend": config.comm.backend,
+                "bucket_mb": config.comm.bucket_mb_of(self.ranks), "backend": config.comm.backend,
                 "compression": config.comm.compression}  # fmt: skip
 
 

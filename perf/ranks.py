@@ -49,7 +49,9 @@ def _layout(word: str) -> tuple[int, int]:
 @click.option("--engines", metavar="fused,eager", callback=list_of(str), help="Default auto.")
 @click.option("--backends", metavar="ccl,gloo", callback=list_of(str), help="Default auto.")
 @click.option("--dtypes", metavar="fp32,bf16", callback=list_of(str), help="Of gradients on the wire; default fp32.")
-@click.option("--bucket-mb", metavar="1,25", callback=list_of(float), help="Sizes of buckets, MiB; default 25.")
+@click.option(
+    "--bucket-mb", metavar="1,25", callback=list_of(float), help="Sizes of buckets, MiB; default by the ranks."
+)
 @click.option("--compressions", metavar="none,powersgd", callback=list_of(str), help="Default none.")
 @click.option("--steps", type=click.IntRange(min=1), help="Steps timed in a turn; default 5, with --quick 1.")
 @click.option("--rounds", type=click.IntRange(min=1), help="Turns of each setting; default 3, with --quick 1.")
@@ -71,7 +73,7 @@ def main(
     places += [(hosts, max(1, cores // hosts), gbit) for gbit in links]
     settings = []
     for (ranks, threads, gbit), engine, backend, dtype, bucket, compression in itertools.product(
-        places, engines or ["auto"], backends or ["auto"], dtypes or ["fp32"], bucket_mb or [25.0],
+        places, engines or ["auto"], backends or ["auto"], dtypes or ["fp32"], bucket_mb or [None],
         compressions or ["none"],
     ):  # fmt: skip
         if batch % ranks:

@@ -6,8 +6,14 @@ import re
 import pytest
 
 from knltrain import config as configuration
-from knltrain.config import RunConfig, ScheduleConfig, override
+from knltrain.config import CommConfig, RunConfig, ScheduleConfig, override
 from knltrain.errors import ConfigError
+
+
+@pytest.mark.parametrize("ranks, mib", [(1, 4), (2, 4), (64, 4), (128, 8), (256, 16), (400, 25), (4096, 25)])
+def test_buckets_are_larger_the_more_ranks_there_are(ranks, mib):
+    assert CommConfig().bucket_mb_of(ranks) == mib
+    assert CommConfig(bucket_mb=1.5).bucket_mb_of(ranks) == 1.5
 
 
 def test_strings_become_the_fields_types():

@@ -80,8 +80,9 @@ def data_parallel(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
         parallel = DistributedDataParallel(
-            model, bucket_cap_mb=config.bucket_mb, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+            model, bucket_cap_mb=config.bucket_mb_of(group.world_size), broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+        )  # fmt: skip
     wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
     def add_carried(bucket: GradBucket) -> None:

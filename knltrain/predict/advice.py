@@ -64,7 +64,7 @@ def changes(job: Job) -> Iterator[tuple[str, Job]]:
         if not job.overlap:
             yield "gradients that travel during the backward pass, as here", dataclasses.replace(job, overlap=True)
         for factor in (0.25, 4.0):
-            size = config.comm.bucket_mb * factor
+            size = config.comm.bucket_mb_of(job.ranks) * factor
             yield f"buckets of {size:g} MiB (--comm.bucket-mb {size:g})", with_comm(bucket_mb=size)
         if (job.algorithm or system.network.algorithm) == "oneccl":
             yield "MPI's choice of algorithm (CCL_ATL_TRANSPORT=mpi)", dataclasses.replace(job, algorithm="mpi")

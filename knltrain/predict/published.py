@@ -88,7 +88,7 @@ RUNS = (
               "check"),
     Published("ResNet-50, 16 nodes of two Xeon 8480+", "xeon8480-200g", 16, "resnet50", 35.2, 3264, 88.15,
               "MLPerf Training v3.0", "35.2 epochs, the reference's mean to 75.9 %; gradients travel in float32 while "
-              "the backward pass runs", "fitted", CommConfig(), True),
+              "the backward pass runs, in PyTorch's buckets of 25 MiB", "fitted", CommConfig(bucket_mb=25.0), True),
 )  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def predict(job: Job) -> Prediction:
         fabric=fabric_of(job),
         algorithm=job.algorithm or system.network.algorithm,
         wire_itemsize=2 if config.comm.dtype == "bf16" else 4,
-        bucket_mb=config.comm.bucket_mb,
+        bucket_mb=config.comm.bucket_mb_of(job.ranks),
         optimizer_s=optimizer_s,
         accumulate=accumulate,
         slowest=slowest,

@@ -40,7 +40,7 @@ def summary(prediction: Prediction) -> list[str]:
         f"{config.recipe or config.model}: {config.model}, {config.epochs:g} epochs at batch {config.global_batch:,} "
         f"on {job.nodes:,} nodes of {job.system.name} ({job.system.about})",
         f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
-        f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb:g} MiB, "
+        f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb_of(job.ranks):g} MiB, "
         f"{job.algorithm or job.system.network.algorithm}{'' if job.overlap else ', after the backward pass'}",
         f"{duration(prediction.total_s)}: {prediction.steps:,} steps of {1e3 * step.seconds:.1f} ms, "
         f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",
