@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 
 IMAGES, CLASSES, BATCH = 480, 3, 48
 STEPS_PER_EPOCH = IMAGES // BATCH
-START_S, STEP_S, END_S = 240, 120, 120
+START_S, STEP_S, END_S, RUN_S = 240, 120, 120, 3600
 DISK_MB = 96
 COMPLAINT = re.compile(r"training goes on|metrics cannot be written")
 
@@ -253,16 +253,14 @@ def torture(kills, terms, full, seed, folder, say=print):
     try:
         started = time.monotonic()
         job = Job(reference, data, epochs, folder / "undisturbed.log")
-        if until(job.launcher.poll, 3600, "the undisturbed run ends", ended=True):
+        if until(job.launcher.poll, RUN_S, "the undisturbed run ends", ended=True):
             raise SurvivalError(f"the undisturbed run: {job.said()[-3000:]}")
         say(f"undisturbed: {reached(reference)} steps in {time.monotonic() - started:.0f} s")
         started, starts, lost, most_lost = time.monotonic(), 0, 0, 0
         log, before, exact = folder / "disturbed.log", 0, False
-        while True:
+        while kinds:
             job = Job(out, data, epochs, log)
             starts += 1
-            if not kinds:
-                break
             wait_for_steps(job, before)
             at = resumed_at(job)
             gone = before - at
@@ -270,16 +268,21 @@ def torture(kills, terms, full, seed, folder, say=print):
             if gone > (0 if exact else 2 * STEPS_PER_EPOCH) or gone < 0:
                 raise SurvivalError(f"start {starts} went on from step {at}; step {before} had been done")
             lost, most_lost = lost + gone, max(most_lost, gone)
-            while kinds:
+            ended = False
+            while kinds and not ended:
                 kind = kinds.pop()
                 until(lambda at=at: reached(out) > at, STEP_S, "a new step")
-                if disturb(kind, job, rng):
-                    break
+                ended = disturb(kind, job, rng)
+            if not ended:
+                say(f"start {starts}: {kind} at step {reached(out)}, and it goes on")
+                break
             code = job.wait()
             before, exact = reached(out), kind == "term" and "stopped by a signal" in job.said()
             say(f"start {starts}: {kind} at step {before}, launcher ended with {code}; {len(kinds)} to come")
-        code = job.wait()
-        if code:
+        else:
+            job = Job(out, data, epochs, log)
+            starts += 1
+        if code := until(job.launcher.poll, RUN_S, "the last start ends", ended=True):
             raise SurvivalError(f"the last start ended with {code}: {job.said()[-3000:]}")
         check(reference, out)
         return {"kills": kills, "terms": terms, "full_disks": full, "seed": seed, "starts": starts,
@@ -290,7 +293,7 @@ def torture(kills, terms, full, seed, folder, say=print):
         if job is not None:
             job.kill()
         if mounted:
-            subprocess.run(["umount", out.parent], timeout=20)
+            subprocess.run(["umount", "--lazy", out.parent], timeout=20)  # a process that was killed may still hold it
 
 
 def main():
