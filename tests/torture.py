@@ -257,15 +257,16 @@ def torture(kills, terms, full, seed, folder, say=print):
             raise SurvivalError(f"the undisturbed run: {job.said()[-3000:]}")
         say(f"undisturbed: {reached(reference)} steps in {time.monotonic() - started:.0f} s")
         started, starts, lost, most_lost = time.monotonic(), 0, 0, 0
-        log, before, exact = folder / "disturbed.log", 0, False
+        log, before, exact, unwritten = folder / "disturbed.log", 0, False, 0
         while kinds:
             job = Job(out, data, epochs, log)
             starts += 1
             wait_for_steps(job, before)
             at = resumed_at(job)
             gone = before - at
-            # A checkpoint is due every epoch; one that is killed while it is written leaves the one before.
-            if gone > (0 if exact else 2 * STEPS_PER_EPOCH) or gone < 0:
+            # A checkpoint is due every epoch; one that is killed while it is written leaves the one before, and so does
+            # one for which the disk was full.
+            if gone > (0 if exact else (2 + unwritten) * STEPS_PER_EPOCH) or gone < 0:
                 raise SurvivalError(f"start {starts} went on from step {at}; step {before} had been done")
             lost, most_lost = lost + gone, max(most_lost, gone)
             ended = False
@@ -278,6 +279,7 @@ def torture(kills, terms, full, seed, folder, say=print):
                 break
             code = job.wait()
             before, exact = reached(out), kind == "term" and "stopped by a signal" in job.said()
+            unwritten = len(re.findall(r"warning: checkpoint \S+: No space left", job.said()))
             say(f"start {starts}: {kind} at step {before}, launcher ended with {code}; {len(kinds)} to come")
         else:
             job = Job(out, data, epochs, log)
