@@ -249,15 +249,15 @@ def data(folder: str, recipe: str | None, sheet: str, as_json: bool, **values: s
 
 
 # What an image is to a network where nobody says: pixels, and images a step that are enough to keep it busy.
-_USUAL_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
-_USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256}
+_USUAL_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
+_USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256, "resnet20": 256}
 
 
 @main.command()
 @click.option("--recipe", metavar="NAME", help="Take model, image size, optimizer and augmentation from a recipe.")
 @click.option("--model", help="Network, as train names it; default resnet50.")
 @click.option("--batch", help="Images a step; default 32.")
-@click.option("--image-size", help="Pixels; default 224, 227 for AlexNet, 32 for alexnet_bn_small.")
+@click.option("--image-size", help="Pixels; default 224, 227 for AlexNet, 32 for alexnet_bn_small and resnet20.")
 @click.option("--precision", type=click.Choice(Precision.__args__), help="Default auto.")  # type: ignore[attr-defined]
 @click.option("--engine", type=click.Choice(EngineName.__args__), help="How a step executes; default auto.")  # type: ignore[attr-defined]
 @click.option("--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps timed.")
@@ -310,7 +310,7 @@ def bench(as_json: bool, steps: int, **options: Any) -> None:
 
 @main.command()
 @click.option("--model", default="resnet50", show_default=True, help="Network, as train names it.")
-@click.option("--batch", help="Images a step; default 32, 128 for AlexNet, 256 for alexnet_bn_small.")
+@click.option("--batch", help="Images a step; default 32, 128 for AlexNet, 256 for the small networks.")
 @click.option("--precision", type=click.Choice(Precision.__args__), default="auto", show_default=True)  # type: ignore[attr-defined]
 @click.option(
     "--steps", type=click.IntRange(min=1), default=10, show_default=True, help="Steps timed of each engine and layout."

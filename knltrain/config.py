@@ -175,7 +175,7 @@ class RunConfig:
     data: str = _field("", "ImageFolder directory, tar shards, what prepare wrote, synthetic, or shapes")
     stage: str = _field("", "folder of each node, on its own disk or in memory, to which prepared data is copied first")
     out: str = _field("", "folder of the run; default runs/RECIPE")
-    model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet50 or torchvision:NAME")
+    model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet20, resnet50 or torchvision:NAME")
     dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")
     zero_init_residual: bool = _field(False, "ResNet: start each residual block's last batch-norm gamma at zero")
     image_size: Side = _field(224, "height and width that the model sees, pixels")

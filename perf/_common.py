@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 WARMUP_STEPS = 3
 _GOODBYE_S = 10.0
 # What the networks are published with, as `knltrain bench` has it.
-_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
+_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
 
 Command = Callable[..., None]
 

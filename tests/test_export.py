@@ -22,7 +22,7 @@ from knltrain.evaluate import as_trained
 from knltrain.models import model_of
 from knltrain.models.alexnet import LocalResponseNorm
 
-MODELS = {"alexnet_bn_small": 32, "alexnet": 67, "alexnet_bn": 67, "resnet50": 32}
+MODELS = {"alexnet_bn_small": 32, "resnet20": 32, "alexnet": 67, "alexnet_bn": 67, "resnet50": 32}
 CLASSES = ["class0", "class1", "class2"]
 QUIET = Console(silent=True)
 

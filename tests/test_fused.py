@@ -16,7 +16,7 @@ from knltrain.optim import SGD, build_optimizer
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
-MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet50", 64)]
+MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet20", 32), ("resnet50", 64)]
 THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32)]
 
 
@@ -50,7 +50,9 @@ def losses(name, image_size, precision, engine, *, steps, batch, lr):
     return torch.tensor(values)
 
 
-@pytest.mark.parametrize("name, image_size, lr", [("resnet50", 64, 0.002), ("alexnet_bn", 67, 0.005)])
+@pytest.mark.parametrize(
+    "name, image_size, lr", [("resnet50", 64, 0.002), ("resnet20", 32, 0.02), ("alexnet_bn", 67, 0.005)]
+)
 def test_fifty_steps_stay_in_the_band_of_bf16_autocast(name, image_size, lr):
     """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure."""
     run = {"steps": 50, "batch": 16, "lr": lr}

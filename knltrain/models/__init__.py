@@ -17,6 +17,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "alexnet": alexnet.alexnet,
     "alexnet_bn": alexnet.alexnet_bn,
     "alexnet_bn_small": alexnet.alexnet_bn_small,
+    "resnet20": resnet.resnet20,
     "resnet50": resnet.resnet50,
 }
 

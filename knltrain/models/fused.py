@@ -107,6 +107,14 @@ def _resnet(self: nn.Module, x: Tensor) -> Tensor:
     return logits
 
 
+def _small_resnet(self: nn.Module, x: Tensor) -> Tensor:
+    x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
+    for stage in (self.layer1, self.layer2, self.layer3):
+        x = stage(x)  # type: ignore[operator]
+    logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[operator]
+    return logits
+
+
 def fuse(model: nn.Module) -> None:
     """Puts fused layers in the place of a model's, in place.
 
@@ -137,7 +145,8 @@ def fuse(model: nn.Module) -> None:
                 elif type(before) is nn.ReLU and isinstance(after, FusedMaxPool2d | FusedDropout):
                     after.with_relu = True
                     before.__class__ = nn.Identity  # type: ignore[assignment]
-    forwards = {resnet.Bottleneck: _bottleneck, resnet.ResNet: _resnet}
+    forwards = {resnet.Bottleneck: _bottleneck, resnet.BasicBlock: _basic_block, resnet.ResNet: _resnet,
+                resnet.SmallResNet: _small_resnet}  # fmt: skip
     theirs = sys.modules.get("torchvision.models.resnet")
     if theirs is not None:
         forwards |= {theirs.Bottleneck: _bottleneck, theirs.BasicBlock: _basic_block, theirs.ResNet: _resnet}

@@ -1,6 +1,6 @@
-"""ResNet-50 v1.5: He et al. 2015 with the stride of a stage's first block on its 3x3 convolution.
+"""ResNet-50 v1.5: He et al. 2015 with the stride of a stage's first block on its 3x3 convolution; and their ResNet-20.
 
-Module names are torchvision's, so that state dicts pass between the two.
+Module names are torchvision's, so that state dicts of ResNet-50 pass between the two.
 """
 
 from __future__ import annotations
@@ -65,17 +65,87 @@ class ResNet(nn.Module):
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(channels, num_classes)
 
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-            elif isinstance(module, Bottleneck) and zero_init_residual:
-                nn.init.zeros_(module.bn3.weight)
-        nn.init.normal_(self.fc.weight, std=0.01)
-        nn.init.zeros_(self.fc.bias)
+        _initialize(self, self.fc, zero_init_residual=zero_init_residual)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.maxpool(F.relu(self.bn1(self.conv1(x)), inplace=True))
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
+        return logits
+
+
+def _initialize(network: nn.Module, classifier: nn.Linear, *, zero_init_residual: bool) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(module, Bottleneck) and zero_init_residual:
+            nn.init.zeros_(module.bn3.weight)
+        elif isinstance(module, BasicBlock) and zero_init_residual:
+            nn.init.zeros_(module.bn2.weight)
+    nn.init.normal_(classifier.weight, std=0.01)
+    nn.init.zeros_(classifier.bias)
+
+
+class PaddedShortcut(nn.Module):
+    """Every other pixel, and zeros for the channels that are new: option A of He et al. 2015, without parameters.
+
+    Args:
+        new_channels: how many.
+    """
+
+    def __init__(self, new_channels: int) -> None:
+        super().__init__()
+        self.new_channels = new_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, 0, self.new_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions, the first with the stride, and the shortcut added before the last ReLU."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.downsample = PaddedShortcut(width - channels) if stride != 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        shortcut = x if self.downsample is None else self.downsample(x)
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        return F.relu(self.bn2(self.conv2(x)).add_(shortcut), inplace=True)
+
+
+class SmallResNet(nn.Module):
+    """The network of He et al. 2015, section 4.2: a 3x3 stem, stages of 16, 32 and 64 channels, a linear classifier.
+
+    Input N x 3 x S x S (S = 32 in the source; the last maps are averaged, so any S will do), output N x num_classes
+    logits. Shortcuts are option A, as there. Initial weights are those of :class:`ResNet`.
+
+    Args:
+        blocks: blocks of two convolutions in each stage; the depth is six times as many, and two.
+        num_classes: length of the output.
+        zero_init_residual: gamma 0 for the last batch norm of each block.
+    """
+
+    def __init__(self, blocks: int, num_classes: int, *, zero_init_residual: bool) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        stages = []
+        for stage, width in enumerate((16, 32, 64)):
+            first = BasicBlock(width // 2, width, stride=2) if stage else BasicBlock(width, width, stride=1)
+            stages.append(nn.Sequential(first, *(BasicBlock(width, width, stride=1) for _ in range(blocks - 1))))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(64, num_classes)
+        _initialize(self, self.fc, zero_init_residual=zero_init_residual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)), inplace=True)
+        for stage in (self.layer1, self.layer2, self.layer3):
             x = stage(x)
         logits: Tensor = self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
         return logits
@@ -86,3 +156,9 @@ def resnet50(*, num_classes: int = 1000, image_size: int = 224, zero_init_residu
     if image_size < 32:
         raise ConfigError(f"image-size {image_size}: resnet50 halves the picture five times and needs at least 32")
     return ResNet((3, 4, 6, 3), num_classes, zero_init_residual=zero_init_residual)
+
+
+def resnet20(*, num_classes: int = 10, image_size: int = 32, zero_init_residual: bool = False) -> nn.Module:
+    """ResNet-20 for CIFAR-sized pictures; 269,722 parameters for 10 classes, 41 million multiply-adds for 32 pixels."""
+    del image_size  # the last pool makes the network independent of it
+    return SmallResNet(3, num_classes, zero_init_residual=zero_init_residual)

@@ -197,10 +197,25 @@ def _resnet50(walk: _Walk, num_classes: int) -> None:
     walk.linear("fc", num_classes)
 
 
+def _resnet20(walk: _Walk, num_classes: int) -> None:
+    walk.conv("conv1", 16, 3, pad=1, bias=False)
+    walk.norm("bn1")
+    for stage, width in enumerate((16, 32, 64), 1):
+        for block in range(3):
+            name, stride = f"layer{stage}.{block}", 2 if stage > 1 and not block else 1
+            walk.conv(f"{name}.conv1", width, 3, stride=stride, pad=1, bias=False)
+            walk.norm(f"{name}.bn1")
+            walk.conv(f"{name}.conv2", width, 3, pad=1, bias=False)
+            walk.norm(f"{name}.bn2", shortcut=True)
+    walk.average("avgpool", 1)
+    walk.linear("fc", num_classes)
+
+
 _NETWORKS: dict[str, tuple[int, Callable[[_Walk, int], None]]] = {
     "alexnet": (67, lambda walk, classes: _alexnet(walk, classes, batch_norm=False)),
     "alexnet_bn": (67, lambda walk, classes: _alexnet(walk, classes, batch_norm=True)),
     "alexnet_bn_small": (8, _small_alexnet),
+    "resnet20": (8, _resnet20),
     "resnet50": (32, _resnet50),
 }
 KNOWN = tuple(_NETWORKS)

@@ -24,8 +24,9 @@ def test_parameter_counts_and_output(name):
 
 
 @pytest.mark.parametrize("size", [32, 48, 64])
-def test_small_alexnet_takes_small_images(size):
-    model = build_model("alexnet_bn_small", num_classes=7, image_size=size)
+@pytest.mark.parametrize("name", ["alexnet_bn_small", "resnet20"])
+def test_small_networks_take_small_images(name, size):
+    model = build_model(name, num_classes=7, image_size=size)
     assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
 
 
@@ -107,6 +108,33 @@ def test_resnet50_initial_weights():
     assert torch.all(plain.layer1[0].bn3.weight == 1)
 
 
+def test_resnet20_is_the_sources():
+    """He et al. 2015, table 6: 0.27 M parameters; 19 3x3 convolutions and a dense layer, shortcuts without any."""
+    torch.manual_seed(0)
+    model = build_model("resnet20", num_classes=10, image_size=32, zero_init_residual=True)
+    # 9 k m for a convolution, 2 k for its norm: the stem, then 6, 1 + 5 and 1 + 5 of them.
+    convs = 9 * (3 * 16 + 6 * 16 * 16 + 16 * 32 + 5 * 32 * 32 + 32 * 64 + 5 * 64 * 64)
+    count = convs + 2 * (7 * 16 + 6 * 32 + 6 * 64) + 64 * 10 + 10
+    assert count == 269_722
+    assert sum(parameter.numel() for parameter in model.parameters()) == count
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    assert len(layers) == 20
+    assert {layer.kernel_size for layer in layers[:-1]} == {(3, 3)}
+    for block in [*model.layer1, *model.layer2, *model.layer3]:
+        assert torch.all(block.bn2.weight == 0)
+        assert torch.all(block.bn1.weight == 1)
+    assert model.layer2[1].conv1.weight.std().item() == pytest.approx(math.sqrt(2 / (32 * 9)), rel=0.05)
+
+
+def test_resnet20_begins_as_its_shortcuts():
+    """With gamma 0 each block is the ReLU of its shortcut: every other pixel, and zeros for the new channels."""
+    model = build_model("resnet20", num_classes=10, image_size=32, zero_init_residual=True).eval()
+    x = torch.rand(2, 16, 32, 32)
+    expected = torch.zeros(2, 64, 8, 8)
+    expected[:, :16] = x[:, :, ::4, ::4]
+    assert torch.equal(model.layer3(model.layer2(model.layer1(x))), expected)
+
+
 def test_torchvision_by_name(torchvision):
     model = build_model("torchvision:mobilenet_v3_small", num_classes=5, image_size=64)
     assert model.eval()(torch.randn(1, 3, 64, 64)).shape == (1, 5)
@@ -128,6 +156,7 @@ def test_dropout_is_an_option_of_alexnet():
         ("vgg", 224, {}, "there are alexnet"),
         ("alexnet", 64, {}, "at least 67"),
         ("resnet50", 16, {}, "at least 32"),
+        ("resnet20", 32, {"dropout": 0.5}, "dropout has no effect on resnet20"),
         ("resnet50", 224, {"dropout": 0.5}, "dropout has no effect on resnet50"),
         ("alexnet", 224, {"zero_init_residual": True}, "zero_init_residual has no effect on alexnet"),
     ],

@@ -18,7 +18,8 @@ from knltrain.ops.native import why_not
 from knltrain.optim import build_optimizer
 from knltrain.predict.layers import KNOWN, Gradient, buckets, gradients_of, layers_of, times_from_profile
 
-SIZES = {"alexnet": (227, 224, 67), "alexnet_bn": (227, 130), "alexnet_bn_small": (32, 48), "resnet50": (224, 100)}
+SIZES = {"alexnet": (227, 224, 67), "alexnet_bn": (227, 130), "alexnet_bn_small": (32, 48), "resnet20": (32, 45),
+         "resnet50": (224, 100)}  # fmt: skip
 COMPUTING = (nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.Dropout, nn.ReLU,
              LocalResponseNorm)  # fmt: skip
 
@@ -64,7 +65,7 @@ def test_layers_are_those_of_the_modules(model, size):
             assert layer.forward_flops == arithmetic(module, after), path
             assert layer.backward_flops == (1 if path == first else 2) * layer.forward_flops, path
             assert layer.forward_values == before.numel() + after.numel(), path
-    if model == "resnet50":  # its ReLUs are calls of a function, and counted with the batch norms
+    if model.startswith("resnet"):  # its ReLUs are calls of a function, and counted with the batch norms
         assert set(seen) == set(table) - {"avgpool", "(loss)"}
     else:
         assert set(seen) == set(table) - {"(loss)"}
