@@ -6,10 +6,13 @@ Sources are cited by the keys of ``SOURCES``. Warm-ups that a source gives in it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from knltrain.config import AugmentConfig, OptimConfig, RunConfig, ScheduleConfig
+from knltrain.errors import ConfigError
 
 IMAGENET_IMAGES = 1_281_167
 
@@ -21,7 +24,12 @@ SOURCES = {
     "NVCaffe": "solvers of the first author of LARS in borisgin/nvcaffe-0.16 at 8896d33, models/",
     "Goyal": "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, arXiv 1706.02677",
     "MLPerf": "reference convergence points in mlcommons/logging at 7bbf792, training_3.1.0/rcps_resnet.json",
+    "NUS": "NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch at a8222c6, by the group of [Paper]'s first author",
+    "He": "Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2",
 }
+
+# By the batch: the optimizer and the learning rate over time of a method.
+Method = Callable[[int], tuple[OptimConfig, ScheduleConfig]]
 
 
 @dataclass(frozen=True)
@@ -31,12 +39,14 @@ class Recipe:
     Attributes:
         published: top-1 that a source reports for these numbers, with the source.
         measured: what this project itself has run, with the file that shows it, or "not run".
+        methods: other optimizers for the same training, by name.
     """
 
     name: str
     build: Callable[[], RunConfig]
     published: str
     measured: str
+    methods: Mapping[str, Method]
 
     def config(self) -> RunConfig:
         """The recipe's configuration, carrying the recipe's name."""
@@ -47,16 +57,49 @@ RECIPES: dict[str, Recipe] = {}
 
 
 def recipe(
-    *, published: str, measured: str = "not run"
+    *, published: str, measured: str = "not run", methods: Mapping[str, Method] = MappingProxyType({})
 ) -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
     """Registers the decorated function under its name, with dashes for underscores."""
 
     def register(build: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
         name = build.__name__.replace("_", "-")
-        RECIPES[name] = Recipe(name, build, published, measured)
+        RECIPES[name] = Recipe(name, build, published, measured, methods)
         return build
 
     return register
+
+
+def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
+    """A recipe at another batch, by its own optimizer or by another method's rule; all else stays.
+
+    By its own optimizer, the recipe's learning rate grows with the batch as :func:`scaled` has it, and its warm-up takes
+    as many epochs as it did.
+
+    Args:
+        name: a key of ``RECIPES``.
+        optimizer: its own, or one of its ``methods``.
+        batch: images a step.
+
+    Raises:
+        ConfigError: there is no rule for this optimizer.
+    """
+    recipe, config = RECIPES[name], RECIPES[name].config()
+    if optimizer == config.optim.name:
+        optim, schedule = scaled(config.optim, config.global_batch, batch), config.schedule
+    elif optimizer in recipe.methods:
+        optim, schedule = recipe.methods[optimizer](batch)
+    else:
+        there = ", ".join(dict.fromkeys((config.optim.name, *recipe.methods)))
+        raise ConfigError(f"{name} has no rule for the optimizer {optimizer!r}; it has one for {there}")
+    return replace(config, global_batch=batch, optim=optim, schedule=schedule)
+
+
+def scaled(optim: OptimConfig, before: int, after: int) -> OptimConfig:
+    """An optimizer at another batch: the rate of SGD grows with it [Goyal], that of others with its root [NUS]."""
+    if optim.lr_scaling == "linear":
+        return optim
+    ratio = after / before
+    return replace(optim, lr=optim.lr * (ratio if optim.name == "sgd" else math.sqrt(ratio)))
 
 
 def _warmup_epochs(iterations: int, batch: int) -> float:
@@ -102,13 +145,22 @@ def alexnet_8k() -> RunConfig:
     return _alexnet("alexnet", 8192, 10, warmup_epochs=_warmup_epochs(600, 8192), warmup_lr=1)
 
 
-@recipe(published="60.2 [ICLR 3]")
+def _alexnet_bn_sgd(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+    """LR 0.08 at 512, decay 5e-4, poly 2 [NVCaffe, alexnet_bn/solver], by linear scaling with 5 epochs of warm-up."""
+    optim = OptimConfig(name="sgd", variant="heavy-ball", lr=0.04, lr_scaling="linear", weight_decay=5e-4)
+    return optim, ScheduleConfig(name="poly", power=2, warmup_epochs=5 if batch > 512 else 0)
+
+
+_ALEXNET_BN: Mapping[str, Method] = {"sgd": _alexnet_bn_sgd}
+
+
+@recipe(published="60.2 [ICLR 3]", methods=_ALEXNET_BN)
 def alexnet_bn_512() -> RunConfig:
     """AlexNet-BN at 512: LR 2, 5 epochs of warm-up [ICLR]. The start of the ramp is not given; 0 is used."""
     return _alexnet("alexnet_bn", 512, 2, warmup_epochs=5, warmup_lr=0)
 
 
-@recipe(published="60.1 [ICLR 3]")
+@recipe(published="60.1 [ICLR 3]", methods=_ALEXNET_BN)
 def alexnet_bn_8k() -> RunConfig:
     """AlexNet-BN at 8,192: LR 14 [ICLR], ramp of 600 iterations from LR 1 [NVCaffe, alexnet_bn/solver_8K].
 
@@ -117,7 +169,7 @@ def alexnet_bn_8k() -> RunConfig:
     return _alexnet("alexnet_bn", 8192, 14, warmup_epochs=_warmup_epochs(600, 8192), warmup_lr=1)
 
 
-@recipe(published="59.3 [ICLR 3]")
+@recipe(published="59.3 [ICLR 3]", methods=_ALEXNET_BN)
 def alexnet_bn_16k() -> RunConfig:
     """AlexNet-BN at 16,384: LR 23 [ICLR], ramp of 400 iterations from LR 1 [NVCaffe, alexnet_bn/solver_16k].
 
@@ -126,7 +178,7 @@ def alexnet_bn_16k() -> RunConfig:
     return _alexnet("alexnet_bn", 16384, 23, warmup_epochs=_warmup_epochs(400, 16384), warmup_lr=1)
 
 
-@recipe(published="57.8 at LR 22 [ICLR 3]")
+@recipe(published="57.8 at LR 22 [ICLR 3]", methods=_ALEXNET_BN)
 def alexnet_bn_32k() -> RunConfig:
     """AlexNet-BN at 32,768: LR 32, ramp of 400 iterations from LR 1 [Intel, alexnet_bn_64nodes].
 
@@ -179,31 +231,45 @@ def _goyal(batch: int) -> RunConfig:
     )
 
 
-@recipe(published="76.40 ± 0.12 [Goyal]")
+def _resnet50_sgd(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+    config = _goyal(batch)
+    return config.optim, config.schedule
+
+
+def _resnet50_lars(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+    config = resnet50_32k_mlperf()
+    return scaled(config.optim, config.global_batch, batch), config.schedule
+
+
+# [Goyal], and the numbers of ``resnet50-32k-mlperf`` with the root of the batch [NUS].
+_RESNET50: Mapping[str, Method] = {"sgd": _resnet50_sgd, "lars": _resnet50_lars}
+
+
+@recipe(published="76.40 ± 0.12 [Goyal]", methods=_RESNET50)
 def resnet50_256() -> RunConfig:
     """ResNet-50 at 256: the small-batch baseline that large batches are held against [Goyal]."""
     return _goyal(256)
 
 
-@recipe(published="75.2 [ICLR 4]")
+@recipe(published="75.2 [ICLR 4]", methods=_RESNET50)
 def resnet50_8k() -> RunConfig:
     """ResNet-50 at 8,192 with LARS: LR 30, 5 epochs of warm-up, 100 epochs [ICLR]."""
     return _resnet50(8192, 30, warmup_epochs=5)
 
 
-@recipe(published="76.26 ± 0.09 [Goyal]")
+@recipe(published="76.26 ± 0.09 [Goyal]", methods=_RESNET50)
 def resnet50_8k_goyal() -> RunConfig:
     """ResNet-50 at 8,192 by linear scaling, gradual warm-up from 0.1 over 5 epochs [Goyal]."""
     return _goyal(8192)
 
 
-@recipe(published="74.4 [ICLR 4]")
+@recipe(published="74.4 [ICLR 4]", methods=_RESNET50)
 def resnet50_16k() -> RunConfig:
     """ResNet-50 at 16,384 with LARS: LR 33, 12 epochs of warm-up, 100 epochs [ICLR]."""
     return _resnet50(16384, 33, warmup_epochs=12)
 
 
-@recipe(published="72.5 in 100 epochs [ICLR 4]")
+@recipe(published="72.5 in 100 epochs [ICLR 4]", methods=_RESNET50)
 def resnet50_32k() -> RunConfig:
     """ResNet-50 at 32,768 with LARS in 90 epochs: LR 40, 12 epochs of warm-up [ICLR].
 
@@ -214,13 +280,13 @@ def resnet50_32k() -> RunConfig:
     return _resnet50(32768, 40, warmup_epochs=12, epochs=90)
 
 
-@recipe(published="74.9, LR not given [Paper]")
+@recipe(published="74.9, LR not given [Paper]", methods=_RESNET50)
 def resnet50_32k_64ep() -> RunConfig:
     """ResNet-50 at 32,768 in 64 epochs [Paper, last abstract]; the other numbers are those of ``resnet50-32k``."""
     return _resnet50(32768, 40, warmup_epochs=12, epochs=64)
 
 
-@recipe(published="75.9 in 56 epochs [MLPerf]")
+@recipe(published="75.9 in 56 epochs [MLPerf]", methods=_RESNET50)
 def resnet50_32k_mlperf() -> RunConfig:
     """ResNet-50 at 32,768 as the reference converges: LR 21.2, warm-up 16, momentum 0.94, decay 2.5e-5 [MLPerf].
 
@@ -241,51 +307,128 @@ def resnet50_32k_mlperf() -> RunConfig:
 # --- small images -----------------------------------------------------------------------------------------------------
 
 
-def _small(batch: int, optim: OptimConfig, *, warmup_epochs: float) -> RunConfig:
+def _small(model: str, batch: int, method: Method, *, epochs: float) -> RunConfig:
+    optim, schedule = method(batch)
     return RunConfig(
-        model="alexnet_bn_small",
+        model=model,
         image_size=32,
-        epochs=15,
+        epochs=epochs,
         global_batch=batch,
         local_batch=256,
+        # Of the two, only the ResNet has residual blocks.
+        zero_init_residual=model == "resnet20",
         optim=optim,
-        schedule=ScheduleConfig(name="poly", power=2, warmup_epochs=warmup_epochs),
+        schedule=schedule,
         augment=AugmentConfig(name="pad-crop-flip"),
     )
 
 
-def _small_sgd(batch: int) -> RunConfig:
-    optim = OptimConfig(
-        name="sgd", variant="nesterov", lr=0.1, lr_scaling="linear", weight_decay=5e-4, decay_on="not-norm"
-    )
-    return _small(batch, optim, warmup_epochs=2)
+def _small_sgd(lr: float, weight_decay: float) -> Method:
+    """Nesterov SGD by linear scaling, no decay on batch norm [Goyal]; warm-up and decay fit a few epochs."""
+
+    def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+        del batch  # the configuration multiplies
+        optim = OptimConfig(name="sgd", variant="nesterov", lr=lr, lr_scaling="linear", weight_decay=weight_decay,
+                            decay_on="not-norm")  # fmt: skip
+        return optim, ScheduleConfig(name="poly", power=2, warmup_epochs=2)
+
+    return method
 
 
-def _small_lars(batch: int, lr: float, *, warmup_epochs: float) -> RunConfig:
-    optim = OptimConfig(name="lars", variant="mlperf", lr=lr, weight_decay=5e-4)
-    return _small(batch, optim, warmup_epochs=warmup_epochs)
+def _small_lars(lr: float, weight_decay: float) -> Method:
+    """LARS with ``lr`` at 2,048 and the root of the batch [NUS]; batch norm and biases left out, as in [MLPerf]."""
+
+    def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+        optim = OptimConfig(name="lars", variant="mlperf", lr=lr, weight_decay=weight_decay)
+        return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
+
+    return method
 
 
-@recipe(published="-")
+_CIFAR: Mapping[str, Method] = {"sgd": _small_sgd(0.1, 5e-4), "lars": _small_lars(16.0, 5e-4)}
+# [He]: 0.1 at 128, decay 1e-4. For LARS nothing is published; it starts where the other network does.
+_CIFAR_RESNET20: Mapping[str, Method] = {"sgd": _small_sgd(0.2, 1e-4), "lars": _small_lars(16.0, 1e-4)}
+
+
+def _cifar(batch: int, optimizer: str) -> RunConfig:
+    return _small("alexnet_bn_small", batch, _CIFAR[optimizer], epochs=15)
+
+
+def _cifar_resnet20(batch: int, optimizer: str) -> RunConfig:
+    return _small("resnet20", batch, _CIFAR_RESNET20[optimizer], epochs=30)
+
+
+@recipe(published="-", methods=_CIFAR)
 def cifar_256() -> RunConfig:
     """CIFAR-10 at 256 with Nesterov SGD: the small-batch baseline for ``cifar-2k`` and ``cifar-8k``."""
-    return _small_sgd(256)
+    return _cifar(256, "sgd")
 
 
-@recipe(published="-", measured="81.84 [perf/results]")
+@recipe(published="-", measured="81.84 [perf/results]", methods=_CIFAR)
 def cifar_2k() -> RunConfig:
     """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
-    return _small_lars(2048, 16.0, warmup_epochs=2)
+    return _cifar(2048, "lars")
 
 
-@recipe(published="-")
+@recipe(published="-", methods=_CIFAR)
+def cifar_2k_goyal() -> RunConfig:
+    """CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]: what ``cifar-2k`` is held against."""
+    return _cifar(2048, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR)
 def cifar_8k() -> RunConfig:
     """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few an epoch as a batch of 210K has on ImageNet."""
-    return _small_lars(8192, 12.0, warmup_epochs=3)
+    base = _cifar(8192, "lars")
+    return replace(base, optim=replace(base.optim, lr=12.0), schedule=replace(base.schedule, warmup_epochs=3))
 
 
-@recipe(published="-", measured="98.60 [perf/results]")
+@recipe(published="-", methods=_CIFAR)
+def cifar_8k_goyal() -> RunConfig:
+    """CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]: what ``cifar-8k`` is held against."""
+    return _cifar(8192, "sgd")
+
+
+@recipe(published="91.25 in 64,000 steps of 128 [He]", methods=_CIFAR_RESNET20)
+def cifar_resnet20_256() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 256 with Nesterov SGD: LR 0.1 for 128 images, decay 1e-4 [He]; 30 epochs, poly 2."""
+    return _cifar_resnet20(256, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_2k() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 2,048 with LARS."""
+    return _cifar_resnet20(2048, "lars")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_2k_goyal() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]."""
+    return _cifar_resnet20(2048, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_8k() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 8,192 with LARS."""
+    return _cifar_resnet20(8192, "lars")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_8k_goyal() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]."""
+    return _cifar_resnet20(8192, "sgd")
+
+
+@recipe(published="-", measured="98.60 [perf/results]", methods=_CIFAR)
 def quickstart() -> RunConfig:
     """Pictures drawn by rule, LARS at 512: everything that an ImageNet run uses, in a minute or two."""
-    base = _small_lars(512, 10.0, warmup_epochs=1)
-    return replace(base, data="shapes", epochs=8, local_batch=128, augment=AugmentConfig(name="crop-flip", resize=36))
+    base = _cifar(512, "lars")
+    return replace(
+        base,
+        data="shapes",
+        epochs=8,
+        local_batch=128,
+        optim=replace(base.optim, lr=10.0),
+        schedule=replace(base.schedule, warmup_epochs=1),
+        augment=AugmentConfig(name="crop-flip", resize=36),
+    )
