@@ -75,7 +75,7 @@ class MetricsLog:
         if path.exists():
             rows = read_metrics(path)
             kept = [row for row in rows if row["step"] <= last["evaluation" if "top1" in row else "step"]]
-            _replace(path, "".join(json.dumps(row) + "\n" for row in kept))
+            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = _Appended(path)
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
@@ -146,10 +146,11 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: object) -> None:
     """Writes a JSON file, whole or not at all."""
-    _replace(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json.dumps(value, indent=2) + "\n")
 
 
-def _replace(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Writes a text file, whole or not at all."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with aside.open("w", encoding="utf-8") as file:

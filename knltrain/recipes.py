@@ -72,7 +72,7 @@ def recipe(
 def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
     """A recipe at another batch, by its own optimizer or by another method's rule; all else stays.
 
-    By its own optimizer, the recipe's learning rate grows with the batch as :func:`scaled` has it, and its warm-up takes
+    By its own optimizer, the recipe's learning rate grows with the batch as :func:`scaled` has it, its warm-up takes
     as many epochs as it did.
 
     Args:
