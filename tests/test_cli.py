@@ -54,6 +54,20 @@ FLAGS = {
     "launch": {"json", "help", "ppn", "hosts", "dry-run"},
     "plan": {"json", "help", "ranks-per-node", "topology", "format"},
     "doctor": {"json", "help", "data"},
+    "sweep": {
+        "recipe",
+        "batches",
+        "optimizers",
+        "lr-factors",
+        "seeds",
+        "search-seeds",
+        "out",
+        "task",
+        "dry-run",
+        "json",
+        "help",
+        *(set(FIELDS.split()) - {"global-batch", "seed", "resume", "optim.name", "optim.lr", "optim.lr-scaling"}),
+    },
     "predict": {
         "json",
         "help",
@@ -97,6 +111,7 @@ def test_the_flag_set_is_frozen():
         assert result.exit_code == 0
 
 
+SWEPT = ("--recipe", "cifar-256", "--data", "synthetic")
 PREDICTED = ("--nodes", "8", "--system", "knl7250-opa")
 
 
@@ -143,6 +158,23 @@ def invoke(*arguments):
         (["launch", "--json", "--", "train"], 2, "--json: only --dry-run"),
         (["plan", "--topology", "/nowhere"], 2, "/nowhere: no folder sys or proc in it"),
         (["plan", "--ranks-per-node", "0"], 2, "ranks-per-node"),
+        (["sweep"], 2, "nothing to sweep: give --recipe NAME"),
+        (["sweep", "--recipe", "cifar-25"], 2, "did you mean cifar-256?"),
+        (["sweep", *SWEPT, "--batches", "256,,512"], 2, "--batches 256,,512: give numbers"),
+        (
+            ["sweep", *SWEPT, "--optimizers", "sgd,adam"],
+            2,
+            "no rule for the optimizer 'adam'; it has one for sgd, lars",
+        ),
+        (["sweep", *SWEPT, "--optimizers", "sgd,"], 2, "--optimizers sgd,: give names"),
+        (["sweep", *SWEPT, "--lr-factors", "fast"], 2, "--lr-factors fast: give numbers"),
+        (["sweep", *SWEPT, "--seeds", "0,1", "--search-seeds", "2"], 2, "--search-seeds 2 is not one of --seeds 0,1"),
+        (["sweep", *SWEPT, "--batches", "256,300"], 2, "--batches 300: local-batch 256 does not divide"),
+        (["sweep", *SWEPT, "--epochs", "1", "--batches", "2560000"], 2, "--batches 2560000: more images than 1 epochs"),
+        (["sweep", *SWEPT, "--model", "lenet"], 2, "no 'lenet'"),
+        (["sweep", *SWEPT, "--data", "/nowhere"], 1, "/nowhere/train: no such folder"),
+        (["sweep", *SWEPT, "--dry-run", "--task", "1"], 2, "--task 1: this sweep has the tasks 0 to 0"),
+        (["sweep", "--recipe", "cifar-256"], 2, "no data"),
         (["predict"], 2, "give --recipe NAME"),
         (["predict", "--recipe", "alexnet-bn-32k", "--nodes", "8"], 2, "--system: give cloud-100g"),
         (["predict", "--recipe", "alexnet-bn-32", *PREDICTED], 2, "did you mean alexnet-bn-32k?"),

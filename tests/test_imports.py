@@ -15,9 +15,9 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"cli_node", "cli_predict"},
+    {"cli_node", "cli_predict", "cli_sweep"},
     {"command"},
-    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict"},
+    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict", "sweep"},
     {"resume"},
     {"run"},
     {"health"},
@@ -29,6 +29,7 @@ FLOORS = [
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
 NEIGHBOURS = {
     ("tune", "bench"),
+    ("sweep", "bench"),
     ("weights", "checkpoint"),
     ("doctor", "describe"),
     ("models", "ops"),
@@ -44,6 +45,8 @@ WITHOUT_TORCH = [
     "cli",
     "cli_node",
     "cli_predict",
+    "cli_sweep",
+    "sweep.plan",
     "command",
     *(f"node.{path.stem}" for path in sorted((PACKAGE / "node").glob("*.py")) if path.stem != "__init__"),
 ]

@@ -1,0 +1,116 @@
+"""The report of a sweep, in Markdown: what was run, what came out, and how far the learning rates were searched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from knltrain.sweep.results import Best, Results
+
+
+def report(results: Results) -> str:
+    """The text of report.md, of all runs that have ended so far."""
+    plan, out = results.sweep, results.out
+    config = plan.base()
+    known = [(point, results.outcome(point)) for point in results.points()]
+    counts = {status: sum(outcome.status == status for _, outcome in known)
+              for status in ("done", "diverged", "failed", "stopped")}  # fmt: skip
+    lines = [
+        f"# {plan.recipe}: accuracy against the batch",
+        "",
+        f"`{config.model}` on `{config.data}`, {config.epochs:g} epochs by each method at each batch, "
+        f"{len(plan.seeds)} seed(s). Of {plan.num_tasks} runs, "
+        + ", ".join(f"{count} {status}" for status, count in counts.items() if count or status == "done")
+        + ".",
+        "",
+        "```bash",
+        plan.command(out),
+        "```",
+        "",
+        _where(results),
+        "",
+    ]
+    best, reference = results.chosen(), results.reference()
+    if best:
+        lines += [
+            "![top-1 against the batch](accuracy.png)", "",
+            "A line a method at the best learning rate of each batch: means over seeds, whiskers from the worst seed "
+            "to the best, and the reference dashed.", "",
+            *_accuracy(best, reference), "",
+        ]  # fmt: skip
+    lines += ["## The search", "", *_search(results), ""]
+    if best:
+        lines += [
+            "![losses](losses.png)", "",
+            "Losses of the first seed at the best learning rate: in training (lines) and in validation (dots).", "",
+        ]  # fmt: skip
+    ended = [(point, outcome) for point, outcome in known if outcome.status in ("diverged", "failed")]
+    if ended:
+        lines += ["## Runs without a result", "", *(f"- `{point.name}` {outcome.status}: {outcome.reason}"
+                                                    for point, outcome in ended), ""]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _where(results: Results) -> str:
+    try:
+        record = json.loads((results.out / "sweep.json").read_text("utf-8"))
+        versions = record["versions"]
+        return (f"{record['cpu']}, {record['cores']} cores; torch {versions['torch']}, knltrain {versions['knltrain']} "
+                f"({record['revision'] or 'no checkout'}).")  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
+def _accuracy(best: Sequence[Best], reference: Best | None) -> list[str]:
+    lines = [
+        "| batch | optimizer | learning rate | of the rule's | top-1, % | seeds | diverged | against the reference |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for one in best:
+        spread = f" ± {one.deviation:.2f}" if one.deviation is not None else ""
+        # The same method and batch is the reference itself.
+        is_reference = reference and (one.optimizer, one.batch) == (reference.optimizer, reference.batch)
+        against = "reference" if is_reference else f"{one.mean - reference.mean:+.2f}" if reference else ""
+        lines.append(f"| {one.batch:,} | {one.optimizer} | {one.lr:g} | {one.factor:g} | {one.mean:.2f}{spread} | "
+                     f"{len(one.top1)} | {len(one.diverged)} | {against} |")  # fmt: skip
+    return lines
+
+
+def _search(results: Results) -> list[str]:
+    plan = results.sweep
+    sizes = f"{len(plan.lr_factors)} learning rate(s) with {len(plan.search_seeds)} seed(s) each"
+    lines = [
+        f"The search was as large for every method: at each batch {sizes}, as factors of the rate that its rule gives. "
+        "The best has the fewest runs that diverged, and then the highest mean top-1. "
+        + (f"It alone was trained with {len(plan.later_seeds)} more seed(s). " if plan.later_seeds else "")
+        + "The means above include the seeds by which it was chosen.",
+        "",
+        "| optimizer | batch | the rule's rate | " + " | ".join(f"x {factor:g}" for factor in plan.lr_factors) + " |",
+        "|---|---|---|" + "---|" * len(plan.lr_factors),
+    ]
+    notes = []
+    for optimizer in plan.optimizers:
+        for batch in plan.batches:
+            best = results.best(optimizer, batch)
+            rate = plan.point(optimizer, batch, 1.0, plan.seeds[0]).lr
+            cells = [_cell(results, optimizer, batch, factor, best) for factor in plan.lr_factors]
+            lines.append(f"| {optimizer} | {batch:,} | {rate:g} | " + " | ".join(cells) + " |")
+            if best and best.at_edge:
+                notes.append(f"- {optimizer} at {batch:,}: {best.lr:g} is at the edge of what was tried; a rate beyond "
+                             "it may be better.")  # fmt: skip
+            if best and not best.complete:
+                notes.append(f"- {optimizer} at {batch:,}: not every learning rate has been tried yet.")
+    return [*lines, "", *notes] if notes else lines
+
+
+def _cell(results: Results, optimizer: str, batch: int, factor: float, best: Best | None) -> str:
+    """Mean top-1 over the search seeds, the best one bold; how many diverged."""
+    plan = results.sweep
+    outcomes = [results.outcome(plan.point(optimizer, batch, factor, seed)) for seed in plan.search_seeds]
+    statuses = [outcome.status for outcome in outcomes]
+    words = []
+    if best and best.searched.get(factor, (0, None))[1] is not None:
+        mean = f"{best.searched[factor][1]:.2f}"
+        words.append(f"**{mean}**" if factor == best.factor else mean)
+    words += [f"{statuses.count(status)} {status}" for status in ("diverged", "failed") if status in statuses]
+    return ", ".join(words) or "-"

@@ -1,0 +1,208 @@
+"""What became of a sweep's runs, and which learning rate is the best of each method and batch."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from knltrain.schedule import total_steps
+from knltrain.sweep.plan import Point, Sweep
+
+Status = Literal["waiting", "stopped", "done", "diverged", "failed"]
+COLUMNS = ("model", "optimizer", "batch", "lr", "lr_factor", "seed", "epochs", "top1", "best_top1", "steps", "seconds",
+           "images_per_s", "status", "run")  # fmt: skip
+# In a run's folder: how it ended, where that was not the end of its training.
+ENDED = "ended.json"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a run.
+
+    Attributes:
+        status: diverged runs are results; failed ones are tried again.
+        summary: its summary.json, once it is done.
+        seconds: of training and evaluation.
+        reason: why it ended, in a line.
+    """
+
+    status: Status
+    summary: Mapping[str, Any]
+    seconds: float | None = None
+    reason: str = ""
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to try."""
+        return self.status in ("done", "diverged")
+
+    @property
+    def top1(self) -> float | None:
+        """Per cent after the last step."""
+        return self.summary.get("top1")
+
+
+@dataclass(frozen=True)
+class Best:
+    """A method at a batch, with its best learning rate.
+
+    Attributes:
+        optimizer: the method.
+        batch: images a step.
+        factor: of the rule's learning rate.
+        lr: the peak learning rate.
+        top1: by seed, in per cent, of the runs that are done.
+        diverged: seeds with which this learning rate diverged.
+        searched: the rule's factors that were tried to the end, with the number of runs of each that are done and
+            their mean top-1, or None where none is.
+        complete: whether every learning rate was tried with every search seed.
+    """
+
+    optimizer: str
+    batch: int
+    factor: float
+    lr: float
+    top1: Mapping[int, float]
+    diverged: tuple[int, ...]
+    searched: Mapping[float, tuple[int, float | None]]
+    complete: bool
+
+    @property
+    def mean(self) -> float:
+        """Of the seeds."""
+        return statistics.fmean(self.top1.values())
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over seeds; None of a single one."""
+        return statistics.stdev(self.top1.values()) if len(self.top1) > 1 else None
+
+    @property
+    def at_edge(self) -> bool:
+        """Whether a learning rate beyond those tried might be better."""
+        factors = sorted(self.searched)
+        return len(factors) > 1 and self.factor in (factors[0], factors[-1])
+
+
+class Results:
+    """What is on disk of a sweep; read anew at each call.
+
+    Args:
+        sweep: which.
+        out: its folder.
+        num_images: of the training set.
+    """
+
+    def __init__(self, sweep: Sweep, out: Path, num_images: int) -> None:
+        self.sweep, self.out, self._num_images = sweep, out, num_images
+
+    def steps(self, point: Point) -> int:
+        """How many a run has."""
+        config = point.config
+        steps = total_steps(epochs=config.epochs, num_images=self._num_images, global_batch=config.global_batch)
+        return min(steps, config.max_steps or steps)
+
+    def outcome(self, point: Point) -> Outcome:
+        """What became of a run so far."""
+        folder = point.folder(self.out)
+        summary, ended = _read(folder / "summary.json"), _read(folder / ENDED)
+        if summary.get("finished") and (summary.get("steps") or 0) >= self.steps(point):
+            return Outcome("done", summary, summary.get("wall_s"))
+        if ended.get("status") in ("diverged", "failed"):
+            return Outcome(ended["status"], {}, ended.get("seconds"), str(ended.get("reason")))
+        return Outcome("stopped" if (folder / "metrics.jsonl").exists() else "waiting", {})
+
+    def best(self, optimizer: str, batch: int) -> Best | None:
+        """The best learning rate of a method at a batch: first by runs that diverged, then by the mean top-1.
+
+        Both are counted over the search seeds, which every learning rate was tried with. None if no run is done.
+        """
+        sweep, found = self.sweep, {}
+        complete = True
+        for factor in sweep.lr_factors:
+            outcomes = [self.outcome(sweep.point(optimizer, batch, factor, seed)) for seed in sweep.search_seeds]
+            complete &= all(outcome.ended for outcome in outcomes)
+            reached = [outcome.top1 for outcome in outcomes if outcome.top1 is not None]
+            if any(outcome.ended for outcome in outcomes):
+                found[factor] = (sum(outcome.status == "diverged" for outcome in outcomes), reached)
+        done = {factor: row for factor, row in found.items() if row[1]}
+        if not done:
+            return None
+        factor = min(done, key=lambda factor: (done[factor][0], -statistics.fmean(done[factor][1])))
+        points = [sweep.point(optimizer, batch, factor, seed) for seed in sweep.seeds]
+        outcomes = [self.outcome(point) for point in points]
+        top1 = {point.seed: outcome.top1 for point, outcome in zip(points, outcomes, strict=True)
+                if outcome.top1 is not None}  # fmt: skip
+        diverged = tuple(point.seed for point, outcome in zip(points, outcomes, strict=True)
+                         if outcome.status == "diverged")  # fmt: skip
+        searched = {one: (len(reached), statistics.fmean(reached) if reached else None)
+                    for one, (_, reached) in found.items()}  # fmt: skip
+        return Best(optimizer, batch, factor, points[0].lr, top1, diverged, searched, complete)
+
+    def chosen(self) -> list[Best]:
+        """The best of each method and batch that has any, by batch."""
+        found = (self.best(optimizer, batch) for optimizer, batch in self.sweep.cells)
+        return [best for best in found if best]
+
+    def reference(self) -> Best | None:
+        """What the others are held against: SGD at the smallest batch, or the first method where SGD is not swept."""
+        optimizer = "sgd" if "sgd" in self.sweep.optimizers else self.sweep.optimizers[0]
+        return self.best(optimizer, min(self.sweep.batches))
+
+    def later(self) -> list[Point | None]:
+        """The runs of the best learning rates with the later seeds; None where the search is not over yet."""
+        points: list[Point | None] = []
+        for optimizer, batch in self.sweep.cells:
+            best = self.best(optimizer, batch)
+            for seed in self.sweep.later_seeds:
+                over = best is not None and best.complete
+                points.append(self.sweep.point(optimizer, batch, best.factor, seed) if best and over else None)
+        return points
+
+    def points(self) -> list[Point]:
+        """Every run that is known: those of the search, and those of later seeds at any learning rate, if on disk."""
+        sweep = self.sweep
+        later = [
+            sweep.point(optimizer, batch, factor, seed)
+            for optimizer, batch in sweep.cells
+            for factor in sweep.lr_factors
+            for seed in sweep.later_seeds
+        ]
+        return sweep.search() + [point for point in later if self.outcome(point).status != "waiting"]
+
+    def rows(self) -> list[dict[str, Any]]:
+        """A row for each run that has begun: what sweep.csv has."""
+        rows = []
+        for point in self.points():
+            outcome = self.outcome(point)
+            if outcome.status != "waiting":
+                values = (point.config.model, point.optimizer, point.batch, point.lr, point.factor, point.seed,
+                          point.config.epochs, outcome.top1, outcome.summary.get("best_top1"),
+                          outcome.summary.get("steps"), outcome.seconds, outcome.summary.get("images_per_s"),
+                          outcome.status, str(point.folder(self.out).relative_to(self.out)))  # fmt: skip
+                rows.append(dict(zip(COLUMNS, values, strict=True)))
+        return rows
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as the text of sweep.csv: numbers as they are, nothing where there is none."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A JSON object; an empty one where there is no such file, or none that is whole."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -1,0 +1,381 @@
+"""Trains the runs of a sweep, one after another, each in a process of its own, and keeps what is known up to date."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from knltrain import config as configuration
+from knltrain import resume
+from knltrain.bench.tables import new_table, shown
+from knltrain.console import Console
+from knltrain.data.datasets import open_data
+from knltrain.engine import choose_engine, choose_precision
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.metrics import read_metrics, write_json, write_text
+from knltrain.models import refuse_unbuildable
+from knltrain.node.affinity import threads_per_rank
+from knltrain.node.topology import read_node
+from knltrain.provenance import provenance
+from knltrain.run import share_of
+from knltrain.signals import StopRequest
+from knltrain.sweep.draw import draw_accuracy, draw_losses
+from knltrain.sweep.markdown import report
+from knltrain.sweep.plan import Point, Sweep, left_away
+from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
+
+_LOOK_S = 0.5
+# To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.
+_GOODBYE_S = 600.0
+_STOPPED = 75
+# Of metrics.jsonl: more than a row takes.
+_TAIL = 4096
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
+_libc = ctypes.CDLL(None)
+
+
+class _Running(NamedTuple):
+    """The run that is going on: which, and the last step of it that was logged."""
+
+    point: Point
+    row: dict[str, Any]
+
+
+def sweep(plan: Sweep, out: Path, console: Console) -> tuple[dict[str, Any], bool]:
+    """Trains what is left of a sweep, and writes sweep.csv, the figures and report.md.
+
+    Args:
+        plan: which runs.
+        out: its folder: sweep.json, runs/NAME with the run of each, and the results.
+        console: where to show the table while it fills.
+
+    Returns:
+        ``runs``, the rows of sweep.csv, ``best``, a row for each method and batch, ``reference``, one of them or None,
+        and ``out``; and whether nothing is left to run: if so, False means that a signal stopped it.
+
+    Raises:
+        ConfigError: a run of it cannot be, or OUT holds another sweep.
+        KnltrainError: the data cannot be read, OUT is in use, or runs failed; those are tried again by the same call.
+    """
+    num_images = check(plan, console)
+    with resume.lock_out(out, console):
+        guard(plan, out)
+        results = Results(plan, out, num_images)
+        try:
+            finished = _train_all(results, console)
+        finally:
+            collected = collect(results)
+    if finished and (failed := [row["run"] for row in collected["runs"] if row["status"] == "failed"]):
+        raise KnltrainError(
+            f"{len(failed)} of {plan.num_tasks} runs failed, {failed[0]} first; {out}/report.md says why; the same "
+            "command tries them again"
+        )
+    return collected, finished
+
+
+def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dict[str, Any], bool]:
+    """Trains one run of a sweep, as a task of a batch system's array does.
+
+    Args:
+        plan: which runs there are: those of the search first, then the later seeds of the best learning rates.
+        out: the sweep's folder.
+        console: where to speak.
+        task: which of them, from 0.
+
+    Returns:
+        ``run``, ``status``, ``top1`` and ``seconds``; and whether it came to its end: if not, a signal stopped it.
+
+    Raises:
+        ConfigError: there is no such task, a run cannot be configured, or OUT holds another sweep.
+        KnltrainError: it failed, or the learning rate of a later seed is not known yet.
+    """
+    num_images = check(plan, console)
+    with resume.lock_out(out, console):  # tasks that begin at the same time wait for each other here
+        guard(plan, out)
+    results = Results(plan, out, num_images)
+    point = task_of(results, task)
+    with StopRequest() as stop:
+        outcome = results.outcome(point)
+        if not outcome.ended:
+            outcome = _train(results, point, stop, lambda row: None)
+    console.line(_line(point, outcome))
+    if outcome.status == "failed":
+        raise KnltrainError(f"{point.name}: {outcome.reason}")
+    found = {"run": point.name, "status": outcome.status, "top1": outcome.top1, "seconds": outcome.seconds}
+    return found, outcome.status != "stopped"
+
+
+def task_of(results: Results, task: int) -> Point:
+    """The run of a number.
+
+    Raises:
+        ConfigError: there is none.
+        KnltrainError: its learning rate is not known yet.
+    """
+    plan = results.sweep
+    if not 0 <= task < plan.num_tasks:
+        raise ConfigError(f"--task {task}: this sweep has the tasks 0 to {plan.num_tasks - 1}")
+    search = plan.search()
+    if task < len(search):
+        return search[task]
+    point = results.later()[task - len(search)]
+    if point is None:
+        raise KnltrainError(
+            f"task {task} trains with a learning rate that is not known before tasks 0 to {len(search) - 1} have ended"
+        )
+    return point
+
+
+def check(plan: Sweep, console: Console) -> int:
+    """Refuses what could not run, before hours are spent; returns the number of training images.
+
+    Raises:
+        ConfigError: which run cannot be, and why.
+        KnltrainError: the data cannot be read.
+    """
+    node, base = read_node(), plan.base()
+    precision = choose_precision(base.precision, node, force=base.force_bf16)
+    choose_engine(base.engine, model=base.model, precision=precision, node=node,
+                  threads=threads_per_rank(node, local_size=1))  # fmt: skip
+    for complaint in configuration.without_effect(base, plan.fields):
+        console.warn(complaint)
+    for point in plan.search():
+        try:
+            share_of(point.config, 0, 1)
+        except ConfigError as error:
+            raise ConfigError(f"--batches {point.batch}: {error}") from None
+    refuse_unbuildable(base)
+    train_set, _ = open_data(base)
+    for batch in plan.batches:
+        if batch > base.epochs * len(train_set):
+            raise ConfigError(f"--batches {batch}: more images than {base.epochs:g} epochs of {len(train_set):,} have")
+    return len(train_set)
+
+
+def guard(plan: Sweep, out: Path) -> None:
+    """Refuses a folder that holds another sweep, or a run; writes OUT/sweep.json. The caller has locked the folder.
+
+    Raises:
+        ConfigError: what differs.
+    """
+    path = out / "sweep.json"
+    if (out / "config.json").exists():
+        raise ConfigError(f"{out} holds a run; give another --out")
+    if path.exists():
+        try:
+            before = json.loads(path.read_text("utf-8"))
+            differ = left_away(plan, before)
+            if not differ:
+                # What has grown may have another first run: the one that the file has the configuration of.
+                same = plan.point(before["optimizers"][0], before["batches"][0], 1.0, before["seeds"][0]).config
+                changed = resume.changes(configuration.flatten(before["config"]), same)
+                differ = [f"{name}: {was} -> {now}" for name, (was, now) in changed.items()]
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+            raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
+        if differ:
+            raise ConfigError(f"{out} holds another sweep ({'; '.join(differ)}); give another --out")
+    record = {**plan.as_dict(), "config": configuration.as_dict(plan.base()), **provenance(read_node())}
+    write_json(path, record)
+
+
+def _train_all(results: Results, console: Console) -> bool:
+    """Trains what is left; returns whether no signal came in between."""
+    plan = results.sweep
+    tried: set[str] = set()
+    with StopRequest() as stop, shown(console) as show:
+
+        def look(point: Point) -> Callable[[dict[str, Any]], None]:
+            live = console.rich.is_terminal  # elsewhere tables would only be kept
+            return lambda row: show(_table(results, _Running(point, row))) if live else None
+
+        show(_table(results, None))
+        while not stop.requested:
+            known = [*plan.search(), *(point for point in results.later() if point)]
+            left = [point for point in known if point.name not in tried and not results.outcome(point).ended]
+            if not left:
+                show(_table(results, None))
+                return True
+            point = left[0]
+            tried.add(point.name)
+            outcome = _train(results, point, stop, look(point))
+            console.line(_line(point, outcome))
+            write_text(results.out / "sweep.csv", as_csv(results.rows()))
+            show(_table(results, None))
+            if outcome.status == "stopped":
+                return False
+    return False
+
+
+def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[dict[str, Any]], None]) -> Outcome:
+    """Trains one run in a process of its own, from where it stands, and notes how it ended.
+
+    Args:
+        results: of the sweep.
+        point: which run.
+        stop: where a signal is noted; the run is asked then to end with a checkpoint.
+        look: called now and then with the last step that was logged.
+    """
+    folder, started = point.folder(results.out), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / ENDED).unlink(missing_ok=True)
+    command = [sys.executable, "-m", "knltrain", *point.words(results.out)]
+    with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as said:
+        begin = said.seek(0, os.SEEK_END)
+        # A session of its own: Ctrl-C comes here alone, and a second one ends both at once.
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+                                   preexec_fn=_end_with_parent)  # fmt: skip
+        try:
+            code = _wait(process, folder, stop, look)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        said.seek(begin)
+        words = _last_words(said.read())
+    outcome = results.outcome(point)
+    if outcome.status == "done" or code == _STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
+        return outcome if outcome.status == "done" else dataclasses.replace(outcome, status="stopped")
+    reason = words if code >= 0 else f"was ended by {signal.Signals(-code).name}; was there memory enough?"
+    status = "diverged" if _has_diverged(folder, reason) else "failed"
+    write_json(folder / ENDED, {"status": status, "reason": reason.removeprefix("diverged: "),
+                                "seconds": time.monotonic() - started, "code": code})  # fmt: skip
+    return results.outcome(point)
+
+
+def _end_with_parent() -> None:
+    """In the process to be: a checkpoint, and an end, when the sweep's process ends, however it does."""
+    _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _wait(
+    process: subprocess.Popen[bytes], folder: Path, stop: StopRequest, look: Callable[[dict[str, Any]], None]
+) -> int:
+    """Waits for the end of a run, which a signal hastens.
+
+    A batch system may send the signal to the run too. For a run that has been asked already, another signal would be
+    the second one, which ends it at once: so it is given the time of a look to notice, and asked only if it has not.
+    """
+    asked, deadline = False, None
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.wait(_LOOK_S)
+        look(_last_row(folder / "metrics.jsonl"))
+        if deadline is None:
+            deadline = time.monotonic() + _GOODBYE_S if stop.requested else None
+        elif not asked and _would_note(process.pid, signal.SIGTERM):
+            asked = True
+            process.terminate()
+        elif time.monotonic() > deadline:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def _would_note(pid: int, number: int) -> bool:
+    """Whether a process handles a signal: a run does until the first one has come."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text("utf-8")
+        (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
+        return bool(int(caught, 16) >> (number - 1) & 1)
+    except (OSError, ValueError):  # it has just ended
+        return False
+
+
+def _last_row(path: Path) -> dict[str, Any]:
+    """The last step in a file that may be growing; nothing where there is none yet."""
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            lines = file.read().split(b"\n")[:-1]
+        return next((row for row in map(json.loads, reversed(lines)) if "loss" in row), {})
+    except (OSError, ValueError):  # a row that the tail begins within
+        return {}
+
+
+def _last_words(text: str) -> str:
+    """The run's own last line, or else the last of any kind."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    mine = next((line for line in reversed(lines) if line.startswith("knltrain: ")), *lines[-1:] or ("no message",))
+    return mine.removeprefix("knltrain: ")
+
+
+def _has_diverged(folder: Path, reason: str) -> bool:
+    """Whether the run's watch ended it: by its loss, or by a number that is none, whose step it keeps for study."""
+    if reason.startswith("diverged:"):
+        return True
+    try:
+        rows = read_metrics(folder / "metrics.jsonl")
+    except OSError:
+        rows = []
+    step = max((row["step"] for row in rows), default=0) + 1
+    return (folder / "failed" / f"step-{step:08}").exists()
+
+
+def collect(results: Results) -> dict[str, Any]:
+    """Writes sweep.csv, the figures and report.md of what there is, and returns what they say."""
+    out = results.out
+    rows, best, reference = results.rows(), results.chosen(), results.reference()
+    write_text(out / "sweep.csv", as_csv(rows))
+    if best:
+        draw_accuracy(best, reference, out / "accuracy.png", results.sweep.base())
+        draw_losses(results, best, out / "losses.png")
+    write_text(out / "report.md", report(results))
+    return {
+        "runs": rows,
+        "best": [_as_row(one) for one in best],
+        "reference": _as_row(reference) if reference else None,
+        "out": str(out),
+    }
+
+
+def _as_row(best: Best) -> dict[str, Any]:
+    row = dataclasses.asdict(best)
+    return {**row, "mean": best.mean, "deviation": best.deviation, "at_edge": best.at_edge}
+
+
+def _line(point: Point, outcome: Outcome) -> str:
+    if outcome.status == "done":
+        return f"{point.name}: top-1 {outcome.top1:.2f} % in {outcome.seconds or 0:.0f} s"
+    return f"{point.name}: {outcome.status}{f', {outcome.reason}' if outcome.reason else ''}"
+
+
+def _table(results: Results, running: _Running | None) -> Table:
+    plan = results.sweep
+    outcomes = [(point, results.outcome(point)) for point in results.points()]
+    ended = [outcome for _, outcome in outcomes if outcome.ended]
+    title = f"{plan.recipe}: {len(ended)} of {plan.num_tasks} runs"
+    took = [outcome.seconds for outcome in ended if outcome.seconds]
+    if took and len(ended) < plan.num_tasks:
+        left = statistics.fmean(took) * (plan.num_tasks - len(ended))
+        title += f", about {left / 3600:.1f} h left" if left > 5400 else f", about {left / 60:.0f} min left"
+    if running:
+        row = running.row
+        title += f"\n{running.point.name}: " + (
+            f"step {row['step']:,} of {results.steps(running.point):,}, loss {row['loss'] or float('nan'):.3f}, "
+            f"{row['images_per_s']:,.0f} img/s"
+            if row
+            else "starting"
+        )
+    numbers = ("batch", "runs", "diverged", "failed", "best lr", "top-1, %", "seeds")
+    table = new_table(title, names=("optimizer",), numbers=numbers)
+    for optimizer, batch in plan.cells:
+        mine = [outcome.status for point, outcome in outcomes if (point.optimizer, point.batch) == (optimizer, batch)]
+        best = results.best(optimizer, batch)
+        reached = f"{best.mean:.2f}" if best else ""
+        if best and best.deviation is not None:
+            reached += f" ± {best.deviation:.2f}"
+        counts = (mine.count("done") + mine.count("diverged"), mine.count("diverged"), mine.count("failed"))
+        table.add_row(optimizer, f"{batch:,}", *(str(count) if count else "" for count in counts),
+                      f"{best.lr:g}" if best else "", reached, str(len(best.top1)) if best else "")  # fmt: skip
+    return table

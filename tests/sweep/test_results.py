@@ -1,0 +1,174 @@
+"""Which learning rate is the best, and what is said of it: from folders that look like runs."""
+
+import csv
+import json
+
+import pytest
+from sweeps import sweep_of
+
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.sweep.results import COLUMNS, Results
+from knltrain.sweep.runner import collect, guard, task_of
+
+IMAGES = 2560  # with 15 epochs, 150 steps of 256 and 38 of 1,024
+
+
+@pytest.fixture
+def results(tmp_path):
+    return Results(sweep_of(), tmp_path, IMAGES)
+
+
+def end(results, *key, top1=None, status="diverged"):
+    """Puts a run's folder there, as if it had been trained."""
+    point = results.sweep.point(*key)
+    folder = point.folder(results.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"step": step, "epoch": step / 2, "loss": 2.0 / step} for step in (1, 2)]
+    rows.append({"step": 2, "epoch": 1.0, "top1": top1 or 10.0, "top5": 50.0, "val_loss": 1.5})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if top1 is None:
+        (folder / "ended.json").write_text(json.dumps({"status": status, "reason": f"a {status} run", "seconds": 1.0}))
+    else:
+        steps = results.steps(point)
+        summary = {
+            "finished": True,
+            "steps": steps,
+            "top1": top1,
+            "best_top1": top1,
+            "wall_s": 2.0,
+            "images_per_s": 9.0,
+        }
+        (folder / "summary.json").write_text(json.dumps(summary))
+
+
+def searched(results):
+    """Every learning rate of SGD and LARS at 256 with seed 0."""
+    end(results, "sgd", 256, 0.5, 0, top1=79.0)
+    end(results, "sgd", 256, 1.0, 0, top1=80.0)
+    end(results, "lars", 256, 0.5, 0, top1=78.0)
+    end(results, "lars", 256, 1.0, 0)
+
+
+def test_the_best_is_chosen_by_the_seeds_that_all_learning_rates_have(results):
+    searched(results)
+    end(results, "sgd", 256, 1.0, 1, top1=70.0)  # a later seed that is worse says nothing of the other rate
+    best = results.best("sgd", 256)
+    assert (best.factor, best.lr, best.mean, best.top1) == (1.0, 0.1, 75.0, {0: 80.0, 1: 70.0})
+    assert best.deviation == pytest.approx(50**0.5)
+    assert best.searched == {0.5: (1, 79.0), 1.0: (1, 80.0)}
+    assert (best.complete, best.at_edge) == (True, True)
+
+
+def test_the_best_is_chosen_by_the_mean_of_all_seeds(tmp_path):
+    results = Results(sweep_of(search_seeds=(0, 1, 2)), tmp_path, IMAGES)
+    for seed, (low, high) in enumerate([(70.0, 60.0), (70.0, 80.0), (70.0, 80.0)]):
+        end(results, "sgd", 256, 0.5, seed, top1=low)
+        end(results, "sgd", 256, 1.0, seed, top1=high)
+    assert results.best("sgd", 256).factor == 1.0
+    end(results, "sgd", 256, 1.0, 0, top1=40.0)
+    assert results.best("sgd", 256).factor == 0.5
+
+
+def test_a_rate_with_which_a_seed_diverges_is_not_the_best(tmp_path):
+    results = Results(sweep_of(search_seeds=(0, 1, 2)), tmp_path, IMAGES)
+    for seed in range(3):
+        end(results, "sgd", 256, 0.5, seed, top1=70.0)
+        end(results, "sgd", 256, 1.0, seed, top1=90.0)
+    assert results.best("sgd", 256).factor == 1.0
+    (results.sweep.point("sgd", 256, 1.0, 2).folder(tmp_path) / "summary.json").unlink()
+    end(results, "sgd", 256, 1.0, 2)
+    assert results.best("sgd", 256).factor == 0.5
+
+
+def test_later_seeds_wait_for_the_search(results):
+    assert results.best("sgd", 256) is None
+    end(results, "sgd", 256, 0.5, 0, top1=79.0)
+    assert results.best("sgd", 256).complete is False
+    end(results, "sgd", 256, 1.0, 0, status="failed")  # it will be tried again
+    assert results.later() == [None] * 8
+    searched(results)
+    later = results.later()
+    assert [point and point.name for point in later] == [
+        "sgd-b256-lr0.1-seed1", "sgd-b256-lr0.1-seed2", "lars-b256-lr2.82843-seed1", "lars-b256-lr2.82843-seed2",
+        *[None] * 4]  # fmt: skip
+    assert task_of(results, 3).name == "lars-b256-lr5.65685-seed0"
+    assert task_of(results, 9) is later[1]
+    with pytest.raises(KnltrainError, match="not known before tasks 0 to 7 have ended"):
+        task_of(results, 12)
+    with pytest.raises(ConfigError, match="--task 16: this sweep has the tasks 0 to 15"):
+        task_of(results, 16)
+
+
+def test_a_run_of_fewer_steps_is_not_done(results):
+    searched(results)
+    path = results.sweep.point("sgd", 256, 1.0, 0).folder(results.out) / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "steps": 149}))
+    assert results.outcome(results.sweep.point("sgd", 256, 1.0, 0)).status == "stopped"
+    path.write_text("{")
+    assert results.outcome(results.sweep.point("sgd", 256, 1.0, 0)).status == "stopped"
+
+
+def test_what_is_written(results):
+    searched(results)
+    end(results, "sgd", 256, 1.0, 1, top1=82.0)
+    end(results, "sgd", 1024, 0.5, 0, top1=75.5)
+    guard(results.sweep, results.out)
+    found = collect(results)
+    with (results.out / "sweep.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert list(rows[0]) == list(COLUMNS)
+    assert set(COLUMNS) >= {"model", "optimizer", "batch", "lr", "seed", "epochs", "top1", "seconds", "status", "run"}
+    assert [(row["optimizer"], row["batch"], row["lr"], row["seed"], row["top1"], row["status"]) for row in rows] == [
+        ("sgd", "256", "0.05", "0", "79.0", "done"), ("sgd", "256", "0.1", "0", "80.0", "done"),
+        ("lars", "256", "2.8284271247461903", "0", "78.0", "done"),
+        ("lars", "256", "5.656854249492381", "0", "", "diverged"), ("sgd", "1024", "0.2", "0", "75.5", "done"),
+        ("sgd", "256", "0.1", "1", "82.0", "done"),
+    ]  # fmt: skip
+    assert rows[0]["run"] == "runs/sgd-b256-lr0.05-seed0"
+    for name in ("accuracy.png", "losses.png"):
+        assert (results.out / name).read_bytes().startswith(b"\x89PNG")
+    assert json.loads(json.dumps(found))["reference"]["mean"] == 81.0
+
+    report = (results.out / "report.md").read_text()
+    for line in (
+        "3 seed(s). Of 16 runs, 5 done, 1 diverged.",
+        "| 256 | sgd | 0.1 | 1 | 81.00 ± 1.41 | 2 | 0 | reference |",
+        "| 256 | lars | 2.82843 | 0.5 | 78.00 | 1 | 0 | -3.00 |",
+        "| 1,024 | sgd | 0.2 | 0.5 | 75.50 | 1 | 0 | -5.50 |",
+        "at each batch 2 learning rate(s) with 1 seed(s) each",
+        "| sgd | 256 | 0.1 | 79.00 | **80.00** |",
+        "| lars | 256 | 5.65685 | **78.00** | 1 diverged |",
+        "| lars | 1,024 | 11.3137 | - | - |",
+        "- sgd at 256: 0.1 is at the edge of what was tried",
+        "- sgd at 1,024: not every learning rate has been tried yet.",
+        "- `lars-b256-lr5.65685-seed0` diverged: a diverged run",
+    ):
+        assert line in report, report
+
+
+def test_a_sweep_of_which_nothing_came_has_a_report(results):
+    end(results, "sgd", 256, 1.0, 0)
+    guard(results.sweep, results.out)
+    assert collect(results)["best"] == []
+    assert "1 diverged" in (results.out / "report.md").read_text()
+    assert not (results.out / "accuracy.png").exists()
+
+
+def test_another_sweep_is_refused_with_what_differs(tmp_path):
+    guard(sweep_of(), tmp_path)
+    grown = {"batches": (128, 256, 1024), "optimizers": ("lars", "sgd")}
+    guard(sweep_of(**grown), tmp_path)
+    guard(sweep_of(**grown, fields={"data": "elsewhere", "workers": "3"}), tmp_path)
+    for changes, words in (
+        ({}, "--batches without 128"),
+        ({**grown, "fields": {"epochs": "3"}}, "epochs: 15 -> 3"),
+        ({**grown, "recipe": "cifar-2k"}, "recipe: cifar-256 -> cifar-2k"),
+    ):
+        with pytest.raises(ConfigError, match=f"holds another sweep.*{words}.*give another --out"):
+            guard(sweep_of(**changes), tmp_path)
+    (tmp_path / "sweep.json").write_text('{"config": 3}')
+    with pytest.raises(ConfigError, match="damaged"):
+        guard(sweep_of(), tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ConfigError, match="holds a run"):
+        guard(sweep_of(), tmp_path)
