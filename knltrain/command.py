@@ -75,7 +75,10 @@ def field_options(
                 flag = "--" + field.name.replace("_", "-")
                 parameter = field.name.replace(".", "__")  # click wants identifiers
                 flags = (flag, short[field.name]) if short and field.name in short else (flag,)
-                command = click.option(*flags, parameter, metavar=_metavar(field.type), help=field.help)(command)
+                # What is true or false may stand alone, and is true then.
+                alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.type is bool else {}
+                option = click.option(*flags, parameter, metavar=_metavar(field.type), help=field.help, **alone)
+                command = option(command)
         return command
 
     return decorate
@@ -91,7 +94,7 @@ def _metavar(kind: Any) -> str:
         return _metavar(get_args(kind)[0]) + ",..."
     if get_origin(kind) in (Union, UnionType):
         return _metavar(next(part for part in get_args(kind) if part is not type(None)))
-    return {bool: "true|false", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
+    return {bool: "[true|false]", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
 
 
 def given(values: dict[str, str | None]) -> dict[str, str]:

@@ -202,6 +202,9 @@ class RunConfig:
         "fail", "an image that cannot be decoded: end the run, or take the next good one in its place"
     )
     label_smoothing: Fraction = _field(0.0, "label smoothing")
+    log_trust_ratios: bool = _field(
+        False, "write the trust ratio of each layer to OUT/trust_ratios.jsonl, at about a thousand steps of the run"
+    )
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -359,6 +362,7 @@ def _shown(value: object) -> str:
 _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
     "optim.eps": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
     "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
     "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
     "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),

@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Watch:
         share: of every global batch, this rank's part.
         dataset: the training set.
         warn: told what is done about a bad step, where the run goes on.
+
+    Attributes:
+        norms: of the gradients that :meth:`gradient_norm` has looked at last, by parameter name.
     """
 
     def __init__(
@@ -67,6 +70,7 @@ class Watch:
         self._quiet_steps = max(config.schedule.warmup_epochs, 1.0) * len(dataset) / config.global_batch
         self._buffers: list[Tensor] = list(engine.model.buffers()) if config.health.policy == "skip" else []
         self._before: list[Tensor] = []
+        self.norms: dict[str, float] = {}
 
     def begin_step(self) -> None:
         """Remembers what the forward pass changes, for a step that is then left out."""
@@ -74,7 +78,9 @@ class Watch:
 
     def gradient_norm(self) -> float:
         """The norm of the gradient that the optimizer would take, equal on all ranks; of bf16 gradients to 3 digits."""
-        return norm_of(self._engine.gradients().values())
+        gradients = self._engine.gradients()
+        self.norms = dict(zip(gradients, norms_of(gradients.values()), strict=True))
+        return math.hypot(*self.norms.values())
 
     def judge(self, progress: Progress, lr: float, losses: Sequence[float], mean_loss: float, norm: float) -> Progress:
         """Decides whether the optimizer may take a step.
@@ -235,17 +241,24 @@ class Watch:
         return step * self._config.global_batch / self._images
 
 
-def norm_of(gradients: Collection[Tensor]) -> float:
+def norm_of(gradients: Iterable[Tensor]) -> float:
     """The norm of many tensors together; the same for any number of threads.
 
     Args:
         gradients: float32 or bf16, dense.
     """
-    norm = math.sqrt(sum(_squares(gradient) for gradient in gradients))
-    if math.isfinite(norm):
-        return norm
+    return math.hypot(*norms_of(gradients))
+
+
+def norms_of(gradients: Iterable[Tensor]) -> list[float]:
+    """The norm of each tensor, likewise."""
+    return [_norm(gradient) for gradient in gradients]
+
+
+def _norm(gradient: Tensor) -> float:
+    norm = math.sqrt(_squares(gradient))
     # Squares may be too large for float32 without anything being bad.
-    return math.sqrt(sum(float(torch.linalg.vector_norm(g, dtype=torch.float64)) ** 2 for g in gradients))
+    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
 def _squares(gradient: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and programs: metrics.jsonl, TensorBoard events, summary.json, curves.png."""
+"""What a run leaves behind for people and programs: rows of JSON, TensorBoard events, summary.json, curves.png."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class _Appended:
 
 
 class MetricsLog:
-    """Appends rows to OUT/metrics.jsonl and OUT/tensorboard.
+    """Appends rows to OUT/metrics.jsonl and OUT/tensorboard, and trust ratios to OUT/trust_ratios.jsonl.
 
     A disk that takes no more is a warning; the rows follow when there is room again.
 
@@ -71,11 +71,14 @@ class MetricsLog:
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
         path, folder = out / "metrics.jsonl", out / "tensorboard"
+        self._ratios_path = out / "trust_ratios.jsonl"
+        self._ratios: _Appended | None = None
         last = {"step": after_step, "evaluation": after_step if evaluated_step is None else evaluated_step}
-        if path.exists():
-            rows = read_metrics(path)
-            kept = [row for row in rows if row["step"] <= last["evaluation" if "top1" in row else "step"]]
-            write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        for file in (path, self._ratios_path):
+            if file.exists():
+                rows = read_metrics(file)
+                kept = [row for row in rows if row["step"] <= last["evaluation" if "top1" in row else "step"]]
+                write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = _Appended(path)
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
@@ -94,8 +97,8 @@ class MetricsLog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._flush()
-        self._file.close()
-        self._events.close()
+        for file in self._files():
+            file.close()
 
     def write(self, row: Row) -> None:
         """Adds a row; it needs a ``step``, and its numbers become TensorBoard scalars."""
@@ -111,23 +114,38 @@ class MetricsLog:
         self._add_event(step=row["step"], summary=Summary(value=scalars))
         self._flush()
 
+    def write_trust_ratios(self, step: int, epoch: float, ratios: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Adds a step's trust ratios, by the kind of the parameters (weight, norm, bias) and their names."""
+        if self._ratios is None:
+            self._ratios = _Appended(self._ratios_path)
+        short = {kind: {name: _five_digits(ratio) for name, ratio in named.items()} for kind, named in ratios.items()}
+        self._ratios.write((json.dumps({"step": step, "epoch": epoch, **short}) + "\n").encode())
+        self._flush()
+
     def sync(self) -> None:
         """Makes the rows last that a checkpoint of this moment says there are."""
         self._flush(sync=True)
+
+    def _files(self) -> list[_Appended]:
+        return [file for file in (self._file, self._events, self._ratios) if file]
 
     def _add_event(self, **contents: Any) -> None:
         self._records.write(Event(wall_time=time.time(), **contents).SerializeToString())
 
     def _flush(self, *, sync: bool = False) -> None:
         try:
-            self._file.flush(sync=sync)
-            self._events.flush(sync=sync)
+            for file in self._files():
+                file.flush(sync=sync)
         except OSError as error:
             if not self._failing:
                 self._warn(f"metrics cannot be written ({error.strerror}); they follow when they can")
             self._failing = True
         else:
             self._failing = False
+
+
+def _five_digits(ratio: float | None) -> float | None:
+    return None if ratio is None or not math.isfinite(ratio) else float(f"{ratio:.5g}")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

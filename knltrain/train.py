@@ -99,6 +99,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             mean_loss, norm = loss_sum / len(losses) / group.world_size, norm_sum / group.world_size
             run.progress = watch.judge(run.progress, lr, losses, mean_loss, norm)
             if not run.progress.skipped_in_a_row:
+                if log and run.trust_ratios_due(step + 1) and (ratios := engine.optimizer.trust_ratios(watch.norms)):
+                    log.write_trust_ratios(step + 1, run.epoch(step + 1), ratios)
                 engine.optimizer.step()
             step_s = time.perf_counter() - step_start
 

@@ -17,6 +17,7 @@ from knltrain.ops.native import why_not
 FIELDS = """
     data stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
     force-bf16 engine seed resume init-from workers on-bad label-smoothing optim.name optim.variant optim.lr
+    log-trust-ratios
     optim.lr-scaling optim.momentum optim.weight-decay optim.decay-on optim.trust-coefficient optim.eps schedule.name
     schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones schedule.gamma
     augment.name augment.resize augment.min-area augment.pad comm.backend comm.dtype comm.bucket-mb comm.compression

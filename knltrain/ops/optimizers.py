@@ -75,6 +75,14 @@ def lars_step(
     )
 
 
+def trust_ratio(
+    weight_norm: float, grad_norm: float, *, weight_decay: float, trust_coefficient: float, eps: float, clip: bool
+) -> float:
+    """Returns lam of :func:`lars_step`, for norms of a layer of which neither is zero."""
+    decay_norm = 0.0 if clip else weight_decay * weight_norm
+    return trust_coefficient * weight_norm / (grad_norm + decay_norm + eps)
+
+
 def sgd_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -146,8 +154,14 @@ def _lars(
             weight_norm = float(torch.linalg.vector_norm(param, dtype=torch.float64))
             grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
             if weight_norm != 0 and grad_norm != 0:  # a norm that is no number makes the rate no number
-                decay_norm = 0.0 if clip[index] else weight_decay[index] * weight_norm
-                lam = trust_coefficient[index] * weight_norm / (grad_norm + decay_norm + eps[index])
+                lam = trust_ratio(
+                    weight_norm,
+                    grad_norm,
+                    weight_decay=weight_decay[index],
+                    trust_coefficient=trust_coefficient[index],
+                    eps=eps[index],
+                    clip=clip[index],
+                )
                 rate = (rate if lam > rate else lam) if clip[index] else rate * lam
                 rate = _LARGEST if rate > _LARGEST else rate
         buffer.mul_(momentum[index]).add_(grad, alpha=rate)

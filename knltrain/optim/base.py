@@ -86,6 +86,17 @@ class MasterOptimizer(torch.optim.Optimizer):
             self._update(params, grads, buffers, copies, groups)
         return loss
 
+    def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+        """What the next :meth:`step` scales each layer's learning rate by; nothing where layers have no rates.
+
+        Args:
+            norms: of the gradients that it takes, by the names of the parameter groups.
+
+        Returns:
+            By the groups' kinds, the ratios by name; None where a norm is zero, and the rate is the global one.
+        """
+        return {}
+
     def _update(
         self,
         params: list[Tensor],

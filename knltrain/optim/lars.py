@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from knltrain.ops.optimizers import lars_step
+from knltrain.ops.optimizers import lars_step, trust_ratio
 from knltrain.optim.base import MasterOptimizer
 
 
@@ -76,6 +77,32 @@ class LARS(MasterOptimizer):
         # Of each parameter: its version after the last update, and the sum of its squares.
         self._squares: dict[Tensor, tuple[int, float]] = {}
 
+    def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
+        return {
+            group["kind"]: {
+                name: self._trust_ratio(parameter, norms[name], group)
+                for name, parameter in zip(group["names"], group["params"], strict=True)
+                if name in norms
+            }
+            for group in self.param_groups
+            if group["adapt"]
+        }
+
+    def _trust_ratio(self, parameter: Tensor, grad_norm: float, group: dict[str, Any]) -> float | None:
+        square = self._known_square(parameter)
+        known = not math.isnan(square)
+        weights = parameter.detach()
+        weight_norm = math.sqrt(square) if known else float(torch.linalg.vector_norm(weights, dtype=torch.float64))
+        if weight_norm == 0 or grad_norm == 0:
+            return None
+        numbers = {name: group[name] for name in ("weight_decay", "trust_coefficient", "eps", "clip")}
+        return trust_ratio(weight_norm, grad_norm, **numbers)
+
+    def _known_square(self, parameter: Tensor) -> float:
+        """The sum of squares that the update before found: good as long as nothing has written to the weights since."""
+        version, square = self._squares.get(parameter, (-1, math.nan))
+        return square if version == parameter._version else math.nan
+
     def _update(
         self,
         params: list[Tensor],
@@ -84,15 +111,7 @@ class LARS(MasterOptimizer):
         copies: list[Tensor],
         groups: list[dict[str, Any]],
     ) -> None:
-        # A norm that the update before found is good as long as nothing has written to the weights since.
-        squares = torch.tensor(
-            [
-                square if version == parameter._version else math.nan
-                for parameter in params
-                for version, square in [self._squares.get(parameter, (-1, math.nan))]
-            ],
-            dtype=torch.float64,
-        )
+        squares = torch.tensor([self._known_square(parameter) for parameter in params], dtype=torch.float64)
         lars_step(
             params,
             grads,
