@@ -34,6 +34,7 @@ from knltrain.metrics import MetricsLog, write_json
 from knltrain.models import model_of, refuse_unbuildable
 from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, resident_mb
+from knltrain.noise import NoiseScale
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.provenance import provenance
@@ -65,7 +66,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             if asked to stop, also during the evaluation: write a checkpoint, and end
     """
     config, engine, group, watch = run.config, run.engine, run.group, run.watch
-    model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
+    noise = NoiseScale(config, run.share, group)
+    model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried, noise.add)
     first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
     shape = (run.share.local_batch, 3, config.image_size, config.image_size)
@@ -82,6 +84,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                 param_group["lr"] = lr
             engine.optimizer.zero_grad(set_to_none=True)
             watch.begin_step()
+            noise.begin_step()
             for micro in range(run.share.accumulate):
                 wait_start = time.perf_counter()
                 images, labels = next(batches)
@@ -93,12 +96,16 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
                     (loss / run.share.accumulate).backward()
                 if micro < run.share.accumulate - 1:
+                    noise.end_micro_batch(micro, engine)
                     engine.optimizer.carry()
                 losses.append(loss.item())
-            loss_sum, norm_sum, stops = group.sum(sum(losses), watch.gradient_norm(), stop.requested)
+            loss_sum, norm_sum, squares, stops = group.sum(
+                sum(losses), watch.gradient_norm(), noise.squares, stop.requested
+            )
             mean_loss, norm = loss_sum / len(losses) / group.world_size, norm_sum / group.world_size
             run.progress = watch.judge(run.progress, lr, losses, mean_loss, norm)
             if not run.progress.skipped_in_a_row:
+                run.progress = noise.update(run.progress, squares, norm)
                 if log and run.trust_ratios_due(step + 1) and (ratios := engine.optimizer.trust_ratios(watch.norms)):
                     log.write_trust_ratios(step + 1, run.epoch(step + 1), ratios)
                 engine.optimizer.step()
@@ -108,7 +115,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             group.last_step = done
             row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr, "grad_norm": norm,
                    "images_per_s": config.global_batch / step_s, "data_s": data_s, "step_s": step_s,
-                   "comm_s": travel.on_wire, "exposed_comm_s": travel.exposed, "rss_mb": resident_mb()}  # fmt: skip
+                   "comm_s": travel.on_wire, "exposed_comm_s": travel.exposed, "rss_mb": resident_mb(),
+                   **noise.row(run.progress)}  # fmt: skip
             if log:
                 log.write(row)
             bar.step(row)

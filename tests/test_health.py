@@ -231,14 +231,14 @@ def test_smoothed_labels_do_not_change_what_chance_is():
 def test_the_gradients_norm_is_in_the_metrics(config, monkeypatch):
     """Over micro-batches it is the norm of their sum, as the optimizer takes it."""
     norms = []
-    step = trainer.Engine.gradients
+    taken = health.Watch.gradient_norm
 
-    def gradients(engine):
-        found = step(engine)
+    def gradient_norm(watch):
+        found = watch._engine.gradients()
         norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found.values())))
-        return found
+        return taken(watch)
 
-    monkeypatch.setattr(trainer.Engine, "gradients", gradients)
+    monkeypatch.setattr(health.Watch, "gradient_norm", gradient_norm)
     run(config, max_steps=3)
     logged = [row["grad_norm"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "loss" in row]
     assert logged == pytest.approx(norms, rel=1e-4)

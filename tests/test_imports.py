@@ -20,6 +20,7 @@ FLOORS = [
     {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict", "sweep"},
     {"resume"},
     {"run"},
+    {"noise"},
     {"health"},
     {"engine", "checkpoint", "metrics", "weights"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},

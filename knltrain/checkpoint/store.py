@@ -52,6 +52,8 @@ class Progress:
         steps_above_chance: the last steps in a row whose loss was that of a diverged run.
         rewinds: how often the run went back to a checkpoint.
         lr_factor: what the schedule's learning rate is multiplied by since.
+        gradient_signal: moving average of estimates of the squared norm of the noiseless gradient.
+        gradient_noise: likewise of the trace of the covariance of one image's gradient.
     """
 
     step: int
@@ -64,6 +66,8 @@ class Progress:
     steps_above_chance: int = 0
     rewinds: int = 0
     lr_factor: float = 1.0
+    gradient_signal: float = 0.0
+    gradient_noise: float = 0.0
 
 
 class _State(TypedDict):
@@ -251,12 +255,15 @@ def _newest_whole(out: Path, say: Callable[[str], None]) -> Path | None:
 def progress_of(state: Mapping[str, Any]) -> Progress:
     """The part of a checkpoint's state.json that says where the run stood.
 
+    What an earlier version did not keep begins as in a new run.
+
     Raises:
         KnltrainError: it does not say that.
     """
+    known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
     try:
-        return msgspec.convert({field.name: state[field.name] for field in fields(Progress)}, Progress)
-    except (KeyError, msgspec.ValidationError) as error:
+        return msgspec.convert(known, Progress)
+    except msgspec.ValidationError as error:
         raise KnltrainError(f"{_STATE} of another version: {error}") from None
 
 

@@ -4,6 +4,7 @@
 
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
@@ -62,7 +63,11 @@ class GradientClock:
 
 
 def data_parallel(
-    model: nn.Module, config: CommConfig, group: Group, carried: dict[Tensor, Tensor]
+    model: nn.Module,
+    config: CommConfig,
+    group: Group,
+    carried: dict[Tensor, Tensor],
+    look: Callable[[Tensor], None] | None = None,
 ) -> tuple[nn.Module, GradientClock]:
     """Wraps a model so that its gradients are the mean over the ranks; alone, returns the model itself.
 
@@ -72,6 +77,7 @@ def data_parallel(
         group: the ranks.
         carried: by parameter, float32 sums of the gradients of a step's earlier micro-batches; they join the last
             one's before it travels.
+        look: sees each bucket of this rank's own gradients before they are averaged; not with PowerSGD.
     """
     clock = GradientClock()
     if group.world_size == 1:
@@ -93,6 +99,8 @@ def data_parallel(
     def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
         add_carried(bucket)
+        if look:
+            look(buffer)
         sent = buffer.div_(group.world_size).to(wire)
         state.started()
 

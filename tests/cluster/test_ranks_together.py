@@ -16,6 +16,7 @@ from conftest import write_jpeg
 from safetensors.torch import save_file
 
 from knltrain.metrics import read_metrics
+from knltrain.noise import estimate
 
 # A rate at which three steps move the weights but do not blow rounding up: biases start at zero, and LARS moves a
 # parameter of zero norm by the whole learning rate.
@@ -85,6 +86,32 @@ def test_ranks_over_mpi_are_one_too(alone, image_folder, tmp_path):
     assert result.returncode == 0, result.stderr
     assert_equal_within_rounding(weights(tmp_path / "run"), weights(alone))
     assert "oneCCL obeys what was exported: CCL_ATL_TRANSPORT=mpi" in result.stdout
+
+
+@pytest.mark.parametrize("backend, wire", [("gloo", "fp32"), ("gloo", "bf16"), ("ccl", "fp32")])
+def test_the_noise_scale_compares_a_rank_with_all(backend, wire, image_folder, tmp_path):
+    """Of eight images each; the rate is so low that a rank alone sees them in two steps with the same weights."""
+    if backend == "ccl" and not ccl_is_here():
+        pytest.skip("no oneCCL in this environment")
+    quiet = ["--optim.lr", "1e-6", "--max-steps", "2", "--optim.weight-decay", "0"]
+    norms = {}
+    for name, command, more in (
+        ("eight", [sys.executable, "-m"], ["--global-batch", "8"]),
+        ("sixteen", [sys.executable, "-m"], ["--global-batch", "16", "--max-steps", "1"]),
+        ("two", TORCHRUN, ["--global-batch", "16", "--local-batch", "4", "--max-steps", "1",
+                           "--comm.backend", backend, "--comm.dtype", wire]),
+    ):  # fmt: skip
+        result = start(command, image_folder, tmp_path / name, *quiet, *more)
+        assert result.returncode == 0, result.stderr
+        rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        assert ("noise_scale" in rows[0]) == (name == "two")
+        norms[name] = [row["grad_norm"] for row in rows]
+    signal, scatter = estimate(8, sum(norm**2 for norm in norms["eight"]) / 2, 16, norms["sixteen"][0] ** 2)
+    (state,) = (tmp_path / "two" / "checkpoints").glob("*/state.json")
+    kept = json.loads(state.read_text())
+    rel = 0.02 if wire == "bf16" else 1e-3
+    assert kept["gradient_signal"] == pytest.approx(0.05 * signal, rel=rel)
+    assert kept["gradient_noise"] == pytest.approx(0.05 * scatter, rel=rel)
 
 
 def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
