@@ -17,6 +17,7 @@ import knltrain
 from knltrain import config as configuration
 from knltrain.cli_node import doctor, launch, plan
 from knltrain.cli_predict import predict
+from knltrain.cli_report import report
 from knltrain.cli_sweep import sweep
 from knltrain.command import JSON, STOPPED, reports_errors
 from knltrain.command import field_options as _field_options
@@ -45,6 +46,7 @@ main.add_command(doctor)
 main.add_command(launch)
 main.add_command(predict)
 main.add_command(sweep)
+main.add_command(report)
 
 _NO_STRICT = click.option(
     "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."

@@ -69,6 +69,7 @@ FLAGS = {
         "help",
         *(set(FIELDS.split()) - {"global-batch", "seed", "resume", "optim.name", "optim.lr", "optim.lr-scaling"}),
     },
+    "report": {"json", "help", "out"},
     "predict": {
         "json",
         "help",

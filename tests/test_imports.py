@@ -15,9 +15,9 @@ PACKAGE = Path(knltrain.__file__).parent
 FLOORS = [
     {"__main__"},
     {"cli"},
-    {"cli_node", "cli_predict", "cli_sweep"},
+    {"cli_node", "cli_predict", "cli_report", "cli_sweep"},
     {"command"},
-    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict", "sweep"},
+    {"train", "evaluate", "export", "bench", "tune", "prepare", "describe", "doctor", "predict", "report", "sweep"},
     {"resume"},
     {"run"},
     {"noise"},
@@ -46,6 +46,7 @@ WITHOUT_TORCH = [
     "cli",
     "cli_node",
     "cli_predict",
+    "cli_report",
     "cli_sweep",
     "sweep.plan",
     "command",
@@ -100,8 +101,9 @@ def test_answers_without_torch(module):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
-def test_predictions_need_no_torch():
-    rooms = [f"knltrain.predict.{path.stem}" for path in sorted((PACKAGE / "predict").glob("*.py"))]
+@pytest.mark.parametrize("verb", ["predict", "report"])
+def test_needs_no_torch(verb):
+    rooms = [f"knltrain.{verb}.{path.stem}" for path in sorted((PACKAGE / verb).glob("*.py"))]
     code = f"import sys; import {', '.join(rooms)}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 

@@ -1,0 +1,77 @@
+"""The verb that draws: what runs have logged, as one page and as figures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from knltrain.console import Console
+from knltrain.errors import KnltrainError, one_line
+from knltrain.report.draw import draw
+from knltrain.report.page import page
+from knltrain.report.runs import Run, name_apart, read_run
+
+# Names of the figures that a report writes.
+_OURS = re.compile(
+    r"(accuracy|loss|learning-rate|throughput|time|memory|noise-scale|trust-ratios(-[0-9]+)?)\.(svg|png)"
+)
+
+
+def report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
+    """Writes OUT/report.html, which needs nothing beside it, and OUT/figures/NAME.svg and NAME.png.
+
+    Args:
+        folders: of runs, finished or not.
+        out: where to; what an earlier report wrote there is overwritten.
+        console: told what is left out, and why.
+
+    Returns:
+        ``page``, ``figures``, ``runs`` with their results, and ``left_out`` with the reasons.
+
+    Raises:
+        KnltrainError: none of the folders is that of a run.
+    """
+    runs: list[Run] = []
+    left_out = []
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            console.warn(f"{folder} is named twice; it is drawn once")
+            continue
+        seen.add(folder.resolve())
+        try:
+            run, problems = read_run(folder)
+        except KnltrainError as error:
+            left_out.append({"path": one_line(str(folder)), "why": str(error)})
+            if len(folders) > 1:
+                console.warn(f"{error}; it is left out")
+            continue
+        for problem in problems:
+            console.warn(problem)
+        runs.append(run)
+    if not runs:
+        raise KnltrainError(left_out[0]["why"] if len(left_out) == 1 else f"none of {len(folders)} folders is a run's")
+    runs = name_apart(runs)
+    pictures = draw(runs)
+    (out / "figures").mkdir(parents=True, exist_ok=True)
+    for path in (out / "figures").iterdir():
+        if _OURS.fullmatch(path.name):  # an earlier report may have had others
+            path.unlink()
+    figures = []
+    for picture in pictures:
+        for suffix, content in picture.files.items():
+            path = out / "figures" / f"{picture.name}.{suffix}"
+            path.write_bytes(content)
+            figures.append(str(path))
+    (out / "report.html").write_text(page(runs, pictures), "utf-8")
+    return {
+        "page": str(out / "report.html"),
+        "figures": figures,
+        "runs": [
+            {"name": run.name, "path": one_line(str(run.path)), "finished": run.finished, **run.results()}
+            for run in runs
+        ],
+        "left_out": left_out,
+    }

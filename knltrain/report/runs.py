@@ -1,0 +1,260 @@
+"""What the folders of runs hold, for drawing: nothing in them is taken for granted."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.config import flatten
+from knltrain.errors import KnltrainError, one_line
+from knltrain.files import open_regular
+
+Column = NDArray[np.float64]
+
+# Bytes of a JSON file, and of a row; ResNet-50's trust ratios take 6 kB.
+_LARGEST_FILE, _LONGEST_ROW = 1 << 24, 1 << 20
+# Characters of a value that are shown.
+_SHOWN = 120
+# Of the last part of a run, the noise scale that is told for the whole.
+_LAST_PART = 0.2
+
+
+class _Row(msgspec.Struct):
+    """A line of metrics.jsonl: of a step if it has a loss, of an evaluation if it has a top-1."""
+
+    step: int
+    epoch: float
+    loss: float | None = None
+    lr: float | None = None
+    images_per_s: float | None = None
+    data_s: float | None = None
+    step_s: float | None = None
+    comm_s: float | None = None
+    exposed_comm_s: float | None = None
+    rss_mb: float | None = None
+    noise_scale: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    val_loss: float | None = None
+
+
+_FIELDS = _Row.__struct_fields__
+
+
+class _RatioRow(msgspec.Struct):
+    """A line of trust_ratios.jsonl."""
+
+    step: int
+    epoch: float
+    weight: dict[str, float | None] = {}
+    norm: dict[str, float | None] = {}
+    bias: dict[str, float | None] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class TrustRatios:
+    """Trust ratios of a run.
+
+    Attributes:
+        epochs: when, T numbers.
+        names: of the parameters, by kind (weight, norm, bias), in the network's order; kinds without any are not there.
+        ratios: by kind, T x parameters; NaN where the rate was the global one.
+    """
+
+    epochs: Column
+    names: dict[str, list[str]]
+    ratios: dict[str, Column]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run as its folder tells it.
+
+    Attributes:
+        path: the folder, as it was named.
+        name: a short one, of printable characters; different for each run of a report.
+        settings: what it was made with, by dotted name, for people: configuration, plan, processor and versions.
+        global_batch: images of a step; None where config.json does not say.
+        finished: whether summary.json says so.
+        peak_rss_mb: what summary.json says, MiB.
+        steps: by the names of metrics.jsonl, a number for each step; NaN where there is none.
+        evaluations: likewise for each evaluation.
+        trust_ratios: None where none were logged.
+    """
+
+    path: Path
+    name: str
+    settings: dict[str, str]
+    global_batch: int | None
+    finished: bool
+    peak_rss_mb: float | None
+    steps: dict[str, Column]
+    evaluations: dict[str, Column]
+    trust_ratios: TrustRatios | None
+
+    def results(self) -> dict[str, float | None]:
+        """What came of it, by the names of summary.json; None where the folder does not say."""
+        steps, evaluations = self.steps, self.evaluations
+        train_s = _sum(steps["step_s"])
+        noise = steps["noise_scale"][-max(1, round(_LAST_PART * len(steps["step"]))) :]
+        noise = noise[np.isfinite(noise)]
+        rss = _last(steps["rss_mb"], np.nanmax)
+        return {
+            "top1": _last(evaluations["top1"]),
+            "best_top1": _last(evaluations["top1"], np.nanmax),
+            "top5": _last(evaluations["top5"]),
+            "val_loss": _last(evaluations["val_loss"]),
+            "loss": _last(steps["loss"]),
+            "epochs": _last(steps["epoch"]),
+            "steps": _last(steps["step"]),
+            "images_per_s": self.global_batch * len(steps["step"]) / train_s if self.global_batch and train_s else None,
+            "train_s": train_s,
+            "data_fraction": _fraction(steps["data_s"], train_s),
+            "comm_fraction": _fraction(steps["comm_s"], train_s),
+            "exposed_comm_fraction": _fraction(steps["exposed_comm_s"], train_s),
+            "peak_rss_mb": self.peak_rss_mb or rss,
+            "noise_scale": float(np.median(noise)) if len(noise) else None,
+        }
+
+
+def _last(values: Column, choose: Any = lambda known: known[-1]) -> float | None:
+    known = values[np.isfinite(values)]
+    return float(choose(known)) if len(known) else None
+
+
+def _sum(values: Column) -> float | None:
+    return float(np.nansum(values)) or None
+
+
+def _fraction(values: Column, whole: float | None) -> float | None:
+    return float(np.nansum(values)) / whole if whole and np.isfinite(values).any() else None
+
+
+def read_run(path: Path) -> tuple[Run, list[str]]:
+    """Reads a run's folder.
+
+    Returns:
+        The run, and a line for each part of it that cannot be read and is left out.
+
+    Raises:
+        KnltrainError: it is no run's folder.
+    """
+    if not path.is_dir():
+        raise KnltrainError(f"{path}: {'no folder' if path.exists() else 'no such folder'}; give the folders of runs")
+    record = _object(path / "config.json")
+    if record is None or not isinstance(record.get("config"), dict):
+        why = "its config.json is not that of a run" if (path / "config.json").exists() else "no config.json in it"
+        raise KnltrainError(f"{path}: not the folder of a run: {why}")
+    problems: list[str] = []
+    summary = _object(path / "summary.json") or {}
+    if not summary and (path / "summary.json").exists():
+        problems.append(f"{path}/summary.json cannot be read, and is left out")
+    rows: list[tuple[Any, ...]] = []
+    for row in _rows(path / "metrics.jsonl", _Row, problems):
+        rows.append(tuple(getattr(row, name) for name in _FIELDS))
+    if not rows:
+        problems.append(f"{path} has no step in its metrics.jsonl yet")
+    numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(_FIELDS))
+    loss, top1 = (numbers[:, _FIELDS.index(name)] for name in ("loss", "top1"))
+    # A step without a finite loss has null for it.
+    evaluation = np.isfinite(top1)
+    batch, peak = record["config"].get("global_batch"), summary.get("peak_rss_mb")
+    return Run(
+        path,
+        one_line(path.name or str(path)),
+        _settings(record),
+        batch if isinstance(batch, int) and 0 < batch < 1 << 53 else None,
+        summary.get("finished") is True,
+        float(peak) if isinstance(peak, int | float) and math.isfinite(peak) else None,
+        _columns(numbers[~evaluation | np.isfinite(loss)]),
+        _columns(numbers[evaluation]),
+        _trust_ratios(path / "trust_ratios.jsonl", problems),
+    ), problems
+
+
+def name_apart(runs: Sequence[Run]) -> list[Run]:
+    """Gives runs whose folders have the same name as much of their paths as tells them apart."""
+    parts = [Path(os.path.abspath(run.path)).parts for run in runs]
+    named = []
+    for run, own in zip(runs, parts, strict=True):
+        others = [other for other in parts if other is not own]
+        length = next((n for n in range(1, len(own)) if not any(other[-n:] == own[-n:] for other in others)), len(own))
+        named.append(dataclasses.replace(run, name=one_line("/".join(own[-length:]))))
+    return named
+
+
+def _columns(numbers: Column) -> dict[str, Column]:
+    return {name: numbers[:, index] for index, name in enumerate(_FIELDS)}
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    """A JSON object that a file holds; None where there is none."""
+    try:
+        with open_regular(path) as file:
+            value = json.loads(file.read(_LARGEST_FILE))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _rows(path: Path, kind: type[Any], problems: list[str]) -> Iterator[Any]:
+    """The rows of a file up to the first that is none; the last line may be one that a crash cut short."""
+    decode = msgspec.json.Decoder(kind).decode
+    try:
+        with open_regular(path) as file:
+            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_ROW), b""), 1):
+                try:
+                    yield decode(line)
+                except (ValueError, RecursionError):
+                    if file.read(1):
+                        problems.append(f"{path}: line {number} is no row; it and all after it are left out")
+                    return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problems.append(f"{path} cannot be read ({error.strerror}), and is left out")
+
+
+def _settings(record: Mapping[str, Any]) -> dict[str, str]:
+    plan = record.get("plan")
+    versions = record.get("versions")
+    chosen = {
+        **{name: value for name, value in flatten(record["config"]).items() if name not in ("out", "resume")},
+        **{f"plan.{name}": plan.get(name) for name in _PLAN if isinstance(plan, dict)},
+        "cpu": record.get("cpu"),
+        **{f"versions.{name}": versions.get(name) for name in ("knltrain", "torch") if isinstance(versions, dict)},
+    }
+    return {one_line(str(name)): _for_people(value) for name, value in chosen.items()}
+
+
+_PLAN = ("world_size", "ranks_per_node", "threads", "local_batch", "accumulate", "precision", "engine", "kernels",
+         "backend")  # fmt: skip
+
+
+def _for_people(value: object) -> str:
+    if value is None or value == "":
+        return "–"
+    text = value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value)
+    text = one_line(text)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _trust_ratios(path: Path, problems: list[str]) -> TrustRatios | None:
+    rows = list(_rows(path, _RatioRow, problems))
+    if not rows:
+        return None
+    names = {kind: list(getattr(rows[0], kind)) for kind in ("weight", "norm", "bias") if getattr(rows[0], kind)}
+    ratios = {
+        kind: np.array([[getattr(row, kind).get(name) for name in listed] for row in rows], dtype=np.float64)
+        for kind, listed in names.items()
+    }
+    return TrustRatios(np.array([row.epoch for row in rows]), names, ratios) if names else None
