@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from knltrain import __version__
 from knltrain.report.draw import Picture, colours
@@ -68,9 +67,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         results=_results(runs),
         differing=[(name, values[name]) for name in differing],
         common=[(name, values[name][0]) for name in names if name not in differing and values[name][0] != "–"],
-        pictures=[
-            {"title": one.title, "caption": one.caption, "wide": one.wide, "svg": Markup(one.svg)} for one in pictures
-        ],
+        pictures=[{"title": one.title, "caption": one.caption, "wide": one.wide, "svg": one.svg} for one in pictures],
         missing=_missing(pictures),
         subject=" on ".join(values[name][0] for name in ("model", "data") if len(set(values.get(name, ()))) == 1),
     )

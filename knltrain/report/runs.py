@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -22,6 +22,8 @@ Column = NDArray[np.float64]
 
 # Bytes of a JSON file, and of a row; ResNet-50's trust ratios take 6 kB.
 _LARGEST_FILE, _LONGEST_ROW = 1 << 24, 1 << 20
+# What no run has of anything, and no axis has room for, is as if it were not known.
+_LARGEST = 1e15
 # Characters of a value that are shown.
 _SHOWN = 120
 # Of the last part of a run, the noise scale that is told for the whole.
@@ -54,7 +56,7 @@ class _RatioRow(msgspec.Struct):
     """A line of trust_ratios.jsonl."""
 
     step: int
-    epoch: float
+    epoch: Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
     weight: dict[str, float | None] = {}
     norm: dict[str, float | None] = {}
     bias: dict[str, float | None] = {}
@@ -163,7 +165,7 @@ def read_run(path: Path) -> tuple[Run, list[str]]:
         rows.append(tuple(getattr(row, name) for name in _FIELDS))
     if not rows:
         problems.append(f"{path} has no step in its metrics.jsonl yet")
-    numbers = np.array(rows, dtype=np.float64).reshape(len(rows), len(_FIELDS))
+    numbers = _sane(np.array(rows, dtype=np.float64)).reshape(len(rows), len(_FIELDS))
     loss, top1 = (numbers[:, _FIELDS.index(name)] for name in ("loss", "top1"))
     # A step without a finite loss has null for it.
     evaluation = np.isfinite(top1)
@@ -254,7 +256,11 @@ def _trust_ratios(path: Path, problems: list[str]) -> TrustRatios | None:
         return None
     names = {kind: list(getattr(rows[0], kind)) for kind in ("weight", "norm", "bias") if getattr(rows[0], kind)}
     ratios = {
-        kind: np.array([[getattr(row, kind).get(name) for name in listed] for row in rows], dtype=np.float64)
+        kind: _sane(np.array([[getattr(row, kind).get(name) for name in listed] for row in rows], dtype=np.float64))
         for kind, listed in names.items()
     }
     return TrustRatios(np.array([row.epoch for row in rows]), names, ratios) if names else None
+
+
+def _sane(numbers: Column) -> Column:
+    return np.where(np.abs(numbers) <= _LARGEST, numbers, np.nan)
