@@ -31,6 +31,8 @@ _DATA, _COMPUTE, _COMM = "#d97706", "#2563eb", "#db2777"
 _POINTS = 300
 # Of a curve, points that are few enough to be marked.
 _MARKED = 30
+# A loss so many times the least is that of a run that has diverged, and leaves the others no room on a linear axis.
+_LOSSES = 300
 # Characters of a run's name in a figure.
 _LONGEST_NAME = 40
 _LAYERS_NAMED = 24
@@ -167,6 +169,9 @@ def _loss(axes: Axes, run: Run, colour: str, gid: str) -> bool:
     axes.plot(epochs, loss, color=colour, lw=1.1, alpha=0.75, gid=gid, **_dots(epochs))
     evaluated, validation = _known(run.evaluations["epoch"], run.evaluations["val_loss"])
     axes.plot(evaluated, validation, "o", color=colour, ms=3.2, mfc="white", mew=1.1, gid=gid)
+    low, high = axes.dataLim.intervaly
+    if 0 < _LOSSES * low < high:
+        axes.set_yscale("log")
     return bool(len(epochs) or len(evaluated))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from knltrain import __version__
+from knltrain.errors import one_line
 from knltrain.report.draw import Picture, colours
 from knltrain.report.runs import Run
 
@@ -61,7 +62,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
         version=__version__,
         date=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         runs=[
-            {"name": run.name, "path": str(run.path), "colour": colour, "finished": run.finished}
+            {"name": run.name, "path": one_line(str(run.path)), "colour": colour, "finished": run.finished}
             for run, colour in zip(runs, colours(len(runs)), strict=True)
         ],
         results=_results(runs),

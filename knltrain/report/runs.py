@@ -68,7 +68,8 @@ class TrustRatios:
 
     Attributes:
         epochs: when, T numbers.
-        names: of the parameters, by kind (weight, norm, bias), in the network's order; kinds without any are not there.
+        names: of the parameters, for people, by kind (weight, norm, bias), in the network's order; kinds without any
+            are not there.
         ratios: by kind, T x parameters; NaN where the rate was the global one.
     """
 
@@ -259,7 +260,8 @@ def _trust_ratios(path: Path, problems: list[str]) -> TrustRatios | None:
         kind: _sane(np.array([[getattr(row, kind).get(name) for name in listed] for row in rows], dtype=np.float64))
         for kind, listed in names.items()
     }
-    return TrustRatios(np.array([row.epoch for row in rows]), names, ratios) if names else None
+    shown = {kind: [one_line(name) for name in listed] for kind, listed in names.items()}
+    return TrustRatios(np.array([row.epoch for row in rows]), shown, ratios) if names else None
 
 
 def _sane(numbers: Column) -> Column:

@@ -54,9 +54,10 @@ def browse(chromium, url, folder, *arguments):
     kinds = {number: kind for kind, number in network["constants"]["logEventTypes"].items()}
     # What the browser asks for itself has no page for its origin.
     asked = [
-        event["params"]["url"]
+        params["url"]
         for event in network["events"]
-        if kinds[event["type"]] == "URL_REQUEST_START_JOB" and event["params"].get("initiator") != "not an origin"
+        if kinds[event["type"]] == "URL_REQUEST_START_JOB" and "url" in (params := event.get("params", {}))
+        if params["initiator"] != "not an origin"
     ]
     return result.stdout, said, asked
 

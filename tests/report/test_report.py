@@ -165,9 +165,8 @@ def test_nothing_is_waited_for(tmp_path, name):
 
 @pytest.mark.parametrize(
     "line",
-    [b'{"step": "3", "epoch": 1}', b'{"step": 3, "epoch": 1e400}', b'{"step": 3}', b"[]", b"\xff", b'{"step": 3, "epoch": NaN}',
-     b"[" * 100000,
-     b'{"step": 3, "epoch": 1, "loss": [1]}', b"x" * (3 << 20)],
+    [b'{"step": "3", "epoch": 1}', b'{"step": 3, "epoch": 1e400}', b'{"step": 3}', b"[]", b"\xff", b"[" * 100000,
+     b'{"step": 3, "epoch": NaN}', b'{"step": 3, "epoch": 1, "loss": [1], "weight": 3}', b"x" * (3 << 20)],
 )  # fmt: skip
 def test_damage_in_the_middle_is_said(tmp_path, line):
     folder = run_folder(tmp_path / "run", ratios=RATIOS)
