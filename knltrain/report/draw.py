@@ -95,10 +95,11 @@ def draw(runs: Sequence[Run]) -> list[Picture]:
         _curves(runs, "learning-rate", "Learning rate", "The global rate, before any layer's trust ratio.",
                 _series("lr", "learning rate")),
         _curves(runs, "throughput", "Throughput", "Images trained on per second over all ranks, evaluations and "
-                "checkpoints not counted; of many steps the mean.", _series("images_per_s", "images/s"), bottom=0),
+                "checkpoints not counted; of many steps the mean.", _series("images_per_s", "images/s"),
+                from_zero=True),
         _time_split(runs),
         _curves(runs, "memory", "Memory", "Resident memory of the first rank.",
-                _series("rss_mb", "MiB"), bottom=0),
+                _series("rss_mb", "MiB"), from_zero=True),
         _curves(runs, "noise-scale", "Noise scale against the batch", "The simple noise scale; dashed, the batch that "
                 "the run used. While the scale is well above the batch, a larger batch needs almost proportionally "
                 "fewer steps; where it is below, a larger batch saves hardly any.", _noise),
@@ -127,7 +128,8 @@ def _curves(
     title: str,
     caption: str,
     plot: Callable[[Axes, Run, str, str], bool],
-    bottom: float | None = None,
+    *,
+    from_zero: bool = False,
 ) -> Picture | None:
     """A figure with a curve of each run over the epochs; ``plot`` says whether the run has one."""
     with _styled():
@@ -142,7 +144,8 @@ def _curves(
             return None
         axes.set_xlabel("epoch")
         axes.margins(x=0.02)
-        axes.set_ylim(bottom=bottom)
+        if from_zero:
+            axes.set_ylim(0, 1.06 * max(axes.dataLim.intervaly[1], 1e-9))
         if axes.get_yscale() == "log":
             _number_decades(axes.yaxis, *axes.get_ylim())
         svg = _svg(figure, name, runs)

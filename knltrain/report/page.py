@@ -8,7 +8,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from knltrain import __version__
+import knltrain
 from knltrain.errors import one_line
 from knltrain.report.draw import Picture, colours
 from knltrain.report.runs import Run
@@ -59,7 +59,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     several = len(runs) > 1
     differing = [name for name in names if several and (name in _ALWAYS or len(set(values[name])) > 1)]
     return environment.get_template("page.html").render(
-        version=__version__,
+        version=knltrain.__version__,
         date=datetime.datetime.now().astimezone().strftime("%d %B %Y, %H:%M"),
         runs=[
             {"name": run.name, "path": one_line(str(run.path)), "colour": colour, "finished": run.finished}
