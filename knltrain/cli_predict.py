@@ -205,12 +205,21 @@ def _accounting(
     console: Console, config: configuration.RunConfig, nodes: Sequence[int], batches: Sequence[int] | None,
     images: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    from knltrain.predict.accounting import BATCHES, accounting
-    from knltrain.predict.tables import accounting_table, show
+    from knltrain.predict.accounting import BATCHES, accounting, course
+    from knltrain.predict.tables import accounting_table, course_table, show
     from knltrain.recipes import IMAGENET_IMAGES
 
+    found: list[dict[str, Any]] = []
+    if config.schedule.image_sizes or config.schedule.batches:
+        if batches:
+            raise ConfigError(f"--batches: {config.recipe} changes batch or image size in its course; leave it out")
+        for count in nodes:
+            rows = course(config, nodes=count, images=images or IMAGENET_IMAGES)
+            title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
+            show(console, course_table(rows, title))
+            found += [{"nodes": count, **row} for row in rows]
+        return found
     itemsize = 2 if config.comm.dtype == "bf16" else 4
-    found = []
     for count in nodes:
         rows = accounting(config.model, image_size=config.image_size, epochs=config.epochs, nodes=count,
                           batches=batches or BATCHES, images=images or IMAGENET_IMAGES, itemsize=itemsize)  # fmt: skip

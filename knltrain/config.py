@@ -39,14 +39,18 @@ Side = Annotated[int, Meta(ge=8, le=8192, extra={"unit": "pixels"})]
 # Of a text, characters: twice the longest path that Linux opens.
 _LONGEST = 8192
 
-OptimizerName = Literal["lars", "sgd"]
+OptimizerName = Literal["lars", "lamb", "sgd"]
 VariantName = Literal["paper", "mlperf", "larc", "heavy-ball", "nesterov"]
 ScheduleName = Literal["poly", "poly-after-warmup", "step", "constant"]
 AugmentName = Literal["none", "crop-flip", "rrc", "pad-crop-flip"]
 Precision = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "fused", "eager", "compile", "ipex"]
 
-VARIANTS: dict[str, tuple[str, ...]] = {"lars": ("paper", "mlperf", "larc"), "sgd": ("heavy-ball", "nesterov")}
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "lars": ("paper", "mlperf", "larc"),
+    "lamb": ("paper", "mlperf"),
+    "sgd": ("heavy-ball", "nesterov"),
+}
 
 
 def _field(default: Any, help: str) -> Any:
@@ -58,27 +62,34 @@ class OptimConfig:
     """The optimizer, in the terms of ``knltrain.optim``."""
 
     name: OptimizerName = _field("lars", "optimizer; each has variants of its own")
-    variant: VariantName = _field("paper", "paper, mlperf and larc are of lars, heavy-ball and nesterov of sgd")
+    variant: VariantName = _field(
+        "paper", "paper, mlperf and larc are of lars, paper and mlperf of lamb, heavy-ball and nesterov of sgd"
+    )
     lr: Positive = _field(1.0, "peak learning rate; with lr-scaling linear, per 256 images of global batch")
     lr_scaling: Literal["none", "linear"] = _field("none", "linear: the peak is lr x global batch / 256")
-    momentum: Fraction = _field(0.9, "momentum")
+    momentum: Fraction = _field(0.9, "momentum; of lamb, of the first moment")
+    beta2: Fraction = _field(0.999, "lamb: fraction of the second moment that stays")
     weight_decay: NotNegative = _field(5e-4, "weight decay")
     decay_on: Literal["all", "not-norm", "weights"] = _field(
         "all", "which parameters decay: all, all but batch norm's, or neither batch norm's nor biases"
     )
     trust_coefficient: Positive = _field(0.001, "eta of LARS")
-    eps: NotNegative = _field(0.0, "added to the denominator of the trust ratio of LARS")
+    eps: NotNegative = _field(
+        0.0, "added to the denominator of the trust ratio of LARS, or to the root of LAMB's second moment"
+    )
 
     def __post_init__(self) -> None:
         if self.variant not in VARIANTS[self.name]:
             raise ConfigError(
                 f"optim.variant: {self.name} has no variant {self.variant!r}; it has {', '.join(VARIANTS[self.name])}"
             )
+        if self.name == "lamb" and not self.eps:
+            raise ConfigError("optim.eps 0: lamb divides by it where gradients are zero; 1e-6 is usual")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over time; the formulas are in ``knltrain.schedule``."""
+    """What changes over time: learning rate, image size, batch; the formulas are in ``knltrain.schedule``."""
 
     name: ScheduleName = _field("poly", "poly counts from step 0, poly-after-warmup from the end of warm-up")
     warmup_epochs: EpochsFromZero = _field(0.0, "length of the linear warm-up, in epochs")
@@ -89,6 +100,30 @@ class ScheduleConfig:
         (30.0, 60.0, 80.0), "step: epochs at which the rate is multiplied"
     )
     gamma: Annotated[float, Meta(gt=0, le=10)] = _field(0.1, "step: the factor at each milestone")
+    image_sizes: Annotated[tuple[Side, ...], Meta(max_length=20)] = _field(
+        (), "progressive resizing: the sizes that training begins with, before image-size, which is what is evaluated"
+    )
+    image_size_epochs: Annotated[tuple[Epochs, ...], Meta(max_length=20)] = _field(
+        (), "the epochs at which each of image-sizes ends"
+    )
+    batches: Annotated[tuple[Images, ...], Meta(max_length=20)] = _field(
+        (), "batch-size warm-up: the batches that training begins with, before global-batch"
+    )
+    batch_epochs: Annotated[tuple[Epochs, ...], Meta(max_length=20)] = _field(
+        (), "the epochs at which each of batches ends"
+    )
+
+    def __post_init__(self) -> None:
+        for name, values, epochs in (
+            ("image-size", self.image_sizes, self.image_size_epochs),
+            ("batch", self.batches, self.batch_epochs),
+        ):
+            if len(values) != len(epochs) or list(epochs) != sorted(set(epochs)):
+                shown = ",".join(f"{epoch:g}" for epoch in epochs) or "none"
+                raise ConfigError(
+                    f"schedule.{name}-epochs: {shown}; give {len(values)} that rise, one for the end of each of "
+                    f"schedule.{name}{'es' if name == 'batch' else 's'}"
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +137,9 @@ class AugmentConfig:
     min_area: Annotated[float, Meta(ge=1e-6, le=1)] = _field(0.08, "rrc: smallest part of the image's area")
     pad: Annotated[int, Meta(ge=0, le=8192, extra={"unit": "pixels"})] = _field(
         4, "pad-crop-flip: black border on each side, pixels"
+    )
+    collapse_epochs: EpochsFromZero = _field(
+        0.0, "the last epochs are trained on what evaluation sees of an image, without augmentation"
     )
 
 
@@ -205,6 +243,9 @@ class RunConfig:
     log_trust_ratios: bool = _field(
         False, "write the trust ratio of each layer to OUT/trust_ratios.jsonl, at about a thousand steps of the run"
     )
+    ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = _field(
+        None, "evaluate and save the moving average of the weights, of which each step leaves this part; default none"
+    )
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
     augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
@@ -217,13 +258,32 @@ class RunConfig:
             raise ConfigError(
                 f"augment.resize {self.resize} is smaller than image-size {self.image_size}: there is no such crop"
             )
+        if self.schedule.image_sizes and max(self.schedule.image_sizes) > self.image_size:
+            raise ConfigError(
+                f"schedule.image-sizes {max(self.schedule.image_sizes)} is larger than image-size {self.image_size}, "
+                "which is what training ends with and what is evaluated"
+            )
 
     @property
     def peak_lr(self) -> float:
         """The peak learning rate, after the linear scaling rule (Goyal et al. 2017, section 2.1) where asked for."""
+        return self.peak_lr_at(self.global_batch)
+
+    def peak_lr_at(self, batch: int) -> float:
+        """The peak learning rate of steps of so many images."""
         if self.optim.lr_scaling == "linear":
-            return self.optim.lr * self.global_batch / 256
+            return self.optim.lr * batch / 256
         return self.optim.lr
+
+    def at_size(self, image_size: int) -> RunConfig:
+        """The same with images of another size in pixels, out of images that are scaled as much more or less."""
+        resize = round(self.resize * image_size / self.image_size)
+        return dataclasses.replace(
+            self,
+            image_size=image_size,
+            schedule=dataclasses.replace(self.schedule, image_sizes=(), image_size_epochs=()),
+            augment=dataclasses.replace(self.augment, resize=resize),
+        )
 
     @property
     def resize(self) -> int:
@@ -361,8 +421,9 @@ def _shown(value: object) -> str:
 # What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
 _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
-    "optim.eps": ("optim.name lars", lambda c: c.optim.name == "lars"),
     "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "optim.eps": ("optim.name lars or lamb", lambda c: c.optim.name != "sgd"),
+    "optim.beta2": ("optim.name lamb", lambda c: c.optim.name == "lamb"),
     "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
     "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
     "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
@@ -370,6 +431,7 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "schedule.milestones": ("schedule.name step", lambda c: c.schedule.name == "step"),
     "schedule.gamma": ("schedule.name step", lambda c: c.schedule.name == "step"),
     "augment.min_area": ("augment.name rrc", lambda c: c.augment.name == "rrc"),
+    "augment.collapse_epochs": ("another augment.name than none", lambda c: c.augment.name != "none"),
     "augment.pad": ("augment.name pad-crop-flip", lambda c: c.augment.name == "pad-crop-flip"),
     "comm.powersgd_rank": ("comm.compression powersgd", lambda c: c.comm.compression == "powersgd"),
     "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),

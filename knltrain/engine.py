@@ -149,7 +149,9 @@ def refuse_missing_parts(asked: str) -> None:
             )
 
 
-def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer) -> Engine:
+def build_engine(
+    name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer, *, shapes_vary: bool = False
+) -> Engine:
     """Prepares a model and its optimizer for training.
 
     Args:
@@ -157,6 +159,7 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
         precision: as :func:`choose_precision` resolved it.
         model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
+        shapes_vary: batches change in size or in the size of their images.
     """
     model.train()
     masters = {}
@@ -165,8 +168,9 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
         if precision == "bf16":
             masters = _use_working_copies(model, optimizer)
     elif name == "compile":
-        # In place, so that names in state dicts stay as they are.
-        model.compile()
+        # In place, so that names in state dicts stay as they are. Where shapes vary, each is compiled by itself: the
+        # second would give code for any shape, but not in a run that goes on with the second, and so other bits.
+        model.compile(dynamic=False if shapes_vary else None)
     elif name == "ipex":
         model, optimizer = _ipex_optimize(model, optimizer, DTYPES[precision])
     return Engine(name, precision, model, optimizer, masters)

@@ -24,6 +24,7 @@ from knltrain.data.order import samples
 from knltrain.engine import Engine
 from knltrain.errors import KnltrainError
 from knltrain.ops.native import isa
+from knltrain.schedule import Timetable
 
 # So much above chance a loss counts as diverged. A network that has learnt nothing yet is within a hundredth of chance.
 _ABOVE_CHANCE = 1.05
@@ -45,7 +46,8 @@ class Watch:
         out: the run's folder.
         group: the ranks.
         engine: whose gradients and weights are looked at.
-        share: of every global batch, this rank's part.
+        timetable: of the run.
+        shares: this rank's part of every batch of each phase.
         dataset: the training set.
         warn: told what is done about a bad step, where the run goes on.
 
@@ -59,15 +61,17 @@ class Watch:
         out: Path,
         group: Group,
         engine: Engine,
-        share: Share,
+        timetable: Timetable,
+        shares: Sequence[Share],
         dataset: Dataset,
         warn: Callable[[str], None],
     ) -> None:
-        self._config, self._out, self._group, self._engine, self._share = config, out, group, engine, share
+        self._config, self._out, self._group, self._engine = config, out, group, engine
+        self._timetable, self._shares = timetable, shares
         self._images, self._warn = len(dataset), warn
         # Of a network that takes all classes for equally likely; smoothing the labels does not change it.
         self._diverged = _ABOVE_CHANCE * math.log(max(2, len(dataset.classes)))
-        self._quiet_steps = max(config.schedule.warmup_epochs, 1.0) * len(dataset) / config.global_batch
+        self._quiet_epochs = max(config.schedule.warmup_epochs, 1.0)
         self._buffers: list[Tensor] = list(engine.model.buffers()) if config.health.policy == "skip" else []
         self._before: list[Tensor] = []
         self.norms: dict[str, float] = {}
@@ -103,7 +107,7 @@ class Watch:
         health = self._config.health
         if math.isfinite(mean_loss) and math.isfinite(norm):
             above = progress.steps_above_chance + 1 if mean_loss > self._diverged else 0
-            above = above if progress.step >= self._quiet_steps else 0
+            above = above if self._timetable.epoch(progress.step) >= self._quiet_epochs else 0
             if health.divergence_steps and above >= health.divergence_steps:
                 raise KnltrainError(self._diverged_at(progress.step + 1, mean_loss, lr))
             return dataclasses.replace(progress, skipped_in_a_row=0, steps_above_chance=above)
@@ -190,7 +194,7 @@ class Watch:
         folder = self._out / "failed" / f"step-{step:08}"
         batches = [
             samples(self._config.seed, self._images, first, stop).tolist()
-            for first, stop in self._share.ranges(progress.step)
+            for first, stop in self._shares[self._timetable.index(progress.step)].ranges(progress.step)
         ]
         rank = self._group.rank
         mine = {"rank": rank, "host": self._group.hosts[rank], "losses": losses, "samples": batches}
@@ -238,7 +242,7 @@ class Watch:
         return " and ".join(named) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
     def _epoch(self, step: int) -> float:
-        return step * self._config.global_batch / self._images
+        return self._timetable.epoch(step)
 
 
 def norm_of(gradients: Iterable[Tensor]) -> float:

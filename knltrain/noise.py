@@ -32,24 +32,30 @@ class NoiseScale:
 
     Args:
         config: of the run.
-        share: of every global batch, this rank's part.
         group: the ranks.
 
     Attributes:
-        is_defined: whether there are two sizes of batches to compare.
         squares: of this rank's small batch in the step under way, the squared norm of the gradient.
     """
 
-    def __init__(self, config: RunConfig, share: Share, group: Group) -> None:
-        self._alone, self._accumulate = group.world_size == 1, share.accumulate
-        self._ranks, self._large = group.world_size, share.global_batch
-        self._small = share.local_batch if self._alone else share.global_batch // group.world_size
-        self.is_defined = share.accumulate > 1 if self._alone else config.comm.compression == "none"
+    def __init__(self, config: RunConfig, group: Group) -> None:
+        self._ranks, self._compressed = group.world_size, config.comm.compression != "none"
         self.squares = 0.0
 
-    def begin_step(self) -> None:
-        """Forgets the step before."""
+    def begin_step(self, share: Share) -> None:
+        """Forgets the step before.
+
+        Args:
+            share: this rank's part of the step's batch.
+        """
+        self._accumulate, self._large = share.accumulate, share.global_batch
+        self._small = share.local_batch if self._ranks == 1 else share.global_batch // self._ranks
         self.squares = 0.0
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether the step has two sizes of batches to compare."""
+        return self._accumulate > 1 if self._ranks == 1 else not self._compressed
 
     def add(self, gradient: Tensor) -> None:
         """Takes a part of this rank's own gradient, before the ranks' are averaged."""
@@ -57,7 +63,7 @@ class NoiseScale:
 
     def end_micro_batch(self, index: int, engine: Engine) -> None:
         """Looks at the gradient of a rank's first micro-batch, where that is the small batch."""
-        if self._alone and index == 0:
+        if self._ranks == 1 and index == 0:
             # The loss, and so the gradient, is divided by the number of micro-batches.
             self.squares = (norm_of(engine.gradients().values()) * self._accumulate) ** 2
 

@@ -145,6 +145,15 @@ class Start:
             )
         return checkpoint.progress_of(state)
 
+    def restore_average(self, model: nn.Module, group: Group) -> None:
+        """Gives the moving average's network the checkpoint's, if there are both.
+
+        Raises:
+            KnltrainError: the checkpoint cannot be read, or is of another network.
+        """
+        if self.folder is not None:
+            checkpoint.restore_average(self.folder, model, rank=group.rank, world_size=group.world_size)
+
     def or_newer(self, saved: Sequence[Path], group: Group) -> Start:
         """The same, but from the newest whole checkpoint of those that this process has written, if there is one."""
         folder = self.folder

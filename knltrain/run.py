@@ -5,22 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from knltrain import checkpoint
 from knltrain import config as configuration
+from knltrain.average import WeightAverage
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.console import Console
-from knltrain.data.loader import Dataset, Loader, Share
+from knltrain.data.loader import Batch, Dataset, Loader, Share
 from knltrain.engine import Engine
 from knltrain.errors import ConfigError
 from knltrain.health import Watch
 from knltrain.metrics import draw_curves, read_metrics, write_json
 from knltrain.node.binding import Place
 from knltrain.node.memory import peak_resident_mb
-from knltrain.schedule import learning_rate
+from knltrain.schedule import Timetable
 
 # Steps of a run whose trust ratios are logged: enough for a curve, at 6 kB each for ResNet-50.
 _TRUST_RATIOS = 1000
@@ -33,23 +37,28 @@ class Run:
     config: RunConfig
     out: Path
     group: Group
-    share: Share
+    shares: tuple[Share, ...]  # of each phase of the timetable
     engine: Engine
     train_loader: Loader
     val_loader: Loader
-    num_images: int
-    total_steps: int
+    timetable: Timetable
     progress: checkpoint.Progress
     meta: dict[str, Any]
     place: Place
     watch: Watch
+    average: WeightAverage | None
     writer: checkpoint.CheckpointWriter | None = None  # of the first rank
     saved: list[Path] = dataclasses.field(default_factory=list)  # checkpoints that this process has written
 
     @property
     def last_step(self) -> int:
         """Where this process stops: the end of the run, or max_steps."""
-        return min(self.total_steps, self.config.max_steps or self.total_steps)
+        return min(self.timetable.total_steps, self.config.max_steps or self.timetable.total_steps)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated."""
+        return self.average.model if self.average else self.engine.model
 
     @property
     def is_finished(self) -> bool:
@@ -58,7 +67,22 @@ class Run:
 
     def epoch(self, steps: int) -> float:
         """Passes over the training images after so many steps."""
-        return steps * self.config.global_batch / self.num_images
+        return self.timetable.epoch(steps)
+
+    def share(self, step: int) -> Share:
+        """This rank's part of a step."""
+        return self.shares[self.timetable.index(step)]
+
+    def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+        """Yields this rank's micro-batches of the steps [first_step, last_step).
+
+        Raises:
+            DataError: an image that cannot be decoded; the message has its path.
+        """
+        for share, phase in zip(self.shares, self.timetable.phases, strict=True):
+            first, last = max(first_step, phase.first_step), min(last_step, phase.last_step)
+            if first < last:
+                yield from self.train_loader.training(share, first, last)
 
     def crossed(self, steps: int, every: float = 1.0) -> bool:
         """Whether the last of ``steps`` steps completed another ``every`` epochs."""
@@ -75,33 +99,47 @@ class Run:
 
     def lr(self, step: int) -> float:
         """The learning rate of a step."""
-        return self.progress.lr_factor * learning_rate(
-            self.config.schedule,
-            peak=self.config.peak_lr,
-            step=step,
-            total_steps=self.total_steps,
-            steps_per_epoch=self.num_images / self.config.global_batch,
-        )
+        return self.progress.lr_factor * self.timetable.lr(self.config, step)
 
 
-def share_of(config: RunConfig, rank: int, world_size: int) -> Share:
-    """Divides the global batch over ranks and micro-batches.
+def share_of(config: RunConfig, rank: int, world_size: int, batch: int | None = None) -> Share:
+    """Divides a batch, by default the global batch, over ranks and micro-batches.
 
     Raises:
         ConfigError: it does not divide; the message names sizes that do.
     """
-    if config.global_batch % world_size:
-        down = config.global_batch // world_size * world_size
+    name, batch = ("global-batch", config.global_batch) if batch is None else ("schedule.batches", batch)
+    if batch % world_size:
+        down = batch // world_size * world_size
         near = f"{down} or {down + world_size}" if down else str(world_size)
-        raise ConfigError(f"global-batch {config.global_batch} is not a multiple of {world_size} ranks; take {near}")
-    of_rank = config.global_batch // world_size
+        raise ConfigError(f"{name} {batch} is not a multiple of {world_size} ranks; take {near}")
+    of_rank = batch // world_size
     local = min(config.local_batch or of_rank, of_rank)
     if of_rank % local:
         divisor = next(size for size in range(local, 0, -1) if of_rank % size == 0)
         raise ConfigError(
-            f"local-batch {local} does not divide the {of_rank} images a rank has in a step; take {divisor}"
+            f"local-batch {local} does not divide the {of_rank} images a rank has in a step of {name} {batch}; take "
+            f"{divisor}"
         )
-    return Share(config.global_batch, local, rank, world_size)
+    return Share(batch, local, rank, world_size)
+
+
+def shares_of(config: RunConfig, timetable: Timetable, rank: int, world_size: int) -> tuple[Share, ...]:
+    """Divides the batch of each phase.
+
+    Raises:
+        ConfigError: as :func:`share_of`.
+    """
+    return tuple(
+        dataclasses.replace(
+            share_of(config, rank, world_size, None if phase.batch == config.global_batch else phase.batch),
+            first_step=phase.first_step,
+            first_image=phase.first_image,
+            image_size=phase.image_size,
+            augmented=phase.augmented,
+        )
+        for phase in timetable.phases
+    )
 
 
 def announce(
@@ -116,8 +154,13 @@ def announce(
     console.line(
         f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} rank(s) x "
         f"{plan['accumulate']} x {plan['local_batch']}, peak lr {config.peak_lr:g}, {config.epochs:g} epochs = "
-        f"{run.total_steps:,} steps"
+        f"{run.timetable.total_steps:,} steps"
     )
+    for phase in run.timetable.phases if len(run.timetable.phases) > 1 else ():
+        console.line(
+            f"epochs {run.epoch(phase.first_step):.4g} to {run.epoch(phase.last_step):.4g}: batch {phase.batch:,}, "
+            f"{phase.image_size} pixels" + ("" if phase.augmented else ", no augmentation")
+        )
     console.line(
         f"{plan['precision']}, engine {plan['engine']}, {plan['threads']} threads and {plan['workers']} decoders a rank"
     )
@@ -163,7 +206,7 @@ def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, fi
         "best_top1": run.progress.best_top1,
         "epochs": run.epoch(run.progress.step),
         "steps": run.progress.step,
-        "images_per_s": len(steps) * run.config.global_batch / train_s if steps else None,
+        "images_per_s": sum(run.share(row["step"] - 1).global_batch for row in steps) / train_s if steps else None,
         "data_fraction": sum(row["data_s"] for row in steps) / train_s if steps else None,
         "comm_fraction": sum(row["comm_s"] for row in steps) / train_s if steps else None,
         "exposed_comm_fraction": sum(row["exposed_comm_s"] for row in steps) / train_s if steps else None,

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from knltrain import checkpoint, resume
 from knltrain import config as configuration
+from knltrain.average import WeightAverage
 from knltrain.comm.gradients import data_parallel, settle_buckets
 from knltrain.comm.group import Group
 from knltrain.comm.statistics import averaged_running_statistics, gather_running_statistics
@@ -38,8 +39,8 @@ from knltrain.noise import NoiseScale
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.provenance import provenance
-from knltrain.run import Run, announce, share_of, summarize, summary_of
-from knltrain.schedule import total_steps
+from knltrain.run import Run, announce, share_of, shares_of, summarize, summary_of
+from knltrain.schedule import timetable
 from knltrain.signals import StopRequest
 from knltrain.weights import initialize
 
@@ -61,41 +62,44 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                                                            of which it does not hide exposed_comm_s
             all ranks: mean loss, norm of the gradient; has anyone been asked to stop?
             optimizer step, if loss and gradient are numbers; else as health.policy says
+            the weights' moving average, where there is one
             every so often: have all ranks the same weights?
             after an epoch: evaluate, begin to write a checkpoint
             if asked to stop, also during the evaluation: write a checkpoint, and end
     """
     config, engine, group, watch = run.config, run.engine, run.group, run.watch
-    noise = NoiseScale(config, run.share, group)
+    noise = NoiseScale(config, group)
     model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried, noise.add)
     first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
-    shape = (run.share.local_batch, 3, config.image_size, config.image_size)
+    begin = run.share(first_step)
+    size = begin.image_size or config.image_size
+    shape = (begin.local_batch, 3, size, size)
     settle_buckets(model, clock, torch.empty(shape, dtype=engine.dtype, device="meta"), engine.autocast())
-    batches = run.train_loader.training(run.share, first_step, last_step)
+    batches = run.batches(first_step, last_step)
 
     with contextlib.closing(batches):
         if group.sum(stop.requested) != [0] or not make_up_evaluation(run, log, bar, stop):
             return False
         for step in range(first_step, last_step):
-            step_start, data_s, lr = time.perf_counter(), 0.0, run.lr(step)
+            step_start, data_s, lr, share = time.perf_counter(), 0.0, run.lr(step), run.share(step)
             losses: list[float] = []
             for param_group in engine.optimizer.param_groups:
                 param_group["lr"] = lr
             engine.optimizer.zero_grad(set_to_none=True)
             watch.begin_step()
-            noise.begin_step()
-            for micro in range(run.share.accumulate):
+            noise.begin_step(share)
+            for micro in range(share.accumulate):
                 wait_start = time.perf_counter()
                 images, labels = next(batches)
                 data_s += time.perf_counter() - wait_start
-                seed_dropout(config.seed, step, group.rank * run.share.accumulate + micro)
-                with travelling(model, last=micro == run.share.accumulate - 1):
+                seed_dropout(config.seed, step, group.rank * share.accumulate + micro)
+                with travelling(model, last=micro == share.accumulate - 1):
                     with engine.autocast():
                         logits = model(images)
                     loss = F.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-                    (loss / run.share.accumulate).backward()
-                if micro < run.share.accumulate - 1:
+                    (loss / share.accumulate).backward()
+                if micro < share.accumulate - 1:
                     noise.end_micro_batch(micro, engine)
                     engine.optimizer.carry()
                 losses.append(loss.item())
@@ -109,12 +113,14 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                 if log and run.trust_ratios_due(step + 1) and (ratios := engine.optimizer.trust_ratios(watch.norms)):
                     log.write_trust_ratios(step + 1, run.epoch(step + 1), ratios)
                 engine.optimizer.step()
+                if run.average:
+                    run.average.update(engine.state_dict(), step + 1)
             step_s = time.perf_counter() - step_start
 
             done, travel = step + 1, clock.take()
             group.last_step = done
             row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr, "grad_norm": norm,
-                   "images_per_s": config.global_batch / step_s, "data_s": data_s, "step_s": step_s,
+                   "images_per_s": share.global_batch / step_s, "data_s": data_s, "step_s": step_s,
                    "comm_s": travel.on_wire, "exposed_comm_s": travel.exposed, "rss_mb": resident_mb(),
                    **noise.row(run.progress)}  # fmt: skip
             if log:
@@ -152,13 +158,13 @@ def seed_dropout(seed: int, step: int, micro_batch: int) -> None:
 def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:
     """Evaluates, and notes the best top-1; returns whether no signal came in between, which gives the evaluation up."""
     start = time.perf_counter()
-    with averaged_running_statistics(run.engine.model, run.group):
+    with averaged_running_statistics(run.evaluated, run.group):
         accuracy = evaluate(
-            run.engine.model,
+            run.evaluated,
             run.engine.precision,
             run.val_loader,
             run.group,
-            batch=min(run.share.local_batch, 256),
+            batch=min(run.shares[-1].local_batch, 256),
             stop=stop,
         )
     if accuracy is None:
@@ -197,8 +203,13 @@ def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last:
     """
     model, group = run.engine.model, run.group
     run.saved.append(checkpoint.folder_of(run.out, run.progress.step))
+    average = run.average.model if run.average else None
     statistics = gather_running_statistics(model, group)
-    with averaged_running_statistics(model, group):
+    average_statistics = gather_running_statistics(average, group) if average else None
+    with contextlib.ExitStack() as borrowed:
+        for network in (model, average):
+            if network:
+                borrowed.enter_context(averaged_running_statistics(network, group))
         if run.writer and log:
             log.sync()
             run.writer.begin(
@@ -207,6 +218,8 @@ def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last:
                 run.engine.optimizer,
                 meta=run.meta,
                 statistics=statistics,
+                average=average.state_dict() if average else None,
+                average_statistics=average_statistics,
                 last=last,
             )
     if last:
@@ -241,7 +254,8 @@ def train(
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
     engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
-    share = share_of(config, ranks.rank, ranks.size)
+    for batch in (None, *config.schedule.batches):
+        share_of(config, ranks.rank, ranks.size, batch)
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
@@ -269,7 +283,8 @@ def train(
         train_set, val_set = open_data(staged)
         if group.is_first:
             group.barrier()
-        steps = total_steps(epochs=config.epochs, num_images=len(train_set), global_batch=config.global_batch)
+        course = timetable(config, len(train_set))
+        shares = shares_of(config, course, ranks.rank, ranks.size)
         if group.is_first:
             cleanup.enter_context(resume.lock_out(out, console))
         start = resume.choose(config, out, group, console, allow_change)
@@ -277,16 +292,23 @@ def train(
                 "precision": precision, "backend": group.backend.name if group.backend else "none",
                 "torch": torch.__version__}  # fmt: skip
 
-        def build(start: resume.Start) -> tuple[Engine, checkpoint.Progress, Watch, dict[str, Any] | None]:
+        def build(
+            start: resume.Start,
+        ) -> tuple[Engine, checkpoint.Progress, Watch, WeightAverage | None, dict[str, Any] | None]:
             torch.manual_seed(config.seed)
             model = model_of(config, len(train_set.classes))
             origin = initialize(model, config, out, group, console, resumed=start.folder is not None)
             optimizer = build_optimizer(model, config.optim)
             progress = start.restore(model, optimizer, group, console, made=made, images=len(train_set))
-            engine = build_engine(engine_name, precision, model, optimizer)
-            return engine, progress, Watch(config, out, group, engine, share, train_set, console.warn), origin
+            average = None
+            if config.ema_decay:
+                average = WeightAverage(model, config.ema_decay)
+                start.restore_average(average.model, group)
+            engine = build_engine(engine_name, precision, model, optimizer, shapes_vary=len(course.phases) > 1)
+            watch = Watch(config, out, group, engine, course, shares, train_set, console.warn)
+            return engine, progress, watch, average, origin
 
-        engine, progress, watch, origin = build(start)
+        engine, progress, watch, average, origin = build(start)
         workers = threads if config.workers is None else config.workers
         train_loader, val_loader = (
             cleanup.enter_context(
@@ -298,14 +320,14 @@ def train(
                 "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set), "made": made,
                 "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
         run = Run(
-            config, out, group, share, engine, train_loader, val_loader, len(train_set), steps, progress, meta, place,
-            watch,
+            config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, watch,
+            average,
         )  # fmt: skip
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
-                "threads": threads, "workers": workers, "backend": "none", "local_batch": share.local_batch,
-                "accumulate": share.accumulate, "steps": steps, "precision": precision, "engine": engine.name,
-                "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
+                "threads": threads, "workers": workers, "backend": "none", "local_batch": shares[-1].local_batch,
+                "accumulate": shares[-1].accumulate, "steps": course.total_steps, "precision": precision,
+                "engine": engine.name, "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
         if group.backend:
             plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
                      "transport": group.backend.transport, "interface": group.interface,
@@ -334,7 +356,9 @@ def train(
         started = time.perf_counter()
         while True:
             try:
-                with StepProgress(console, first=run.progress.step, total=steps, epochs=config.epochs) as bar:
+                with StepProgress(
+                    console, first=run.progress.step, total=course.total_steps, epochs=config.epochs
+                ) as bar:
                     finished = loop(run, log, bar, stop)
                 break
             except RewindError as error:
@@ -343,7 +367,7 @@ def train(
             if run.writer:
                 run.writer.finish()
             start = start.or_newer(run.saved, group)
-            run.engine, run.progress, run.watch, _ = build(start)
+            run.engine, run.progress, run.watch, run.average, _ = build(start)
             run.progress = dataclasses.replace(
                 run.progress, rewinds=before.rewinds + 1, lr_factor=before.lr_factor * config.health.rewind_factor
             )

@@ -11,6 +11,23 @@ from knltrain.ops.native import why_not
 STEPS = 6  # two epochs
 # Dropout where there is some, and two micro-batches a step.
 NETWORKS = {"alexnet_bn_small": {"dropout": 0.3}, "small_resnet": {}}
+# Everything that a run can change in its course, at once: steps of 8 and of 16 images, of 16 and of 32 pixels, with and
+# without augmentation, by an optimizer that counts its steps, and an average of the weights.
+CHANGES = {
+    "schedule.batches": [8],
+    "schedule.batch_epochs": [0.4],
+    "schedule.image_sizes": [16],
+    "schedule.image_size_epochs": [0.7],
+    "augment.name": "rrc",
+    "augment.collapse_epochs": 0.5,
+    "ema_decay": 0.6,
+    "dropout": 0.3,
+    "optim.name": "lamb",
+    "optim.variant": "mlperf",
+    "optim.eps": 1e-6,
+    "optim.lr": 0.02,
+}
+CHANGING_STEPS = 7
 # In fp32, IPEX does not give the same bits twice even where nothing is stopped.
 PRECISIONS = {"eager": ("fp32", "bf16"), "fused": ("fp32", "bf16"), "compile": ("fp32", "bf16"), "ipex": ("bf16",)}
 

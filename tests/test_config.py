@@ -115,9 +115,10 @@ def test_toml_and_dict_round_trip(tmp_path):
 
 # Numbers without a unit: rates, factors and fractions.
 WITHOUT_UNIT = {
-    "dropout", "label_smoothing", "seed", "optim.lr", "optim.momentum", "optim.weight_decay", "optim.trust_coefficient",
-    "optim.eps", "schedule.warmup_lr", "schedule.power", "schedule.end_lr", "schedule.gamma", "augment.min_area",
-    "health.rewind_factor",
+    "dropout", "label_smoothing", "ema_decay", "seed", "optim.lr", "optim.momentum", "optim.weight_decay",
+    "optim.trust_coefficient", "optim.eps", "optim.beta2", "schedule.warmup_lr", "schedule.power", "schedule.end_lr",
+    "schedule.gamma",
+    "augment.min_area", "health.rewind_factor",
 }  # fmt: skip
 
 

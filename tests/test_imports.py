@@ -22,7 +22,7 @@ FLOORS = [
     {"run"},
     {"noise"},
     {"health"},
-    {"engine", "checkpoint", "metrics", "weights"},
+    {"engine", "checkpoint", "metrics", "weights", "average"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
     {"config", "recipes", "schedule", "node"},
     {"errors", "files", "__init__", "_kernels"},

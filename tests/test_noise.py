@@ -36,13 +36,13 @@ def test_of_a_quadratic(ranks, accumulate):
     mean[0] = distance
     share = Share(ranks * accumulate * local, local, 0, ranks)
     group = types.SimpleNamespace(world_size=ranks)
-    noise, progress = NoiseScale(RunConfig(), share, group), Progress(step=0)
+    noise, progress = NoiseScale(RunConfig(), group), Progress(step=0)
     for _ in range(100):
         draws = rng.normal(scale=deviation, size=(ranks, accumulate, local, dimensions))
         micro_batches = torch.tensor(mean + draws.mean(2), dtype=torch.float32)
         squares = 0.0
         for rank in range(ranks):
-            noise.begin_step()
+            noise.begin_step(share)
             if ranks == 1:  # the loss of a micro-batch is divided by their number
                 gradients = {"weight": micro_batches[0, 0] / accumulate}
                 noise.end_micro_batch(0, types.SimpleNamespace(gradients=lambda of=gradients: of))
@@ -55,24 +55,34 @@ def test_of_a_quadratic(ranks, accumulate):
     assert noise.row(progress)["noise_scale"] == pytest.approx(known, rel=0.05)
 
 
+def begun(share, **comm):
+    noise = NoiseScale(RunConfig(comm=CommConfig(**comm)), types.SimpleNamespace(world_size=share.world_size))
+    noise.begin_step(share)
+    return noise
+
+
 def test_where_it_is_not_defined():
     def row(share, **comm):
-        noise = NoiseScale(
-            RunConfig(comm=CommConfig(**comm)), share, types.SimpleNamespace(world_size=share.world_size)
-        )
+        noise = begun(share, **comm)
         return noise.row(noise.update(Progress(step=0), 3.0, 1.0))
 
     assert row(Share(64, 64, 0, 1)) == {}
     assert row(Share(64, 16, 0, 2), compression="powersgd") == {}
     assert row(Share(64, 16, 0, 1))["noise_scale"] == pytest.approx(2 / (1 / 16 - 1 / 64) / ((64 - 48) / 48))
     # The small batch has the smaller norm: by chance, or where there is no noise.
-    assert NoiseScale(RunConfig(), Share(64, 16, 0, 1), types.SimpleNamespace(world_size=1)).row(Progress(step=0)) == {
-        "noise_scale": None
-    }
+    assert begun(Share(64, 16, 0, 1)).row(Progress(step=0)) == {"noise_scale": None}
+
+
+def test_of_batches_that_grow():
+    """Batches of 16 and 64 in micro-batches of 16: the first have nothing to be compared with."""
+    noise, progress = begun(Share(16, 16, 0, 1)), Progress(step=0)
+    assert noise.row(progress) == {}
+    noise.begin_step(Share(64, 16, 0, 1))
+    assert noise.row(noise.update(progress, 3.0, 1.0))["noise_scale"] == pytest.approx(128 / (16 / 48))
 
 
 def test_a_gradient_that_is_no_number_does_not_stay():
-    noise = NoiseScale(RunConfig(), Share(64, 16, 0, 1), types.SimpleNamespace(world_size=1))
+    noise = begun(Share(64, 16, 0, 1))
     before = noise.update(Progress(step=0), 3.0, 1.0)
     assert noise.update(before, float("nan"), 1.0) == before
 

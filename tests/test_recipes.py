@@ -5,7 +5,8 @@ import pytest
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
-from knltrain.recipes import RECIPES, at_batch
+from knltrain.recipes import IMAGENET_IMAGES, RECIPES, at_batch
+from knltrain.schedule import timetable
 
 # name: model, batch, epochs, peak LR, warm-up epochs, LR at step 0, momentum, weight decay, optimizer
 PUBLISHED = {
@@ -22,6 +23,10 @@ PUBLISHED = {
     "resnet50-16k": ("resnet50", 16384, 100, 33, 12, 0, 0.9, 5e-4, "lars/paper"),
     "resnet50-32k": ("resnet50", 32768, 90, 40, 12, 0, 0.9, 5e-4, "lars/paper"),
     "resnet50-32k-64ep": ("resnet50", 32768, 64, 40, 12, 0, 0.9, 5e-4, "lars/paper"),
+    "resnet50-ffcv-16": ("resnet50", 4096, 16, 1.7, 2, 1.7e-4, 0.9, 1e-4, "sgd/heavy-ball"),
+    "resnet50-ffcv-32": ("resnet50", 4096, 32, 1.7, 2, 1.7e-4, 0.9, 1e-4, "sgd/heavy-ball"),
+    "resnet50-ffcv-88": ("resnet50", 4096, 88, 1.7, 2, 1.7e-4, 0.9, 1e-4, "sgd/heavy-ball"),
+    "resnet50-32k-nus": ("resnet50", 32768, 90, 32, 14, 0, 0.9, 1e-4, "lars/mlperf"),
     "resnet50-32k-mlperf": ("resnet50", 32768, 58, 21.2, 16, 0, 0.94, 2.5e-5, "lars/mlperf"),
 }
 # name: model, batch, epochs, peak LR, warm-up epochs, weight decay, optimizer
@@ -36,6 +41,11 @@ OWN = {
     "cifar-resnet20-2k-goyal": ("resnet20", 2048, 30, 1.6, 2, 1e-4, "sgd/nesterov"),
     "cifar-resnet20-8k": ("resnet20", 8192, 30, 32, 2, 1e-4, "lars/mlperf"),
     "cifar-resnet20-8k-goyal": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "sgd/nesterov"),
+    "cifar-2k-lamb": ("alexnet_bn_small", 2048, 15, 0.02, 2, 0.01, "lamb/mlperf"),
+    "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
+    "cifar-8k-batches": ("alexnet_bn_small", 8192, 15, 12, 3, 5e-4, "lars/mlperf"),
     "quickstart": ("alexnet_bn_small", 512, 8, 10, 1, 5e-4, "lars/mlperf"),
 }
 
@@ -102,6 +112,8 @@ def test_the_rates_of_other_batches_and_methods():
         ("cifar-2k", "lars", 8192, 32, 2),
         ("cifar-8k", "lars", 2048, 6, 3),
         ("cifar-8k", "sgd", 8192, 3.2, 2),
+        ("cifar-8k", "lamb", 8192, 0.04, 2),
+        ("cifar-2k-lamb", "lars", 2048, 16, 2),
         ("alexnet-bn-32k", "lars", 8192, 16, 10.23),
         ("alexnet-bn-32k", "sgd", 512, 0.08, 0),
         ("resnet50-256", "lars", 8192, 10.6, 16),
@@ -115,6 +127,34 @@ def test_the_rates_of_other_batches_and_methods():
         assert [getattr(config, field) for field in kept] == [getattr(base, field) for field in kept]
 
 
+def test_batches_that_a_run_begins_with_stay_the_same_part():
+    config = at_batch("cifar-8k-batches", "lars", 2048)
+    assert (config.schedule.batches, config.schedule.batch_epochs, config.optim.lr) == ((512,), (3,), 6)
+
+
 def test_an_optimizer_without_a_rule_is_refused():
     with pytest.raises(ConfigError, match="alexnet-512 has no rule for the optimizer 'sgd'; it has one for lars"):
         at_batch("alexnet-512", "sgd", 512)
+
+
+def ffcv_size(epoch, start, end):
+    """As the source finds it: from 160 to 192 between two epochs, in multiples of 32, halves to the even one."""
+    if epoch <= start or epoch >= end:
+        return 160 if epoch <= start else 192
+    return round((160 + 32 * (epoch - start) / (end - start)) / 32) * 32
+
+
+@pytest.mark.parametrize("epochs, start, end", [(16, 11, 13), (32, 23, 27), (88, 65, 76)])
+def test_ffcv_recipes_have_the_sources_sizes_and_rates(epochs, start, end):
+    config = RECIPES[f"resnet50-ffcv-{epochs}"].config()
+    course = timetable(config, IMAGENET_IMAGES)
+    steps = [round(epoch * IMAGENET_IMAGES / 4096 + 1) for epoch in range(epochs)]
+    assert [course.phase(step).image_size for step in steps] == [
+        ffcv_size(epoch, start, end) for epoch in range(epochs)
+    ]
+    assert (config.image_size, config.resize, config.label_smoothing, config.optim.decay_on) == (
+        256, 293, 0.1, "not-norm")  # fmt: skip
+    assert course.lr(config, 0) == 1.7e-4
+    for epoch in (4, 9, 15):
+        line = 1.7 * (epochs - epoch) / (epochs - 2)
+        assert course.lr(config, round(epoch * IMAGENET_IMAGES / 4096)) == pytest.approx(line, rel=0.01)

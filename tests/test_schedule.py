@@ -2,8 +2,9 @@ from itertools import pairwise
 
 import pytest
 
-from knltrain.config import ScheduleConfig
-from knltrain.schedule import learning_rate, total_steps
+from knltrain.config import RunConfig, ScheduleConfig, override
+from knltrain.errors import ConfigError
+from knltrain.schedule import Phase, learning_rate, timetable, total_steps
 
 TOTAL = 100
 
@@ -69,3 +70,92 @@ def test_total_steps_are_the_literatures(epochs, batch, steps):
 
 def test_a_batch_larger_than_the_run_is_one_step():
     assert total_steps(epochs=1, num_images=200, global_batch=32_768) == 1
+
+
+# The course of a run -------------------------------------------------------------------------------------------------
+
+CHANGING = {
+    "epochs": 16,
+    "global_batch": 4096,
+    "image_size": 256,
+    "schedule.image_sizes": (160, 192),
+    "schedule.image_size_epochs": (12, 16),
+    "schedule.batches": (1024, 2048),
+    "schedule.batch_epochs": (2, 5),
+    "augment.collapse_epochs": 1.5,
+}
+
+
+def test_a_run_that_does_not_change_is_one_phase():
+    config = RunConfig(epochs=90, global_batch=8192)
+    course = timetable(config, 1_281_167)
+    assert course.phases == (Phase(0, 14_075, 0, 8192, 224, True),)
+    assert course.images(14_075) == 14_075 * 8192
+    assert not timetable(override(config, {"augment.name": "none"}), 1_281_167).phases[0].augmented
+    assert timetable(RunConfig(epochs=0.5, global_batch=512), 10).total_steps == 1
+
+
+@pytest.mark.parametrize("num_images", [1_281_167, 50_000, 4096])
+def test_phases_follow_each_other_without_a_gap(num_images):
+    course = timetable(override(RunConfig(), CHANGING), num_images)
+    seen = 0
+    for step in range(course.total_steps):
+        phase = course.phase(step)
+        assert phase.first_step <= step < phase.last_step
+        assert course.images(step) == seen
+        seen += phase.batch
+    assert course.images(course.total_steps) == seen
+    assert abs(seen / num_images - 16) <= 4096 / num_images / 2
+
+
+def test_phases_change_at_their_epochs():
+    course = timetable(override(RunConfig(), CHANGING), 1_281_167)
+    found = [(phase.batch, phase.image_size, phase.augmented) for phase in course.phases]
+    assert found == [(1024, 160, True), (2048, 160, True), (4096, 160, True), (4096, 192, True), (4096, 192, False)]
+    ends = [course.epoch(phase.last_step) for phase in course.phases]
+    for end, wanted, phase in zip(ends, (2, 5, 12, 14.5, 16), course.phases, strict=True):
+        assert abs(end - wanted) * 1_281_167 <= phase.batch / 2
+    assert course.phase(course.total_steps + 7) == course.phases[-1]
+
+
+def test_a_phase_too_short_for_a_step_is_left_out():
+    course = timetable(override(RunConfig(), {**CHANGING, "epochs": 3}), 1000)
+    assert all(phase.first_step < phase.last_step for phase in course.phases)
+    assert course.phases[0].first_step == course.phases[0].first_image == 0
+
+
+def test_all_of_a_run_may_go_without_augmentation():
+    (phase,) = timetable(override(RunConfig(), {"augment.collapse_epochs": 1000}), 5000).phases
+    assert not phase.augmented
+
+
+def test_the_rate_is_a_function_of_the_images_seen():
+    """Where the batch changes, it is that of the steps of the last batch at the same number of images."""
+    plain = override(RunConfig(), {"epochs": 8, "global_batch": 64, "schedule.warmup_epochs": 2, "optim.lr": 3.0})
+    changing = override(plain, {"schedule.batches": [16], "schedule.batch_epochs": [4]})
+    one, other = timetable(plain, 1024), timetable(changing, 1024)
+    assert (one.total_steps, other.total_steps) == (128, 256 + 64)
+    rates = {one.images(step): one.lr(plain, step) for step in range(one.total_steps)}
+    shared = 0
+    for step in range(other.total_steps):
+        if other.images(step) in rates:
+            assert other.lr(changing, step) == rates[other.images(step)]
+            shared += 1
+    assert shared == 128
+    scaled = override(changing, {"optim.lr_scaling": "linear"})
+    assert other.lr(scaled, 200) == pytest.approx(other.lr(changing, 200) * 16 / 256)
+    assert other.lr(scaled, 300) == pytest.approx(other.lr(changing, 300) * 64 / 256)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"schedule.image_sizes": "128"}, "schedule.image-size-epochs: none; give 1 that rise"),
+        ({"schedule.batch_epochs": "2"}, "schedule.batch-epochs: 2; give 0 that rise"),
+        ({"schedule.batches": "8,16", "schedule.batch_epochs": "2,2"}, "schedule.batch-epochs: 2,2; give 2 that rise"),
+        ({"schedule.image_sizes": "256", "schedule.image_size_epochs": "2"}, "256 is larger than image-size 224"),
+    ],
+)
+def test_changes_that_contradict_each_other_are_refused(fields, words):
+    with pytest.raises(ConfigError, match=words):
+        override(RunConfig(), fields)

@@ -13,6 +13,7 @@ from knltrain.checkpoint.store import (
     read_state,
     remove_leftovers,
     restore,
+    restore_average,
     verify,
     write,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "read_state",
     "remove_leftovers",
     "restore",
+    "restore_average",
     "verify",
     "write",
 ]

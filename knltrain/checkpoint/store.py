@@ -1,9 +1,10 @@
 """The checkpoints of a run: which there are, which of them is whole, and how one becomes a model again.
 
-OUT/checkpoints/step-00001234/ holds model.safetensors (float32 weights and buffers), optimizer.safetensors, with
-several ranks statistics.safetensors (each rank's own running statistics of batch norm), and state.json, which has the
-sizes and checksums of the others and of itself. It is written aside, synced and renamed: a folder of that name is
-whole, unless somebody or a failing disk has changed it since.
+OUT/checkpoints/step-00001234/ holds model.safetensors (the network that is evaluated: float32 weights and buffers),
+optimizer.safetensors, with several ranks statistics.safetensors (each rank's own running statistics of batch norm), and
+state.json, which has the sizes and checksums of the others and of itself. Where a moving average is what is evaluated,
+trained.safetensors has the weights that training goes on with. It is written aside, synced and renamed: a folder of
+that name is whole, unless somebody or a failing disk has changed it since.
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ from knltrain.checkpoint.files import (
 from knltrain.errors import KnltrainError
 
 _MODEL, _OPTIMIZER, _STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
+_TRAINED = "trained.safetensors"
+# What the moving average's running statistics are called beside the network's own.
+_AVERAGE = "average/"
 _STATE = "state.json"
 
 
@@ -100,6 +104,8 @@ class Snapshot:
         *,
         meta: Mapping[str, Any],
         statistics: Mapping[str, Tensor] | None = None,
+        average: Mapping[str, Tensor] | None = None,
+        average_statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Copies what may change as soon as training goes on.
 
@@ -109,10 +115,15 @@ class Snapshot:
             optimizer: of the model; its groups carry their parameters' names.
             meta: what is needed to build the model again, and how it was trained; see :class:`_State`.
             statistics: by name, every rank's own running statistics, one row a rank; none with one rank.
+            average: the moving average's state, as ``weights``; none where there is no average.
+            average_statistics: as ``statistics``, of the average.
         """
         tensors = {_MODEL: weights, _OPTIMIZER: _optimizer_tensors(optimizer)}
+        if average is not None:
+            tensors |= {_MODEL: average, _TRAINED: weights}
         if statistics:
-            tensors[_STATISTICS] = statistics
+            averaged = (average_statistics or {}).items()
+            tensors[_STATISTICS] = {**statistics, **{f"{_AVERAGE}{name}": rows for name, rows in averaged}}
         self.state = {**asdict(progress), **meta}
         for name in self._files.keys() - tensors.keys():
             del self._files[name]
@@ -195,7 +206,7 @@ def verify(folder: Path) -> dict[str, Any]:
     state = read_state(folder)
     try:
         listed = msgspec.convert(state["files"], dict[str, Sum])
-        if not {_MODEL, _OPTIMIZER} <= listed.keys() <= {_MODEL, _OPTIMIZER, _STATISTICS}:
+        if not {_MODEL, _OPTIMIZER} <= listed.keys() <= {_MODEL, _OPTIMIZER, _STATISTICS, _TRAINED}:
             raise KnltrainError(f"{_STATE} lists other files than a checkpoint has")
         for name, expected in listed.items():
             check_file(folder / name, expected)
@@ -303,7 +314,7 @@ def restore(
         KnltrainError: a file is missing or damaged, or belongs to another network.
     """
     state = read_state(folder)
-    weights = load_weights(folder, model)
+    weights = _load(folder / (_TRAINED if _TRAINED in state["files"] else _MODEL), model)
     with torch.no_grad():
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
@@ -314,18 +325,35 @@ def restore(
     return state
 
 
+def restore_average(folder: Path, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> None:
+    """Gives the moving average's network the state of a checkpoint; one that has no average leaves it as it is.
+
+    Raises:
+        KnltrainError: a file is missing or damaged, or belongs to another network.
+    """
+    files = read_state(folder)["files"]
+    if _TRAINED in files:
+        load_weights(folder, model)
+        if _STATISTICS in files:
+            _load_statistics(folder / _STATISTICS, model, rank, world_size, _AVERAGE)
+
+
 def load_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Loads a checkpoint's weights into a model, and returns them.
+    """Loads a checkpoint's weights, those that are evaluated, into a model, and returns them.
 
     Raises:
         KnltrainError: the file is missing or damaged, or belongs to another network.
     """
-    tensors = read_tensors(folder / _MODEL)
+    return _load(folder / _MODEL, model)
+
+
+def _load(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    tensors = read_tensors(path)
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
         raise KnltrainError(
-            f"checkpoint {folder} is of another network: {str(error).splitlines()[-1].strip()}"
+            f"checkpoint {path.parent} is of another network: {str(error).splitlines()[-1].strip()}"
         ) from None
     return tensors
 
@@ -344,11 +372,11 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     for group, live in zip(state_dict["param_groups"], optimizer.param_groups, strict=True):
         for index, name, parameter in zip(group["params"], group["names"], live["params"], strict=True):
             entries = by_name.pop(name, {})
-            if any(tensor.shape != parameter.shape for tensor in entries.values()):
+            if any(tensor.dim() and tensor.shape != parameter.shape for tensor in entries.values()):
                 raise KnltrainError(f"checkpoint {folder} is of another network: {name} has another shape")
             # In the parameter's memory format: the update walks both together.
             state_dict["state"][index] = {
-                entry: torch.empty_like(parameter, requires_grad=False).copy_(tensor)
+                entry: torch.empty_like(parameter, requires_grad=False).copy_(tensor) if tensor.dim() else tensor
                 for entry, tensor in entries.items()
             }
     if by_name:
@@ -356,15 +384,17 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
     optimizer.load_state_dict(state_dict)
 
 
-def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int) -> None:
+def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
     buffers = dict(model.named_buffers())
     try:
         with safe_open(path, "pt") as file, torch.no_grad():
-            for name in file.keys():  # noqa: SIM118 - no dictionary
-                rows = file.get_slice(name)
+            for key in file.keys():  # noqa: SIM118 - no dictionary
+                if key.startswith(_AVERAGE) != bool(prefix):
+                    continue
+                rows = file.get_slice(key)
                 if rows.get_shape()[0] != world_size:
                     return
-                buffers[name].copy_(rows[rank : rank + 1][0])
+                buffers[key.removeprefix(prefix)].copy_(rows[rank : rank + 1][0])
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
         raise KnltrainError(f"{path} cannot be read: {error}") from None
 

@@ -64,6 +64,8 @@ class CheckpointWriter:
         *,
         meta: Mapping[str, Any],
         statistics: Mapping[str, Tensor] | None = None,
+        average: Mapping[str, Tensor] | None = None,
+        average_statistics: Mapping[str, Tensor] | None = None,
         last: bool = False,
     ) -> None:
         """Copies a checkpoint's contents, as :meth:`Snapshot.take`, and begins to write them.
@@ -84,7 +86,15 @@ class CheckpointWriter:
                 "written; checkpoint.every spaces them out"
             )
         self._failure = None
-        self._snapshot.take(progress, weights, optimizer, meta=meta, statistics=statistics)
+        self._snapshot.take(
+            progress,
+            weights,
+            optimizer,
+            meta=meta,
+            statistics=statistics,
+            average=average,
+            average_statistics=average_statistics,
+        )
         # A daemon: where the storage hangs, the process can still end.
         self._thread = threading.Thread(target=self._write, args=(progress.step, last), name="checkpoint", daemon=True)
         self._thread.start()

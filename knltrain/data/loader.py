@@ -79,19 +79,27 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Share:
-    """Which part of every global batch is this rank's, and in which micro-batches it comes.
+    """Which part of every global batch is this rank's, in which micro-batches it comes, and how it is seen.
 
     Attributes:
         global_batch: images of a step over all ranks.
         local_batch: images of a micro-batch.
         rank: this rank.
         world_size: ranks.
+        first_step: the first step that is divided so.
+        first_image: the stream position that it begins with.
+        image_size: pixels; None: the configuration's.
+        augmented: as the configuration says, or else as in evaluation.
     """
 
     global_batch: int
     local_batch: int
     rank: int
     world_size: int
+    first_step: int = 0
+    first_image: int = 0
+    image_size: int | None = None
+    augmented: bool = True
 
     @property
     def accumulate(self) -> int:
@@ -100,7 +108,8 @@ class Share:
 
     def ranges(self, step: int) -> list[tuple[int, int]]:
         """The stream positions [first, stop) of this rank's micro-batches in a step."""
-        first = step * self.global_batch + self.rank * (self.global_batch // self.world_size)
+        start = self.first_image + (step - self.first_step) * self.global_batch
+        first = start + self.rank * (self.global_batch // self.world_size)
         return [(first + i * self.local_batch, first + (i + 1) * self.local_batch) for i in range(self.accumulate)]
 
 
@@ -191,18 +200,19 @@ class Loader:
             DataError: an image that cannot be decoded; the message has its path.
         """
         seed, count = self._config.seed, len(self._dataset)
+        config = self._config if share.image_size is None else self._config.at_size(share.image_size)
 
         def batches() -> Iterator[list[_Item]]:
             for step in range(first_step, last_step):
                 for first, stop in share.ranges(step):
                     chosen = order.samples(seed, count, first, stop)
-                    if self._config.augment.name == "none":
+                    if config.augment.name == "none" or not share.augmented:
                         yield [_Item(sample, None) for sample in chosen.tolist()]
                         continue
                     drawn = order.draws(seed, first, stop, augment.NUM_DRAWS)
                     yield [_Item(sample, row) for sample, row in zip(chosen.tolist(), drawn, strict=True)]
 
-        return self._prefetched(batches())
+        return self._prefetched(batches(), config)
 
     def evaluation(self, *, batch: int, rank: int, world_size: int) -> Generator[Batch, None, None]:
         """Yields centre crops of every image once over all ranks, none twice; the last batches are shorter.
@@ -216,13 +226,13 @@ class Loader:
             for start in range(0, len(mine), batch):
                 yield [_Item(sample, None) for sample in mine[start : start + batch]]
 
-        return self._prefetched(batches())
+        return self._prefetched(batches(), self._config)
 
-    def _prefetched(self, batches: Iterator[list[_Item]]) -> Generator[Batch, None, None]:
+    def _prefetched(self, batches: Iterator[list[_Item]], config: RunConfig) -> Generator[Batch, None, None]:
         pending: deque[tuple[Batch, list[Future[None]]]] = deque()
         try:
             for items in batches:
-                pending.append(self._submit(items))
+                pending.append(self._submit(items, config))
                 if len(pending) > self._ahead:
                     yield _finished(*pending.popleft())
             while pending:
@@ -232,8 +242,8 @@ class Loader:
                 for future in futures:
                     future.cancel()
 
-    def _submit(self, items: list[_Item]) -> tuple[Batch, list[Future[None]]]:
-        size = self._config.image_size
+    def _submit(self, items: list[_Item], config: RunConfig) -> tuple[Batch, list[Future[None]]]:
+        size = config.image_size
         images = torch.empty((len(items), 3, size, size), dtype=self._dtype, memory_format=torch.channels_last)
         labels = torch.from_numpy(self._dataset.labels[[item.sample for item in items]])
         # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
@@ -244,26 +254,27 @@ class Loader:
                 items[start : start + chunk],
                 images[start : start + chunk],
                 labels[start : start + chunk],
+                config,
             )
             for start in range(0, len(items), chunk)
         ]
         return Batch(images, labels), futures
 
-    def _fill(self, items: list[_Item], out: Tensor, labels: Tensor) -> None:
+    def _fill(self, items: list[_Item], out: Tensor, labels: Tensor, config: RunConfig) -> None:
         if isinstance(self._dataset, Packed):
-            self._crop(self._dataset, items, out)
+            self._crop(self._dataset, items, out, config)
             return
         parts: list[Pixels] = []
         boxes: list[Box] = []
         for place, item in enumerate(items):
-            part, box, sample = self._seen(item)
+            part, box, sample = self._seen(item, config)
             parts.append(np.ascontiguousarray(part))
             boxes.append(box)
             if sample != item.sample:
                 labels[place] = int(self._dataset.labels[sample])
         flips = torch.tensor([item.draws is not None and augment.flips(item.draws) for item in items])
         if kernels() is None:
-            size = self._config.image_size
+            size = config.image_size
             pixels = np.stack([augment.cut(part, box, size) for part, box in zip(parts, boxes, strict=True)])
             crop_flip_normalize(torch.from_numpy(pixels), None, flips, out)
             return
@@ -275,15 +286,15 @@ class Loader:
             out,
         )
 
-    def _crop(self, dataset: Packed, items: list[_Item], out: Tensor) -> None:
+    def _crop(self, dataset: Packed, items: list[_Item], out: Tensor, config: RunConfig) -> None:
         """From the mapped files straight into the batch."""
         samples = np.array([item.sample for item in items])
         if items[0].draws is None:
-            box = augment.centre_box(dataset.size, resize=self._config.resize, size=self._config.image_size)
+            box = augment.centre_box(dataset.size, resize=config.resize, size=config.image_size)
             boxes, flips = np.tile(box, (len(items), 1)), np.zeros(len(items), bool)
         else:
             draws = np.stack([item.draws for item in items if item.draws is not None])
-            boxes, flips = augment.training_boxes(self._config, dataset.size, draws)
+            boxes, flips = augment.training_boxes(config, dataset.size, draws)
         where, mirrored = torch.from_numpy(boxes), torch.from_numpy(flips)
         if kernels() is None:
             pixels = np.stack([dataset.image(sample).pixels() for sample in samples.tolist()])
@@ -292,28 +303,28 @@ class Loader:
             sizes = np.full((len(items), 2), dataset.size)
             crop_flip_normalize_at(dataset.addresses(samples), sizes, where, mirrored, out)
 
-    def _seen(self, item: _Item) -> tuple[Pixels, Box, int]:
+    def _seen(self, item: _Item, config: RunConfig) -> tuple[Pixels, Box, int]:
         """Pixels, the box of them that is seen, and of which sample: the next good one may take a bad one's place."""
         sample = item.sample
         while True:
             try:
-                return *self._around(sample, item.draws), sample
+                return *self._around(sample, item.draws, config), sample
             except (DecodeError, OSError) as error:
-                if self._config.on_bad == "fail":
+                if config.on_bad == "fail":
                     raise self._dataset.bad(sample, error) from None
                 self._bad.add(sample)
                 if len(self._bad) == len(self._dataset):
                     raise self._dataset.bad(sample, error) from None
                 sample = (sample + 1) % len(self._dataset)
 
-    def _around(self, sample: int, draws: NDArray[np.float64] | None) -> tuple[Pixels, Box]:
-        size, resize = self._config.image_size, self._config.resize
+    def _around(self, sample: int, draws: NDArray[np.float64] | None, config: RunConfig) -> tuple[Pixels, Box]:
+        size, resize = config.image_size, config.resize
         image = self._dataset.image(sample)
         if draws is None:
             if (image.height, image.width) == augment.short_side(image.height, image.width, resize):
                 return image.around(augment.centre(image.height, image.width, size), size)
             return augment.centre_crop(image.pixels(), resize=resize, size=size), Box(0, 0, size, size)
-        box = augment.training_box(self._config, image.height, image.width, draws)
+        box = augment.training_box(config, image.height, image.width, draws)
         return image.around(box._replace(flip=False), size)
 
 

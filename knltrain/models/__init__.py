@@ -80,7 +80,22 @@ def refuse_unbuildable(config: RunConfig) -> None:
     if config.model.startswith("torchvision:"):
         _import_torchvision(config.model)  # under a device that is not the processor it does not import
     with torch.device("meta"):
-        model_of(config, num_classes=1)
+        model = model_of(config, num_classes=1)
+        for size in config.schedule.image_sizes:
+            _refuse_size(model, config.at_size(size))
+
+
+def _refuse_size(model: nn.Module, config: RunConfig) -> None:
+    """Refuses images of a size at which the network has other weights, or none."""
+    other = model_of(config, num_classes=1)
+    if [weight.shape for weight in model.parameters()] != [weight.shape for weight in other.parameters()]:
+        raise ConfigError(f"schedule.image-sizes: the weights of {config.model} are made for one image-size")
+    try:
+        other.eval()(torch.empty(1, 3, config.image_size, config.image_size))
+    except (RuntimeError, ValueError, AssertionError) as error:
+        raise ConfigError(
+            f"schedule.image-sizes {config.image_size}: {config.model} does not take them: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _import_torchvision(model: str) -> Any:

@@ -1,4 +1,4 @@
-"""The updates of LARS and of SGD: a whole parameter list in one call."""
+"""The updates of LARS, LAMB and SGD: a whole parameter list in one call."""
 
 from __future__ import annotations
 
@@ -83,6 +83,55 @@ def trust_ratio(
     return trust_coefficient * weight_norm / (grad_norm + decay_norm + eps)
 
 
+def lamb_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    copies: list[Tensor],
+    *,
+    steps: list[int],
+    lr: list[float],
+    beta1: list[float],
+    beta2: list[float],
+    weight_decay: list[float],
+    eps: list[float],
+    adapt: list[bool],
+) -> None:
+    """Updates parameters and moments in place; each tensor is a layer of its own, with its own numbers.
+
+    With w a parameter, g its gradient, m and v its moments, and t its updates, this one included::
+
+        m = beta1 m + (1 - beta1) g
+        v = beta2 v + (1 - beta2) g^2
+        r = m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps) + weight_decay w
+        w = w - lr |w| / |r| r
+
+    which is Algorithm 2 of You et al. (2019, arXiv 1904.00962) with the identity for its phi. Where |w| or |r| is zero,
+    and where ``adapt`` is false, the step is lr r, which is AdamW's.
+
+    Args:
+        params: float32.
+        grads: float32 or bf16, of the parameters' shapes.
+        first_moments: float32, of the parameters' shapes.
+        second_moments: likewise.
+        copies: bf16 copies of the parameters, overwritten with the new ones; empty tensors where there is none.
+        steps: t of each parameter, from 1; and so on.
+        lr: learning rate.
+        beta1: fraction of the first moment that stays.
+        beta2: fraction of the second.
+        weight_decay: decoupled, and part of the step that the trust ratio scales.
+        eps: added to the root of the second moment.
+        adapt: whether the trust ratio is used.
+
+    Raises:
+        ValueError: a wrong type, shape or device.
+    """
+    torch.ops.knltrain.lamb_step(
+        params, grads, first_moments, second_moments, copies, steps, lr, beta1, beta2, weight_decay, eps, adapt
+    )
+
+
 def sgd_step(
     params: list[Tensor],
     grads: list[Tensor],
@@ -136,7 +185,7 @@ def _lars(
     clip: list[bool],
 ) -> None:
     numbers = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip)
-    _check(params, grads, momentum_buffers, copies, numbers)
+    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, numbers)
     check("squares", squares, (torch.float64,), (len(params),))
     module = kernels()
     if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
@@ -172,6 +221,41 @@ def _lars(
     _copy(params, copies)
 
 
+@torch.library.custom_op("knltrain::lamb_step", mutates_args={"params", "first_moments", "second_moments", "copies"})
+def _lamb(
+    params: list[Tensor],
+    grads: list[Tensor],
+    first_moments: list[Tensor],
+    second_moments: list[Tensor],
+    copies: list[Tensor],
+    steps: list[int],
+    lr: list[float],
+    beta1: list[float],
+    beta2: list[float],
+    weight_decay: list[float],
+    eps: list[float],
+    adapt: list[bool],
+) -> None:
+    numbers = (steps, lr, beta1, beta2, weight_decay, eps, adapt)
+    _check(params, grads, {"first_moments": first_moments, "second_moments": second_moments}, copies, numbers)
+    for index, param in enumerate(params):
+        grad, first, second = grads[index].to(param.dtype), first_moments[index], second_moments[index]
+        first.lerp_(grad, 1 - beta1[index])
+        second.mul_(beta2[index]).addcmul_(grad, grad, value=1 - beta2[index])
+        root = second.div(1 - beta2[index] ** steps[index]).sqrt_().add_(eps[index])
+        update = first.div(1 - beta1[index] ** steps[index]).div_(root)
+        if weight_decay[index]:
+            update.add_(param, alpha=weight_decay[index])
+        rate = lr[index]
+        if adapt[index]:
+            weight_norm = float(torch.linalg.vector_norm(param, dtype=torch.float64))
+            update_norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
+            if weight_norm != 0 and update_norm != 0:  # a norm that is no number makes the rate no number
+                rate = min(rate * weight_norm / update_norm, _LARGEST)
+        param.sub_(update, alpha=rate)
+    _copy(params, copies)
+
+
 @torch.library.custom_op("knltrain::sgd_step", mutates_args={"params", "momentum_buffers", "copies"})
 def _sgd(
     params: list[Tensor],
@@ -184,7 +268,7 @@ def _sgd(
     nesterov: list[bool],
 ) -> None:
     numbers = (lr, momentum, weight_decay, nesterov)
-    _check(params, grads, momentum_buffers, copies, numbers)
+    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, numbers)
     module = kernels()
     if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
         module.sgd_step(
@@ -209,17 +293,18 @@ def _copy(params: list[Tensor], copies: list[Tensor]) -> None:
 def _check(
     params: list[Tensor],
     grads: list[Tensor],
-    momentum_buffers: list[Tensor],
+    states: dict[str, list[Tensor]],
     copies: list[Tensor],
-    numbers: tuple[list[float] | list[bool], ...],
+    numbers: tuple[list[float] | list[int] | list[bool], ...],
 ) -> None:
-    if any(len(entry) != len(params) for entry in (grads, momentum_buffers, copies, *numbers)):
+    if any(len(entry) != len(params) for entry in (grads, *states.values(), copies, *numbers)):
         raise ValueError(f"there are {len(params)} parameters; every other list must be as long")
     for index, param in enumerate(params):
         shape = tuple(param.shape)
         check(f"params[{index}]", param, _WEIGHTS)
         check(f"grads[{index}]", grads[index], (param.dtype, torch.bfloat16), shape)
-        check(f"momentum_buffers[{index}]", momentum_buffers[index], (param.dtype,), shape)
+        for name, tensors in states.items():
+            check(f"{name}[{index}]", tensors[index], (param.dtype,), shape)
         if copies[index].numel() or not param.numel():
             check(f"copies[{index}]", copies[index], (torch.bfloat16,), shape)
 

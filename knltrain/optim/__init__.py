@@ -7,10 +7,11 @@ from torch import nn
 from knltrain.config import OptimConfig
 from knltrain.optim.base import MasterOptimizer
 from knltrain.optim.groups import parameter_groups
+from knltrain.optim.lamb import LAMB
 from knltrain.optim.lars import LARS
 from knltrain.optim.sgd import SGD
 
-__all__ = ["LARS", "SGD", "MasterOptimizer", "build_optimizer", "parameter_groups"]
+__all__ = ["LAMB", "LARS", "SGD", "MasterOptimizer", "build_optimizer", "parameter_groups"]
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
@@ -26,13 +27,16 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
             momentum=config.momentum,
             nesterov=config.variant == "nesterov",
         )
+    groups = parameter_groups(
+        model,
+        weight_decay=config.weight_decay,
+        decay_on="weights" if config.variant == "mlperf" else config.decay_on,
+        adapt_on="weights" if config.variant == "mlperf" else "all",
+    )
+    if config.name == "lamb":
+        return LAMB(groups, lr=config.lr, betas=(config.momentum, config.beta2), eps=config.eps)
     return LARS(
-        parameter_groups(
-            model,
-            weight_decay=config.weight_decay,
-            decay_on="weights" if config.variant == "mlperf" else config.decay_on,
-            adapt_on="weights" if config.variant == "mlperf" else "all",
-        ),
+        groups,
         lr=config.lr,
         momentum=config.momentum,
         weight_decay=config.weight_decay,

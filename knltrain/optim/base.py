@@ -1,4 +1,4 @@
-"""What LARS and SGD share: float32 parameters whose network may work with bf16 copies of them."""
+"""What LARS, LAMB and SGD share: float32 parameters whose network may work with bf16 copies of them."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ class MasterOptimizer(torch.optim.Optimizer):
     The gradient of such a parameter is its copy's, and each step writes both. Gradients of several micro-batches are
     summed in float32 by :meth:`carry`.
     """
+
+    # What the state of a parameter holds: tensors of its shape, which are zero at first.
+    _buffers: tuple[str, ...] = ("momentum_buffer",)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -65,7 +68,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        params, grads, buffers, copies, groups = [], [], [], [], []
+        params, grads, copies, groups = [], [], [], []
         for group in self.param_groups:
             for parameter in group["params"]:
                 copy = self.working_copies.get(parameter)
@@ -75,15 +78,15 @@ class MasterOptimizer(torch.optim.Optimizer):
                 if grad.is_sparse:
                     raise RuntimeError(f"{type(self).__name__} does not take sparse gradients")
                 state: dict[str, Any] = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+                for name in self._buffers:
+                    if name not in state:
+                        state[name] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
                 params.append(parameter)
                 grads.append(grad)
-                buffers.append(state["momentum_buffer"])
                 copies.append(parameter.new_empty(0, dtype=torch.bfloat16) if copy is None else copy.detach())
                 groups.append(group)
         if params:
-            self._update(params, grads, buffers, copies, groups)
+            self._update(params, grads, copies, groups)
         return loss
 
     def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
@@ -101,9 +104,8 @@ class MasterOptimizer(torch.optim.Optimizer):
         self,
         params: list[Tensor],
         grads: list[Tensor],
-        buffers: list[Tensor],
         copies: list[Tensor],
         groups: list[dict[str, Any]],
     ) -> None:
-        """Updates parameters, buffers and copies; ``groups`` has each parameter's group."""
+        """Updates parameters, their state and copies; ``groups`` has each parameter's group."""
         raise NotImplementedError

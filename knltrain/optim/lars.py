@@ -107,7 +107,6 @@ class LARS(MasterOptimizer):
         self,
         params: list[Tensor],
         grads: list[Tensor],
-        buffers: list[Tensor],
         copies: list[Tensor],
         groups: list[dict[str, Any]],
     ) -> None:
@@ -115,7 +114,7 @@ class LARS(MasterOptimizer):
         lars_step(
             params,
             grads,
-            buffers,
+            [self.state[parameter]["momentum_buffer"] for parameter in params],
             copies,
             squares,
             lr=[float(group["lr"]) for group in groups],

@@ -45,14 +45,13 @@ class SGD(MasterOptimizer):
         self,
         params: list[Tensor],
         grads: list[Tensor],
-        buffers: list[Tensor],
         copies: list[Tensor],
         groups: list[dict[str, Any]],
     ) -> None:
         sgd_step(
             params,
             grads,
-            buffers,
+            [self.state[parameter]["momentum_buffer"] for parameter in params],
             copies,
             lr=[float(group["lr"]) for group in groups],
             momentum=[group["momentum"] for group in groups],

@@ -6,10 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.predict.layers import layers_of
 from knltrain.recipes import IMAGENET_IMAGES
-from knltrain.schedule import total_steps
+from knltrain.schedule import timetable, total_steps
 
 BATCHES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -62,6 +63,53 @@ def accounting(
                 "messages": iterations * 2 * math.ceil(math.log2(nodes)),
                 "terabytes": iterations * sent / 1e12,
                 "flops_per_byte": flops * batch / nodes / sent if sent else None,
+            }
+        )
+    return rows
+
+
+def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> list[dict[str, Any]]:
+    """Counts what each phase of a run does, where batch, image size or augmentation change in its course.
+
+    Args:
+        config: what is trained.
+        nodes: P, one rank each.
+        images: N.
+
+    Returns:
+        For each phase: ``first_epoch`` and ``last_epoch``, ``image_size``, ``batch``, ``iterations``, ``images`` that
+        they see, ``flops`` of their forward and backward passes with 2 per multiply-add, and ``messages`` and
+        ``terabytes`` as :func:`accounting` counts them.
+
+    Raises:
+        ConfigError: a network that is not known, or no nodes.
+    """
+    plan = timetable(config, images)
+    rows = []
+    for phase in plan.phases:
+        steps = phase.last_step - phase.first_step
+        (sent,) = accounting(
+            config.model,
+            image_size=phase.image_size,
+            epochs=steps * phase.batch / images,
+            nodes=nodes,
+            batches=[phase.batch],
+            images=images,
+            itemsize=2 if config.comm.dtype == "bf16" else 4,
+        )
+        layers = layers_of(config.model, image_size=phase.image_size)
+        flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
+        rows.append(
+            {
+                "first_epoch": plan.epoch(phase.first_step),
+                "last_epoch": plan.epoch(phase.last_step),
+                "image_size": phase.image_size,
+                "batch": phase.batch,
+                "iterations": steps,
+                "images": steps * phase.batch,
+                "flops": steps * phase.batch * flops,
+                "messages": sent["messages"],
+                "terabytes": sent["terabytes"],
             }
         )
     return rows

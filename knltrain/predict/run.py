@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
@@ -15,12 +15,14 @@ from knltrain.predict.layers import Layer, LayerTime, gradients_of, layers_of, t
 from knltrain.predict.systems import Rate, System
 from knltrain.predict.timeline import Step, expected_maximum, simulate
 from knltrain.recipes import IMAGENET_IMAGES
-from knltrain.schedule import total_steps
+from knltrain.schedule import timetable
 
-# Bytes of memory that the fused update reads and writes for a parameter: momentum and float32 weights both ways, and
-# the gradient; or a bf16 gradient and a bf16 copy of the weights.
-_UPDATE_BYTES = 20
-_CHECKPOINT_BYTES = 8  # weights and momentum in float32
+# Bytes of memory that the update reads and writes for a parameter. Fused: momentum and float32 weights both ways, and
+# the gradient; or a bf16 gradient and a bf16 copy of the weights. LAMB's is eleven passes over two or three tensors.
+_UPDATE_BYTES = {"lars": 20, "sgd": 20, "lamb": 108}
+_CHECKPOINT_BYTES = {"lars": 8, "sgd": 8, "lamb": 12}  # weights and moments in float32
+# The moving average's: read, read weights, write; and what it adds to a checkpoint.
+_AVERAGE_BYTES, _AVERAGE_CHECKPOINT_BYTES = 12, 4
 _SLOWEST_FACTOR, _MOST_STEPS = 1e-6, 1e15
 _CIFAR = (50_000, 10_000)
 _IMAGENET_VAL = 50_000
@@ -79,7 +81,8 @@ class Prediction:
         local_batch: images that a rank passes through the model at once.
         accumulate: micro-batches of a step.
         steps: of the whole run.
-        step: one of them.
+        step: one of them; where batch or image size change, one of the last.
+        training_s: of all steps.
         images_per_s: of all nodes, training.
         one_node_images_per_s: of one node that trains the same images a step by itself.
         evaluation_s: of all evaluations.
@@ -92,6 +95,7 @@ class Prediction:
     accumulate: int
     steps: int
     step: Step
+    training_s: float
     images_per_s: float
     one_node_images_per_s: float
     evaluation_s: float
@@ -106,7 +110,7 @@ class Prediction:
     @property
     def total_s(self) -> float:
         """From the first step to the end."""
-        return self.steps * self.step.seconds + self.evaluation_s + self.checkpoint_s
+        return self.training_s + self.evaluation_s + self.checkpoint_s
 
     @property
     def node_hours(self) -> float:
@@ -138,10 +142,65 @@ def predict(job: Job) -> Prediction:
         raise ConfigError(f"{job.nodes} nodes: give 1 or more")
     if not _SLOWEST_FACTOR <= job.network_factor <= 1 / _SLOWEST_FACTOR:
         raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
-    if config.epochs * job.training_images / config.global_batch > _MOST_STEPS:
+    if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MOST_STEPS:
         raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: nobody lives to see the end")
+    course = timetable(config, job.training_images)
+    steps = min(course.total_steps, config.max_steps or course.total_steps)
+    kinds = {(phase.batch, phase.image_size): _step_of(_at(job, phase.batch, phase.image_size))
+             for phase in course.phases if phase.first_step < steps}  # fmt: skip
+    training_s = sum(
+        (min(phase.last_step, steps) - phase.first_step) * kinds[phase.batch, phase.image_size].step.seconds
+        for phase in course.phases
+        if phase.first_step < steps
+    )
+    last = course.phase(steps - 1)
+    final = kinds[last.batch, last.image_size]
+    epochs = course.epoch(steps)
+    elements = sum(gradient.elements for time in final.times for gradient in time.gradients)
+    evaluations = max(1, math.floor(epochs + 1e-9))
+    val_images = _CIFAR[1] if config.model == "alexnet_bn_small" else _IMAGENET_VAL
+    seen = final.times if last.image_size == config.image_size else layer_times(job, final.local)[0]
+    forward_s = sum(time.forward_s for time in seen) / final.local
+    checkpoints = max(1, math.ceil(epochs / config.checkpoint.every - 1e-9))
+    kept = _CHECKPOINT_BYTES[config.optim.name] + (_AVERAGE_CHECKPOINT_BYTES if config.ema_decay else 0)
+    return Prediction(
+        job=job,
+        local_batch=final.local,
+        accumulate=final.accumulate,
+        steps=steps,
+        step=final.step,
+        training_s=training_s,
+        images_per_s=last.batch / final.step.seconds,
+        one_node_images_per_s=last.batch / job.nodes / final.alone_s,
+        evaluation_s=evaluations * math.ceil(val_images / job.ranks) * forward_s * final.slowest,
+        checkpoint_s=checkpoints * kept * elements / (1e9 * system.storage.write_gb_per_s.value),
+        gradient_bytes=sum(final.step.sizes),
+    )
+
+
+def _at(job: Job, batch: int, image_size: int) -> Job:
+    """The job with the steps of one phase."""
+    return dataclasses.replace(job, config=dataclasses.replace(job.config.at_size(image_size), global_batch=batch))
+
+
+class _Kind(NamedTuple):
+    """Steps of one batch and image size, and what they are made of."""
+
+    local: int
+    accumulate: int
+    times: list[LayerTime]
+    step: Step
+    alone_s: float
+    slowest: float
+
+
+def _step_of(job: Job) -> _Kind:
+    config, system = job.config, job.system
     local, accumulate = share(job)
     times, optimizer_s = layer_times(job, local)
+    if config.ema_decay:
+        elements = sum(gradient.elements for time in times for gradient in time.gradients)
+        optimizer_s += _AVERAGE_BYTES * elements * _per_byte_s(job)
     slowest = 1 + system.noise.spread.value * expected_maximum(job.ranks)
     computing_s = accumulate * sum(time.forward_s + time.backward_s for time in times)
     reading_s = _reading_s(job, local * accumulate)
@@ -163,28 +222,7 @@ def predict(job: Job) -> Prediction:
     )
     if not math.isfinite(step.seconds):
         raise ConfigError(f"{system.name}: with its numbers a step never ends; look for one that is too small")
-    alone_s = computing_s + reading_s + optimizer_s
-    steps = total_steps(epochs=config.epochs, num_images=job.training_images, global_batch=config.global_batch)
-    if config.max_steps:
-        steps = min(steps, config.max_steps)
-    epochs = steps * config.global_batch / job.training_images
-    elements = sum(gradient.elements for time in times for gradient in time.gradients)
-    evaluations = max(1, math.floor(epochs + 1e-9))
-    val_images = _CIFAR[1] if config.model == "alexnet_bn_small" else _IMAGENET_VAL
-    forward_s = sum(time.forward_s for time in times) / local
-    checkpoints = max(1, math.ceil(epochs / config.checkpoint.every - 1e-9))
-    return Prediction(
-        job=job,
-        local_batch=local,
-        accumulate=accumulate,
-        steps=steps,
-        step=step,
-        images_per_s=config.global_batch / step.seconds,
-        one_node_images_per_s=config.global_batch / job.nodes / alone_s,
-        evaluation_s=evaluations * math.ceil(val_images / job.ranks) * forward_s * slowest,
-        checkpoint_s=checkpoints * _CHECKPOINT_BYTES * elements / (1e9 * system.storage.write_gb_per_s.value),
-        gradient_bytes=sum(step.sizes),
-    )
+    return _Kind(local, accumulate, times, step, computing_s + reading_s + optimizer_s, slowest)
 
 
 def share(job: Job) -> tuple[int, int]:
@@ -206,7 +244,8 @@ def share(job: Job) -> tuple[int, int]:
     if of_rank % local:
         divisor = next(size for size in range(local, 0, -1) if of_rank % size == 0)
         raise ConfigError(
-            f"local-batch {local} does not divide the {of_rank} images a rank has in a step; take {divisor}"
+            f"local-batch {local} does not divide the {of_rank} images a rank has in a step of batch {batch}; take "
+            f"{divisor}"
         )
     return local, of_rank // local
 
@@ -260,7 +299,7 @@ def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
     for layer in layers:
         forward_s, backward_s = ceiling_s(layer, local_batch, job.system, precision)
         times.append(LayerTime(layer.name, factor * forward_s, factor * backward_s, gradients_of(layer, precision)))
-    return times, node.ranks.value * _update_s(job.system, layers)
+    return times, node.ranks.value * _update_s(job.system, layers, config.optim.name)
 
 
 def _refuse_other(profile: Mapping[str, Any], config: RunConfig) -> None:
@@ -319,10 +358,15 @@ def _efficiency(system: System, rate: Rate | None) -> tuple[float, int]:
     return bound_s / took_s, rate.cores or system.node.cores.value
 
 
-def _update_s(system: System, layers: list[Layer]) -> float:
+def _update_s(system: System, layers: list[Layer], optimizer: str = "lars") -> float:
     """Seconds of the optimizer's update with the memory of a whole node."""
     elements = sum(layer.num_parameters for layer in layers)
-    return _UPDATE_BYTES * elements / (1e9 * system.node.memory_gb_per_s.value)
+    return _UPDATE_BYTES[optimizer] * elements / (1e9 * system.node.memory_gb_per_s.value)
+
+
+def _per_byte_s(job: Job) -> float:
+    """Seconds that a rank's share of a node's memory takes for a byte."""
+    return job.system.node.ranks.value / (1e9 * job.system.node.memory_gb_per_s.value)
 
 
 def _thread_bytes_per_s(system: System) -> float | None:

@@ -42,11 +42,16 @@ def summary(prediction: Prediction) -> list[str]:
         f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
         f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb_of(job.ranks):g} MiB, "
         f"{job.algorithm or job.system.network.algorithm}{'' if job.overlap else ', after the backward pass'}",
-        f"{duration(prediction.total_s)}: {prediction.steps:,} steps of {1e3 * step.seconds:.1f} ms, "
+        f"{duration(prediction.total_s)}: {prediction.steps:,} steps{_of(prediction)} {1e3 * step.seconds:.1f} ms, "
         f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",
         f"{prediction.images_per_s:,.0f} img/s, {prediction.efficiency:.0%} of {job.nodes:,} single nodes; "
         f"{prediction.node_hours:,.1f} node-hours{cost}{energy}",
     ]
+
+
+def _of(prediction: Prediction) -> str:
+    schedule = prediction.job.config.schedule
+    return ", the last of" if schedule.image_sizes or schedule.batches else " of"
 
 
 def step_table(prediction: Prediction) -> Table:
@@ -101,6 +106,23 @@ def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
         table.add_row(f"{row['batch']:,}", f"{row['iterations']:,}", f"{row['images_per_node']:g}",
                       f"{row['messages']:,}", f"{row['terabytes']:,.2f}",
                       "" if ratio is None else f"{ratio:,.0f}")  # fmt: skip
+    return table
+
+
+def course_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+    """What each phase of a run is, and costs."""
+    table = _table(title, numbers=("epochs", "pixels", "batch", "iterations", "images", "10^15 operations",
+                                   "messages a node", "TB a node sends"))  # fmt: skip
+    for row in rows:
+        table.add_row(f"{row['first_epoch']:.4g}-{row['last_epoch']:.4g}", f"{row['image_size']}", f"{row['batch']:,}",
+                      f"{row['iterations']:,}", f"{row['images']:,}", f"{row['flops'] / 1e15:,.1f}",
+                      f"{row['messages']:,}", f"{row['terabytes']:,.2f}")  # fmt: skip
+    table.add_section()
+    total = {
+        name: sum(row[name] for row in rows) for name in ("iterations", "images", "flops", "messages", "terabytes")
+    }
+    table.add_row("all", "", "", f"{total['iterations']:,}", f"{total['images']:,}", f"{total['flops'] / 1e15:,.1f}",
+                  f"{total['messages']:,}", f"{total['terabytes']:,.2f}")  # fmt: skip
     return table
 
 

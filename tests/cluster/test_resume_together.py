@@ -9,7 +9,7 @@ import pytest
 import torch
 from cluster.runs import GLOO, KNLTRAIN, SMALL, TORCHRUN, ccl_is_here, losses, start
 from runs import assert_same_run, newest, state
-from small_networks import NETWORKS, PRECISIONS, why_no_engine
+from small_networks import CHANGES, CHANGING_STEPS, NETWORKS, PRECISIONS, why_no_engine
 
 RANK = Path(__file__).with_name("resuming_ranks.py")
 
@@ -77,3 +77,36 @@ def test_two_ranks_go_on_as_if_they_had_not_been_stopped(engine, backend, image_
             torch.testing.assert_close(rows.mean(0), mean, rtol=1e-6, atol=1e-6, msg=key)
         made = json.loads((newest(tmp_path / name / "whole") / "state.json").read_text())["made"]
         assert (made["world_size"], made["threads"], made["engine"]) == (2, 1, engine)
+
+
+@pytest.mark.parametrize("engine, precision", [("eager", "fp32"), ("fused", "bf16")])
+def test_a_run_that_changes_in_its_course_goes_on_too(engine, precision, image_folder, tmp_path):
+    """Batches, sizes, augmentation, LAMB's moments, and the average with each rank's own running statistics of it."""
+    if reason := why_no_engine(engine):
+        pytest.skip(reason)
+    options = {**CHANGES, "engine": engine, "precision": precision}
+    train_in_parts({"changing": options}, image_folder, tmp_path, backend="gloo")
+    for parts in ("once", "twice"):
+        assert newest(tmp_path / "changing" / parts).name == f"step-{CHANGING_STEPS:08}"
+        assert_same_run(tmp_path / "changing" / parts, tmp_path / "changing" / "whole", evaluations=False)
+    final = state(tmp_path / "changing" / "whole")
+    rows = {key.split(": ")[1]: rows for key, rows in final.items() if key.startswith("statistics")}
+    averaged = {key.removeprefix("average/"): value for key, value in rows.items() if key.startswith("average/")}
+    assert averaged
+    for key, own in averaged.items():
+        assert not torch.equal(own[0], own[1]), key
+        torch.testing.assert_close(own.mean(0), final[f"model.safetensors: {key}"], rtol=1e-6, atol=1e-6, msg=key)
+        trained = final[f"trained.safetensors: {key}"]
+        torch.testing.assert_close(rows[key].mean(0), trained, rtol=1e-6, atol=1e-6, msg=key)
+
+
+def test_two_ranks_compute_what_one_does_while_batch_and_size_change(image_folder, tmp_path):
+    changes = [f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, list) else value}"
+               for name, value in CHANGES.items() if name != "dropout"]  # fmt: skip
+    for command, name, more in ((KNLTRAIN, "alone", []), ([*TORCHRUN, "knltrain"], "together", GLOO)):
+        result = start(
+            [*command, "train", *SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2", "--data",
+             image_folder, "--out", tmp_path / name, *changes, *more], OMP_NUM_THREADS="1",
+        )  # fmt: skip
+        assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
