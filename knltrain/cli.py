@@ -128,19 +128,34 @@ def train(
             click.echo(json.dumps(summary))
 
 
+# What a checkpoint says of itself, and a file of weights does not.
+_OF_A_FILE = ("model", "image_size", "augment.resize")
+
+
 @main.command(name="eval")
 @click.argument("checkpoint")
 @_NO_STRICT
 @JSON
-@_field_options("data", "precision", "force_bf16", "workers", "on_bad")
+@_field_options("data", "precision", "force_bf16", "workers", "on_bad", *_OF_A_FILE)
 @reports_errors
 def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
-    """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data."""
+    """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data.
+
+    CHECKPOINT may be a file of weights too, safetensors or a state dict as torchvision has it: then --model names its
+    network.
+    """
     config = configuration.override(RunConfig(), _given(values))
 
-    place = _take_place(strict=not no_strict_affinity)
-
     from pathlib import Path
+
+    useless = [f"--{name.replace('_', '-')}" for name in _OF_A_FILE if name in _given(values)]
+    if Path(checkpoint).is_file():
+        if config.model != values["model"]:
+            raise ConfigError(f"{checkpoint}: --model must name the network that these weights are of")
+    elif useless:
+        raise ConfigError(f"{useless[0]} has no effect on {checkpoint}: a checkpoint says what it is of; leave it out")
+
+    place = _take_place(strict=not no_strict_affinity)
 
     from knltrain.console import Console
     from knltrain.evaluate import evaluate_checkpoint

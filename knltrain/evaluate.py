@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from knltrain import checkpoint
+from knltrain import checkpoint, weights
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
@@ -92,12 +92,13 @@ def as_trained(config: RunConfig, state: dict[str, Any]) -> RunConfig:
     return override(config, {**fields, "dropout": state["dropout"]})
 
 
-def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place: Place) -> dict[str, Any]:
-    """Evaluates a checkpoint on the ``val`` part of a data set.
+def evaluate_checkpoint(path: Path, config: RunConfig, console: Console, place: Place) -> dict[str, Any]:
+    """Evaluates a checkpoint, or a file of weights, on the ``val`` part of a data set.
 
     Args:
-        folder: a checkpoint, or a run's folder, of which the newest is taken.
-        config: names the data, the precision and the number of decode threads; the checkpoint says the rest.
+        path: a checkpoint, or a run's folder, of which the newest is taken; or a file, as ``init_from`` takes it.
+        config: names the data, the precision and the number of decode threads. A checkpoint says the rest; for a file,
+            ``config`` names its network, image size and resize too.
         console: where to speak.
         place: where this rank runs.
 
@@ -105,34 +106,39 @@ def evaluate_checkpoint(folder: Path, config: RunConfig, console: Console, place
         Accuracy and what it was measured on.
 
     Raises:
-        KnltrainError: no checkpoint there, or it is damaged.
+        KnltrainError: no checkpoint there, or it is damaged, or the file is of another network.
         DataError: the data cannot be used, or has other classes than the checkpoint was trained on.
     """
     keep_freed_memory()
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16)
-    folder = checkpoint.newest(folder, console.warn)
-    state = checkpoint.read_state(folder)
-    config = as_trained(config, state)
+    classes = None
+    if not path.is_file():
+        path = checkpoint.newest(path, console.warn)
+        state = checkpoint.read_state(path)
+        config, classes = as_trained(config, state), state["classes"]
     with running_on(place.plan.comm):
         group = Group(ranks, cpus=place.plan.comm)
     with group, group.names_lost_ranks():
         dataset = open_part(config, "val")
-        if list(dataset.classes) != state["classes"]:
-            raise DataError(f"{config.data}/val has other classes than {folder} was trained on")
+        if classes not in (None, list(dataset.classes)):
+            raise DataError(f"{config.data}/val has other classes than {path} was trained on")
         model = model_of(config, len(dataset.classes))
-        checkpoint.load_weights(folder, model)
+        if classes is not None:
+            checkpoint.load_weights(path, model)
+        elif weights.load(path, model):
+            raise DataError(f"{config.data}/val has {len(dataset.classes):,} classes, and {path} another number")
         workers = threads if config.workers is None else config.workers
         loader = Loader(dataset, config, dtype=DTYPES[precision], workers=workers, cpus=place.plan.decode)
-        console.line(f"{config.model} of {folder} on {len(dataset):,} images, {precision}, {threads} threads a rank")
+        console.line(f"{config.model} of {path} on {len(dataset):,} images, {precision}, {threads} threads a rank")
         with contextlib.closing(loader):
             start = time.perf_counter()
             accuracy = evaluate(model, precision, loader, group, batch=128)
             seconds = time.perf_counter() - start
     assert accuracy is not None  # nothing asks it to stop
     return {
-        "checkpoint": str(folder),
+        "checkpoint": str(path),
         "data": config.data,
         **accuracy._asdict(),
         "images_per_s": accuracy.images / seconds,

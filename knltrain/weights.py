@@ -118,13 +118,13 @@ def load(path: Path, model: nn.Module) -> list[str]:
         if items
     ]
     if problems:
-        raise KnltrainError(f"init-from {path} is of another network: {'; '.join(problems)}")
+        raise KnltrainError(f"{path} is of another network: {'; '.join(problems)}")
     kept = {name: tensor for name, tensor in tensors.items() if name not in fresh}
     for name, tensor in kept.items():
         if tensor.is_floating_point() != expected[name].is_floating_point():
-            raise KnltrainError(f"init-from {path}: {_quote(name)} is {tensor.dtype}, not {expected[name].dtype}")
+            raise KnltrainError(f"{path}: {_quote(name)} is {tensor.dtype}, not {expected[name].dtype}")
         if not torch.isfinite(tensor).all():
-            raise KnltrainError(f"init-from {path}: {_quote(name)} holds values that are no finite numbers")
+            raise KnltrainError(f"{path}: {_quote(name)} holds values that are no finite numbers")
     model.load_state_dict(kept, strict=False)
     return fresh
 
@@ -139,7 +139,7 @@ def read(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise KnltrainError(f"init-from {path} cannot be read as safetensors: {_line(error)}") from None
+            raise KnltrainError(f"{path} cannot be read as safetensors: {_line(error)}") from None
     try:
         # Namespace is what torchvision's training reference keeps its arguments in: a class without behaviour.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
@@ -149,18 +149,18 @@ def read(path: Path) -> dict[str, Tensor]:
         # Its advice is not passed on: to read the file again with everything in it executed.
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise KnltrainError(
-                f"init-from {path} holds {_quote(refused[1])} beside tensors, which is not executed; save a state dict "
+                f"{path} holds {_quote(refused[1])} beside tensors, which is not executed; save a state dict "
                 "alone, best as safetensors"
             ) from None
         reason = _line(error) if isinstance(error, OSError) else "damaged, or nothing that torch.save wrote of tensors"
-        raise KnltrainError(f"init-from {path} cannot be read as a state dict: {reason}") from None
+        raise KnltrainError(f"{path} cannot be read as a state dict: {reason}") from None
     if isinstance(content, dict):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not content:
-        raise KnltrainError(f"init-from {path}: no state dict in it")
+        raise KnltrainError(f"{path}: no state dict in it")
     for name, value in content.items():
         if not (isinstance(name, str) and _is_plain(value)):
-            raise KnltrainError(f"init-from {path}: no state dict, for {_quote(name)} is no tensor in memory")
+            raise KnltrainError(f"{path}: no state dict, for {_quote(name)} is no tensor in memory")
     return content
 
 

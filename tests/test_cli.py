@@ -28,7 +28,19 @@ FIELDS = """
 """
 FLAGS = {
     "train": {"recipe", "config", "json", "help", "no-strict-affinity", "allow-change", *FIELDS.split()},
-    "eval": {"json", "help", "no-strict-affinity", "data", "precision", "force-bf16", "workers", "on-bad"},
+    "eval": {
+        "json",
+        "help",
+        "no-strict-affinity",
+        "data",
+        "precision",
+        "force-bf16",
+        "workers",
+        "on-bad",
+        "model",
+        "image-size",
+        "augment.resize",
+    },
     "export": {"json", "help", "format"},
     "bench": {
         "json",
