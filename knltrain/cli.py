@@ -303,6 +303,11 @@ def bench(as_json: bool, steps: int, **options: Any) -> None:
     console = Console(json=as_json)
     for complaint in configuration.without_effect(config, _given(options)):
         console.warn(complaint)
+    if config.schedule.image_sizes or config.schedule.batches or config.ema_decay:
+        console.warn(
+            f"steps of {config.global_batch:,} images of {config.image_size} pixels are measured, without what {recipe}"
+            " changes in the course of a run, and without an average of the weights"
+        )
     if profile:
         # What torch records with complains on stderr where there is no GPU, unless told before torch is loaded.
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")

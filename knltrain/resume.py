@@ -256,9 +256,12 @@ def guard_checkpoint(config: RunConfig, folder: Path, state: Mapping[str, Any], 
 
 
 def changes(before: Mapping[str, object], config: RunConfig) -> dict[str, tuple[object, object]]:
-    """The deciding fields that are not as they were: by name, what they were and what they are."""
+    """The deciding fields that are not as they were: by name, what they were and what they are.
+
+    A field that there was not yet had its default's effect.
+    """
     now = deciding(config)
-    then = {name: value for name, value in before.items() if name not in _MAY_CHANGE}
+    then = deciding(RunConfig()) | {name: value for name, value in before.items() if name not in _MAY_CHANGE}
     return {
         name: (then.get(name), now.get(name))
         for name in sorted(then.keys() | now.keys())

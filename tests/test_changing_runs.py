@@ -141,6 +141,23 @@ def test_the_folder_says_what_was_done(config):
     assert [round(row["images_per_s"] * row["step_s"]) for row in steps] == [8, 8, 16, 16, 16, 16, 16]
 
 
+def test_a_run_from_before_there_were_these_fields_goes_on(image_folder, tmp_path):
+    """At their defaults they change nothing."""
+    config = small_run(image_folder, tmp_path / "run")
+    run(config, max_steps=1)
+    path = Path(config.out, "config.json")
+    record = json.loads(path.read_text())
+    for group, names in ((None, ["ema_decay"]), ("optim", ["beta2"]), ("augment", ["collapse_epochs"]),
+                         ("schedule", ["image_sizes", "image_size_epochs", "batches", "batch_epochs"])):  # fmt: skip
+        for name in names:
+            del (record["config"][group] if group else record["config"])[name]
+    path.write_text(json.dumps(record))
+    assert run(config, max_steps=2)[0]["steps"] == 2
+    path.write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match=r"\(ema_decay: None -> 0\.9\)"):
+        run(config, max_steps=3, ema_decay=0.9)
+
+
 # The average ---------------------------------------------------------------------------------------------------------
 
 
