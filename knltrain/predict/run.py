@@ -232,13 +232,14 @@ def share(job: Job) -> tuple[int, int]:
         ConfigError: it does not divide; the message names sizes that do.
     """
     batch, ranks = job.config.global_batch, job.ranks
+    name = "schedule.batches" if batch in job.config.schedule.batches else "global-batch"
     if batch < ranks:
         raise ConfigError(
-            f"global-batch {batch} is smaller than the {ranks} ranks of {job.nodes} nodes; take {ranks} or more"
+            f"{name} {batch} is smaller than the {ranks} ranks of {job.nodes} nodes; take {ranks} or more"
         )
     if batch % ranks:
         down = batch // ranks * ranks
-        raise ConfigError(f"global-batch {batch} is not a multiple of {ranks} ranks; take {down} or {down + ranks}")
+        raise ConfigError(f"{name} {batch} is not a multiple of {ranks} ranks; take {down} or {down + ranks}")
     of_rank = batch // ranks
     local = min(job.config.local_batch or of_rank, of_rank)
     if of_rank % local:

@@ -7,12 +7,14 @@ import msgspec
 import pytest
 from foreseen import ALEXNET, GOOD, RESNET, job, replaced
 
-from knltrain.config import CommConfig, RunConfig
+from knltrain.config import CommConfig, RunConfig, override
 from knltrain.errors import ConfigError
-from knltrain.predict.accounting import accounting
+from knltrain.predict.accounting import accounting, course
+from knltrain.predict.layers import layers_of
 from knltrain.predict.run import fabric_of, predict, share
 from knltrain.predict.systems import Input, Sourced, load, parse
-from knltrain.recipes import RECIPES
+from knltrain.recipes import IMAGENET_IMAGES, RECIPES
+from knltrain.schedule import timetable
 
 
 @pytest.mark.parametrize("name, model", [("knl7250-opa", "alexnet"), ("knl7250-opa", "resnet50"),
@@ -186,3 +188,54 @@ def test_accounting_is_the_published_table():
     assert (alone["messages"], alone["terabytes"], alone["flops_per_byte"]) == (0, 0, None)
     with pytest.raises(ConfigError, match="0 nodes"):
         accounting("alexnet", image_size=227, epochs=1, nodes=0)
+
+
+CHANGING = {
+    "schedule.image_sizes": [128],
+    "schedule.image_size_epochs": [30],
+    "schedule.batches": [8192],
+    "schedule.batch_epochs": [10],
+}
+
+
+def test_a_run_that_changes_takes_as_long_as_its_phases():
+    plain = dataclasses.replace(RESNET, local_batch=8)
+    changing = override(plain, CHANGING)
+    whole = predict(job(changing, nodes=512))
+    plan = timetable(changing, IMAGENET_IMAGES)
+    assert [(phase.batch, phase.image_size) for phase in plan.phases] == [(8192, 128), (32768, 128), (32768, 224)]
+    seconds = 0.0
+    for phase in plan.phases:
+        alike = override(plain, {"global_batch": phase.batch, "image_size": phase.image_size, "augment.resize": 256})
+        seconds += (phase.last_step - phase.first_step) * predict(job(alike, nodes=512)).step.seconds
+    assert whole.training_s == pytest.approx(seconds)
+    assert whole.steps == plan.total_steps
+    last = predict(job(plain, nodes=512))
+    assert whole.step.seconds == last.step.seconds
+    assert whole.images_per_s == last.images_per_s
+    assert whole.total_s < last.total_s
+    early = predict(job(override(changing, {"max_steps": plan.phases[0].last_step}), nodes=512))
+    assert early.total_s < 0.3 * whole.total_s
+
+
+def test_a_course_is_counted_exactly():
+    config = override(RESNET, CHANGING)
+    rows, plan = course(config, nodes=512), timetable(config, IMAGENET_IMAGES)
+    assert [row["iterations"] for row in rows] == [phase.last_step - phase.first_step for phase in plan.phases]
+    assert sum(row["images"] for row in rows) == plan.images(plan.total_steps)
+    one = {size: sum(layer.forward_flops + layer.backward_flops for layer in layers_of("resnet50", image_size=size))
+           for size in (128, 224)}  # fmt: skip
+    assert [row["flops"] for row in rows] == [row["images"] * one[row["image_size"]] for row in rows]
+    assert [row["messages"] for row in rows] == [18 * row["iterations"] for row in rows]
+
+
+@pytest.mark.parametrize("fields", [{"ema_decay": 0.99}, {"optim.name": "lamb", "optim.eps": 1e-6}])
+def test_what_an_update_moves_besides_takes_its_time(fields):
+    plain, more = (predict(job(override(RESNET, changes), nodes=512)) for changes in ({}, fields))
+    assert more.step.optimizer_s > 1.3 * plain.step.optimizer_s
+    assert more.checkpoint_s == pytest.approx(1.5 * plain.checkpoint_s)
+
+
+def test_a_batch_of_the_course_that_does_not_divide_is_one_line():
+    with pytest.raises(ConfigError, match=r"schedule\.batches 1000 is not a multiple of 512 ranks"):
+        predict(job(override(RESNET, {"schedule.batches": [1000], "schedule.batch_epochs": [1]}), nodes=512))
