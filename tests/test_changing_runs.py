@@ -109,7 +109,12 @@ def test_smaller_images_show_the_same_part(image_folder, config):
 # The run -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("engine, precision", [(engine, kind) for engine in PRECISIONS for kind in PRECISIONS[engine]])
+# Every shape is compiled by itself, for minutes where nothing of it is in torch's cache yet: in bf16 alone.
+WAYS = [(engine, kind) for engine in PRECISIONS for kind in PRECISIONS[engine] if (engine, kind) != ("compile", "fp32")]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("engine, precision", WAYS)
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(image_folder, tmp_path, engine, precision):
     if reason := why_no_engine(engine):
         pytest.skip(reason)
@@ -218,13 +223,13 @@ def test_a_run_that_goes_back_takes_its_average_along(config, monkeypatch, tmp_p
 
     def spoil(seed, step, micro):
         original(seed, step, micro)
-        if step == 5 and not calls:
+        if step == 6 and not calls:  # two after the checkpoint
             calls.append(step)
             raise trainer.RewindError("as if a number were bad")
 
     run(config, out=str(tmp_path / "expected"), **{"health.rewind_factor": 0.999999})
     monkeypatch.setattr(trainer, "seed_dropout", spoil)
-    run(config, **{"health.policy": "rewind", "health.rewind_factor": 0.999999, "checkpoint.every": 0.2})
+    run(config, **{"health.policy": "rewind", "health.rewind_factor": 0.999999})
     assert calls
     got, wanted = (load_file(newest(out) / "model.safetensors") for out in (config.out, tmp_path / "expected"))
     for name in wanted:
