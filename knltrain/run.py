@@ -94,7 +94,7 @@ class Run:
 
     def trust_ratios_due(self, steps: int) -> bool:
         """Whether the last of ``steps`` steps has its trust ratios logged: the first, and up to a thousand of a run."""
-        every = math.ceil(self.total_steps / _TRUST_RATIOS)
+        every = math.ceil(self.timetable.total_steps / _TRUST_RATIOS)
         return self.config.log_trust_ratios and (steps == 1 or steps % every == 0)
 
     def lr(self, step: int) -> float:

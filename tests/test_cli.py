@@ -16,9 +16,9 @@ from knltrain.ops.native import why_not
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
     data stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
-    force-bf16 engine seed resume init-from workers on-bad label-smoothing log-trust-ratios ema-decay optim.name optim.variant
-    optim.lr optim.lr-scaling optim.momentum optim.beta2 optim.weight-decay optim.decay-on optim.trust-coefficient
-    optim.eps
+    force-bf16 engine seed resume init-from workers on-bad label-smoothing log-trust-ratios ema-decay
+    optim.name optim.variant optim.lr optim.lr-scaling optim.momentum optim.beta2 optim.weight-decay optim.decay-on
+    optim.trust-coefficient optim.eps
     schedule.name schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones
     schedule.gamma schedule.image-sizes schedule.image-size-epochs schedule.batches schedule.batch-epochs
     augment.name augment.resize augment.min-area augment.pad augment.collapse-epochs

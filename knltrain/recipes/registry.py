@@ -1,0 +1,104 @@
+"""What a recipe is, where they are registered, and what one becomes at another batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+from knltrain.config import OptimConfig, RunConfig, ScheduleConfig
+from knltrain.errors import ConfigError
+
+IMAGENET_IMAGES = 1_281_167
+
+SOURCES = {
+    "ICLR": "Large Batch Training of Convolutional Networks with Layer-wise Adaptive Rate Scaling, submission to ICLR "
+    "2018 by the authors of LARS, close to arXiv 1708.03888; the number is that of the table",
+    "Paper": "100-epoch ImageNet Training with AlexNet in 24 Minutes, arXiv 1709.05011; its abstracts",
+    "Intel": "solvers in intel/caffe at 44d5363, models/intel_optimized_models/multinode",
+    "NVCaffe": "solvers of the first author of LARS in borisgin/nvcaffe-0.16 at 8896d33, models/",
+    "Goyal": "Accurate, Large Minibatch SGD: Training ImageNet in 1 Hour, arXiv 1706.02677",
+    "FFCV": "configurations rn50_*_epochs.yaml and train_imagenet.py in libffcv/ffcv-imagenet at 5bab20e and 606c584, "
+    "accuracies of its README at 4dd291a",
+    "LAMB": "Large Batch Optimization for Deep Learning: Training BERT in 76 minutes, arXiv 1904.00962",
+    "Codreanu": "Codreanu, Podareanu and Saletore 2017, Scale out for large minibatch SGD: Residual network training "
+    "on ImageNet-1K with improved accuracy and reduced time to train",
+    "MLPerf": "reference convergence points in mlcommons/logging at 7bbf792, training_3.1.0/rcps_resnet.json",
+    "NUS": "NUS-HPC-AI-Lab/LARS-ImageNet-PyTorch at a8222c6, by the group of [Paper]'s first author",
+    "He": "Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2",
+}
+
+# By the batch: the optimizer and the learning rate over time of a method.
+Method = Callable[[int], tuple[OptimConfig, ScheduleConfig]]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A configuration with a name, and what is known of the accuracy it reaches.
+
+    Attributes:
+        published: top-1 that a source reports for these numbers, with the source.
+        measured: what this project itself has run, with the file that shows it, or "not run".
+        methods: other optimizers for the same training, by name.
+    """
+
+    name: str
+    build: Callable[[], RunConfig]
+    published: str
+    measured: str
+    methods: Mapping[str, Method]
+
+    def config(self) -> RunConfig:
+        """The recipe's configuration, carrying the recipe's name."""
+        return replace(self.build(), recipe=self.name)
+
+
+RECIPES: dict[str, Recipe] = {}
+
+
+def recipe(
+    *, published: str, measured: str = "not run", methods: Mapping[str, Method] = MappingProxyType({})
+) -> Callable[[Callable[[], RunConfig]], Callable[[], RunConfig]]:
+    """Registers the decorated function under its name, with dashes for underscores."""
+
+    def register(build: Callable[[], RunConfig]) -> Callable[[], RunConfig]:
+        name = build.__name__.replace("_", "-")
+        RECIPES[name] = Recipe(name, build, published, measured, methods)
+        return build
+
+    return register
+
+
+def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
+    """A recipe at another batch, by its own optimizer or by another method's rule; all else stays.
+
+    By its own optimizer, the recipe's learning rate grows with the batch as :func:`scaled` has it, its warm-up takes
+    as many epochs as it did, and batches that a run begins with grow alike.
+
+    Args:
+        name: a key of ``RECIPES``.
+        optimizer: its own, or one of its ``methods``.
+        batch: images a step.
+
+    Raises:
+        ConfigError: there is no rule for this optimizer.
+    """
+    recipe, config = RECIPES[name], RECIPES[name].config()
+    if optimizer == config.optim.name:
+        optim, schedule = scaled(config.optim, config.global_batch, batch), config.schedule
+    elif optimizer in recipe.methods:
+        optim, schedule = recipe.methods[optimizer](batch)
+    else:
+        there = ", ".join(dict.fromkeys((config.optim.name, *recipe.methods)))
+        raise ConfigError(f"{name} has no rule for the optimizer {optimizer!r}; it has one for {there}")
+    smaller = tuple(max(1, round(before * batch / config.global_batch)) for before in schedule.batches)
+    return replace(config, global_batch=batch, optim=optim, schedule=replace(schedule, batches=smaller))
+
+
+def scaled(optim: OptimConfig, before: int, after: int) -> OptimConfig:
+    """An optimizer at another batch: the rate of SGD grows with it [Goyal], that of others with its root [NUS]."""
+    if optim.lr_scaling == "linear":
+        return optim
+    ratio = after / before
+    return replace(optim, lr=optim.lr * (ratio if optim.name == "sgd" else math.sqrt(ratio)))

@@ -1,0 +1,179 @@
+"""CIFAR-10, and pictures as small that need no download."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from knltrain.config import AugmentConfig, OptimConfig, RunConfig, ScheduleConfig
+from knltrain.recipes.registry import Method, recipe, scaled
+
+
+def _small(model: str, batch: int, method: Method, *, epochs: float) -> RunConfig:
+    optim, schedule = method(batch)
+    return RunConfig(
+        model=model,
+        image_size=32,
+        epochs=epochs,
+        global_batch=batch,
+        local_batch=256,
+        # Of the two, only the ResNet has residual blocks.
+        zero_init_residual=model == "resnet20",
+        optim=optim,
+        schedule=schedule,
+        augment=AugmentConfig(name="pad-crop-flip"),
+    )
+
+
+def _small_sgd(lr: float, weight_decay: float) -> Method:
+    """Nesterov SGD by linear scaling, no decay on batch norm [Goyal]; warm-up and decay fit a few epochs."""
+
+    def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+        del batch  # the configuration multiplies
+        optim = OptimConfig(name="sgd", variant="nesterov", lr=lr, lr_scaling="linear", weight_decay=weight_decay,
+                            decay_on="not-norm")  # fmt: skip
+        return optim, ScheduleConfig(name="poly", power=2, warmup_epochs=2)
+
+    return method
+
+
+def _small_lars(lr: float, weight_decay: float) -> Method:
+    """LARS with ``lr`` at 2,048 and the root of the batch [NUS]; batch norm and biases left out, as in [MLPerf]."""
+
+    def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+        optim = OptimConfig(name="lars", variant="mlperf", lr=lr, weight_decay=weight_decay)
+        return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
+
+    return method
+
+
+def _small_lamb(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
+    """LAMB with 0.02 at 2,048 and the root of the batch [LAMB]; batch norm and biases left out."""
+    optim = OptimConfig(name="lamb", variant="mlperf", lr=0.02, weight_decay=0.01, eps=1e-6)
+    return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
+
+
+_CIFAR: Mapping[str, Method] = {"sgd": _small_sgd(0.1, 5e-4), "lars": _small_lars(16.0, 5e-4), "lamb": _small_lamb}
+# [He]: 0.1 at 128, decay 1e-4. For LARS nothing is published; it starts where the other network does.
+_CIFAR_RESNET20: Mapping[str, Method] = {"sgd": _small_sgd(0.2, 1e-4), "lars": _small_lars(16.0, 1e-4)}
+
+
+def _cifar(batch: int, optimizer: str) -> RunConfig:
+    return _small("alexnet_bn_small", batch, _CIFAR[optimizer], epochs=15)
+
+
+def _cifar_resnet20(batch: int, optimizer: str) -> RunConfig:
+    return _small("resnet20", batch, _CIFAR_RESNET20[optimizer], epochs=30)
+
+
+@recipe(published="-", methods=_CIFAR)
+def cifar_256() -> RunConfig:
+    """CIFAR-10 at 256 with Nesterov SGD: the small-batch baseline for ``cifar-2k`` and ``cifar-8k``."""
+    return _cifar(256, "sgd")
+
+
+@recipe(published="-", measured="81.84 [perf/results]", methods=_CIFAR)
+def cifar_2k() -> RunConfig:
+    """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
+    return _cifar(2048, "lars")
+
+
+@recipe(published="-", methods=_CIFAR)
+def cifar_2k_goyal() -> RunConfig:
+    """CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]: what ``cifar-2k`` is held against."""
+    return _cifar(2048, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR)
+def cifar_8k() -> RunConfig:
+    """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few an epoch as a batch of 210K has on ImageNet."""
+    base = _cifar(8192, "lars")
+    return replace(base, optim=replace(base.optim, lr=12.0), schedule=replace(base.schedule, warmup_epochs=3))
+
+
+@recipe(published="-", methods=_CIFAR)
+def cifar_8k_goyal() -> RunConfig:
+    """CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]: what ``cifar-8k`` is held against."""
+    return _cifar(8192, "sgd")
+
+
+@recipe(published="91.25 in 64,000 steps of 128 [He]", methods=_CIFAR_RESNET20)
+def cifar_resnet20_256() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 256 with Nesterov SGD: LR 0.1 for 128 images, decay 1e-4 [He]; 30 epochs, poly 2."""
+    return _cifar_resnet20(256, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_2k() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 2,048 with LARS."""
+    return _cifar_resnet20(2048, "lars")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_2k_goyal() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]."""
+    return _cifar_resnet20(2048, "sgd")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_8k() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 8,192 with LARS."""
+    return _cifar_resnet20(8192, "lars")
+
+
+@recipe(published="-", methods=_CIFAR_RESNET20)
+def cifar_resnet20_8k_goyal() -> RunConfig:
+    """ResNet-20 on CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]."""
+    return _cifar_resnet20(8192, "sgd")
+
+
+# What later work does besides, each added to ``cifar-2k`` or ``cifar-8k`` by itself. Their numbers are this project's,
+# and not tuned.
+
+
+@recipe(published="-", methods=_CIFAR)
+def cifar_2k_lamb() -> RunConfig:
+    """``cifar-2k`` with LAMB [LAMB], which leaves batch norm and biases alone, and decays by 0.01."""
+    return _cifar(2048, "lamb")
+
+
+@recipe(published="-")
+def cifar_2k_ema() -> RunConfig:
+    """``cifar-2k`` whose weights are averaged over the last two epochs or so."""
+    return replace(cifar_2k(), ema_decay=0.98)
+
+
+@recipe(published="-")
+def cifar_2k_collapse() -> RunConfig:
+    """``cifar-2k`` with a last epoch without augmentation, after [Codreanu]."""
+    base = cifar_2k()
+    return replace(base, augment=replace(base.augment, collapse_epochs=1))
+
+
+@recipe(published="-")
+def cifar_2k_resizing() -> RunConfig:
+    """``cifar-2k`` with images of 24 pixels in the first ten of its 15 epochs, after [FFCV]."""
+    base = cifar_2k()
+    return replace(base, schedule=replace(base.schedule, image_sizes=(24,), image_size_epochs=(10,)))
+
+
+@recipe(published="-")
+def cifar_8k_batches() -> RunConfig:
+    """``cifar-8k`` that begins with batches of 2,048, for as long as its learning rate rises."""
+    base = cifar_8k()
+    return replace(base, schedule=replace(base.schedule, batches=(2048,), batch_epochs=(3,)))
+
+
+@recipe(published="-", measured="98.60 [perf/results]", methods=_CIFAR)
+def quickstart() -> RunConfig:
+    """Pictures drawn by rule, LARS at 512: everything that an ImageNet run uses, in a minute or two."""
+    base = _cifar(512, "lars")
+    return replace(
+        base,
+        data="shapes",
+        epochs=8,
+        local_batch=128,
+        optim=replace(base.optim, lr=10.0),
+        schedule=replace(base.schedule, warmup_epochs=1),
+        augment=AugmentConfig(name="crop-flip", resize=36),
+    )
