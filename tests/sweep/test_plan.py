@@ -29,7 +29,7 @@ def test_seeds_and_fields_are_those_of_the_run():
 
 @pytest.mark.parametrize(
     "recipe, optimizer",
-    [(name, opt) for name, one in RECIPES.items() for opt in {one.config().optim.name, *one.methods}],
+    [(name, opt) for name, one in RECIPES.items() for opt in dict.fromkeys((one.config().optim.name, *one.methods))],
 )
 def test_a_command_line_is_the_whole_configuration(recipe, optimizer, tmp_path):
     point = sweep_of(recipe, optimizers=(optimizer,), fields={"data": "a b", "dropout": "0.25"}).point(
