@@ -18,6 +18,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
+from knltrain.compile_cache import remove_cut_libraries
 from knltrain.config import EngineName, Precision
 from knltrain.errors import ConfigError
 from knltrain.models.fused import fuse
@@ -168,6 +169,8 @@ def build_engine(
         if precision == "bf16":
             masters = _use_working_copies(model, optimizer)
     elif name == "compile":
+        for path in remove_cut_libraries():
+            warnings.warn(f"{path} was cut short, as by a run that was killed; it is compiled again", stacklevel=2)
         # In place, so that names in state dicts stay as they are. Where shapes vary, each is compiled by itself: the
         # second would give code for any shape, but not in a run that goes on with the second, and so other bits.
         model.compile(dynamic=False if shapes_vary else None)

@@ -23,7 +23,7 @@ FLOORS = [
     {"noise"},
     {"health"},
     {"engine", "checkpoint", "metrics", "weights", "average"},
-    {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance"},
+    {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance", "compile_cache"},
     {"config", "recipes", "schedule", "node"},
     {"errors", "files", "__init__", "_kernels"},
 ]

@@ -1,5 +1,6 @@
 """Trust ratios as they are logged: those that LARS uses, at a price that is not seen in the weights."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from knltrain.console import Console
 from knltrain.metrics import MetricsLog, read_metrics
 from knltrain.optim import LARS, parameter_groups
 from knltrain.run import Run
+from knltrain.schedule import timetable
 
 
 def logged(out):
@@ -66,7 +68,7 @@ def test_a_run_logs_what_its_optimizer_uses_and_nothing_else_changes(
         pytest.skip(reason)
     used, update = [], LARS._update
 
-    def watched(optimizer, params, grads, buffers, copies, groups):
+    def watched(optimizer, params, grads, copies, groups):
         names = {
             id(p): name
             for group in optimizer.param_groups
@@ -75,7 +77,7 @@ def test_a_run_logs_what_its_optimizer_uses_and_nothing_else_changes(
         used.append({
             names[id(p)]: 0.001 * norm(p) / (norm(g) + 5e-4 * norm(p)) for p, g in zip(params, grads, strict=True)
         })  # fmt: skip
-        update(optimizer, params, grads, buffers, copies, groups)
+        update(optimizer, params, grads, copies, groups)
 
     config = small_run(image_folder, tmp_path / "off", engine=engine, precision=precision, local_batch=8)
     trainer.train(config, Console(silent=True))
@@ -110,8 +112,9 @@ def test_a_run_that_was_stopped_has_each_step_once(image_folder, tmp_path):
 
 def test_a_long_run_logs_a_thousand():
     def due(total, **changes):
-        config = override(RunConfig(), {"log_trust_ratios": True, **changes})
-        run = Run(config, *[None] * 7, total_steps=total, progress=None, meta={}, place=None, watch=None)
+        config = override(RunConfig(), {"log_trust_ratios": True, "epochs": 1, "global_batch": 1, **changes})
+        others = {field.name: None for field in dataclasses.fields(Run)}
+        run = Run(**{**others, "config": config, "timetable": timetable(config, total)})
         return sum(run.trust_ratios_due(step) for step in range(1, total + 1))
 
     assert due(450_360) in range(900, 1002)

@@ -1,0 +1,79 @@
+"""Libraries of torch.compile that a killed run has cut short."""
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from knltrain.compile_cache import remove_cut_libraries
+
+TRAIN = """
+import torch
+from knltrain.config import OptimConfig
+from knltrain.engine import build_engine
+from knltrain.optim import build_optimizer
+
+class Network(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = torch.nn.Linear(8, 4)
+
+    def forward(self, x):
+        return self.fc(x).relu() * 2
+
+torch.manual_seed(0)
+model = Network()
+engine = build_engine("compile", "fp32", model, build_optimizer(model, OptimConfig(name="sgd", variant="nesterov")))
+engine.model(torch.randn(4, 8)).square().sum().backward()
+print(engine.model.fc.weight.grad.sum().item())
+"""
+
+
+def train(**environment):
+    """The gradient of a compiled network, found in a process of its own."""
+    return subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, env=os.environ | environment,
+                          timeout=600)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole_cache(tmp_path_factory):
+    """torch.compile's cache for the network, and the gradient."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs g++")
+    cache = tmp_path_factory.mktemp("inductor")
+    first = train(TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert first.returncode == 0, first.stderr
+    return cache, first.stdout
+
+
+@pytest.mark.parametrize("left", [0, 1000, -8])
+def test_a_library_that_was_cut_short_is_compiled_again(left, whole_cache, tmp_path):
+    cache, gradient = whole_cache
+    cache = shutil.copytree(cache, tmp_path / "cache")
+    libraries = sorted(cache.glob("*/*.so"))
+    assert libraries
+    for path in libraries:
+        os.truncate(path, left if left >= 0 else path.stat().st_size + left)
+    again = train(TORCHINDUCTOR_CACHE_DIR=str(cache))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == gradient
+    assert all(f"{path} was cut short" in again.stderr for path in libraries)
+
+
+def test_what_is_whole_and_what_is_being_built_stays(whole_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert remove_cut_libraries() == []
+    (tmp_path / "aa").mkdir()
+    (tmp_path / "locks").mkdir()
+    whole, begun, cut = (tmp_path / "aa" / name for name in ("whole.so", "begun.main.so", "cut.main.so"))
+    shutil.copy(next(whole_cache[0].glob("*/*.so")), whole)
+    begun.touch()
+    cut.write_bytes(whole.read_bytes()[:-1])
+    with (tmp_path / "locks/begun.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert remove_cut_libraries() == [cut]
+    assert remove_cut_libraries() == [begun]
+    assert whole.exists()
