@@ -169,8 +169,7 @@ def build_engine(
         if precision == "bf16":
             masters = _use_working_copies(model, optimizer)
     elif name == "compile":
-        for path in remove_cut_libraries():
-            warnings.warn(f"{path} was cut short, as by a run that was killed; it is compiled again", stacklevel=2)
+        remove_cut_libraries()
         # In place, so that names in state dicts stay as they are. Where shapes vary, each is compiled by itself: the
         # second would give code for any shape, but not in a run that goes on with the second, and so other bits.
         model.compile(dynamic=False if shapes_vary else None)
