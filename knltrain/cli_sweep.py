@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -14,7 +14,7 @@ import click
 from knltrain import config as configuration
 from knltrain.command import JSON, STOPPED, field_options, given, recipe_named, reports_errors
 from knltrain.errors import ConfigError
-from knltrain.sweep.plan import OWN_FIELDS, Sweep
+from knltrain.sweep.plan import OWN_FIELDS, Cell, Sweep
 
 if TYPE_CHECKING:
     from knltrain.console import Console
@@ -26,8 +26,9 @@ _T = TypeVar("_T", int, float, str)
 @click.option("--recipe", metavar="NAME", help="What to train; `knltrain recipes` lists them.")
 @click.option("--batches", metavar="B,...", help="Global batches; default the recipe's.")
 @click.option("--optimizers", metavar="NAME,...", help="Methods, each with its own rule; default the recipe's.")
-@click.option("--lr-factors", metavar="F,...", default="1", show_default=True,
-              help="Learning rates to try, as factors of the rule's for each batch.")  # fmt: skip
+@click.option("--lr-factors", metavar="[NAME:B=]F,...", multiple=True,
+              help="Learning rates to try, as factors of the rule's for each batch (default 1); again with NAME:B= for "
+                   "a method at a batch that needs others.")  # fmt: skip
 @click.option("--seeds", metavar="S,...", default="0", show_default=True, help="A run for each.")
 @click.option("--search-seeds", metavar="S,...",
               help="Try all learning rates with these seeds, only the best with the others; default all.")  # fmt: skip
@@ -38,7 +39,7 @@ _T = TypeVar("_T", int, float, str)
 @field_options(*(field.name for field in configuration.fields() if field.name not in OWN_FIELDS))
 @reports_errors
 def sweep(
-    recipe: str | None, batches: str | None, optimizers: str | None, lr_factors: str, seeds: str,
+    recipe: str | None, batches: str | None, optimizers: str | None, lr_factors: tuple[str, ...], seeds: str,
     search_seeds: str | None, out: str | None, task: int | None, dry_run: bool, as_json: bool, **values: str | None,
 ) -> None:  # fmt: skip
     """Train a recipe at many batches by several methods, search their learning rates, and draw accuracy against batch.
@@ -48,15 +49,17 @@ def sweep(
     if recipe is None:
         raise ConfigError("nothing to sweep: give --recipe NAME (`knltrain recipes` lists them)")
     base = recipe_named(recipe)
+    everywhere, at = _factors(lr_factors)
     all_seeds = _several("--seeds", seeds, int)
     plan = Sweep(
         recipe,
         given(values),
         _several("--batches", batches or str(base.global_batch), int),
         _several("--optimizers", optimizers or base.optim.name, str),
-        _several("--lr-factors", lr_factors, float),
+        everywhere,
         all_seeds,
         _several("--search-seeds", search_seeds, int) if search_seeds is not None else all_seeds,
+        at,
     )
     folder = Path(out or f"runs/sweep-{recipe}")
 
@@ -80,6 +83,26 @@ def sweep(
     if not finished:
         console.line("stopped by a signal; the same command goes on from there")
         sys.exit(STOPPED)
+
+
+def _factors(texts: Sequence[str]) -> tuple[tuple[float, ...], dict[Cell, tuple[float, ...]]]:
+    """Factors of the learning rate: for all methods and batches, and those of a method at a batch.
+
+    Raises:
+        ConfigError: what they are for cannot be read, or is given twice.
+    """
+    found: dict[Cell | None, tuple[float, ...]] = {}
+    for text in texts:
+        where, equals, numbers = text.rpartition("=")
+        name, _, batch = where.rpartition(":")
+        if equals and not (name and batch.strip().isdecimal()):
+            raise ConfigError(f"--lr-factors {text}: give METHOD:BATCH=FACTOR,... as in sgd:8192=0.125,0.25")
+        cell = (name.strip(), int(batch)) if equals else None
+        if cell in found:
+            raise ConfigError(f"--lr-factors {text}: it is given twice for {where or 'all'}")
+        found[cell] = _several("--lr-factors", numbers, float)
+    everywhere = found.pop(None, (1.0,))
+    return everywhere, {cell: factors for cell, factors in found.items() if cell}
 
 
 def _several(flag: str, text: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:

@@ -78,22 +78,26 @@ def _accuracy(best: Sequence[Best], reference: Best | None) -> list[str]:
 
 def _search(results: Results) -> list[str]:
     plan = results.sweep
-    sizes = f"{len(plan.lr_factors)} learning rate(s) with {len(plan.search_seeds)} seed(s) each"
+    sizes = sorted({len(plan.factors(*cell)) for cell in plan.cells})
+    number = f"{sizes[0]} to {sizes[-1]}" if len(sizes) > 1 else str(sizes[0])
+    factors = sorted({factor for cell in plan.cells for factor in plan.factors(*cell)})
     lines = [
-        f"The search was as large for every method: at each batch {sizes}, as factors of the rate that its rule gives. "
+        f"The search was as large for every method: at each batch {number} learning rate(s) with "
+        f"{len(plan.search_seeds)} seed(s) each, as factors of the rate that its rule gives. "
         "The best has the fewest runs that diverged, and then the highest mean top-1. "
         + (f"It alone was trained with {len(plan.later_seeds)} more seed(s). " if plan.later_seeds else "")
         + "The means above include the seeds by which it was chosen.",
         "",
-        "| optimizer | batch | the rule's rate | " + " | ".join(f"x {factor:g}" for factor in plan.lr_factors) + " |",
-        "|---|---|---|" + "---|" * len(plan.lr_factors),
+        "| optimizer | batch | the rule's rate | " + " | ".join(f"x {factor:g}" for factor in factors) + " |",
+        "|---|---|---|" + "---|" * len(factors),
     ]
     notes = []
     for optimizer in plan.optimizers:
         for batch in plan.batches:
             best = results.best(optimizer, batch)
             rate = plan.point(optimizer, batch, 1.0, plan.seeds[0]).lr
-            cells = [_cell(results, optimizer, batch, factor, best) for factor in plan.lr_factors]
+            tried = plan.factors(optimizer, batch)
+            cells = [_cell(results, optimizer, batch, one, best) if one in tried else "" for one in factors]
             lines.append(f"| {optimizer} | {batch:,} | {rate:g} | " + " | ".join(cells) + " |")
             if best and best.at_edge:
                 notes.append(f"- {optimizer} at {batch:,}: {best.lr:g} is at the edge of what was tried; a rate beyond "

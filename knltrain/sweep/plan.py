@@ -18,6 +18,8 @@ OWN_FIELDS = frozenset(
     {"recipe", "out", "resume", "global_batch", "seed", "optim.name", "optim.lr", "optim.lr_scaling"}
 )
 _AXES = ("batches", "optimizers", "lr_factors", "seeds", "search_seeds")
+# A method at a batch: what has a best learning rate.
+Cell = tuple[str, int]
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,11 @@ class Sweep:
         lr_factors: what the rule's learning rate is multiplied by.
         seeds: of the best learning rate of each method and batch.
         search_seeds: those of them with which every learning rate is tried; the best is chosen by their mean.
+        lr_factors_at: those of a method at a batch, where they are others; as many for every method.
 
     Raises:
-        ConfigError: something is given twice, a search seed is no seed, or a run of it cannot be configured.
+        ConfigError: something is given twice, a search seed is no seed, a method is searched more than another at the
+            same batch, or a run of it cannot be configured.
     """
 
     recipe: str
@@ -95,6 +99,7 @@ class Sweep:
     lr_factors: tuple[float, ...]
     seeds: tuple[int, ...]
     search_seeds: tuple[int, ...]
+    lr_factors_at: Mapping[Cell, tuple[float, ...]] = field(default_factory=dict)
     # To configure a run takes milliseconds, and each is asked for many times.
     _points: dict[tuple[str, int, float, int], Point] = field(default_factory=dict, compare=False, repr=False)
 
@@ -105,13 +110,23 @@ class Sweep:
                 raise ConfigError(f"--{axis.replace('_', '-')}: {twice[0]} is given twice")
         if strangers := [seed for seed in self.search_seeds if seed not in self.seeds]:
             raise ConfigError(f"--search-seeds {strangers[0]} is not one of --seeds {','.join(map(str, self.seeds))}")
+        for cell in self.lr_factors_at:
+            if cell not in self.cells:
+                raise ConfigError(f"--lr-factors {_name(cell)}: this sweep has no {cell[0]} at {cell[1]}")
+        for batch in self.batches:
+            sizes = {optimizer: len(self.factors(optimizer, batch)) for optimizer in self.optimizers}
+            if len(set(sizes.values())) > 1:
+                raise ConfigError(
+                    f"--lr-factors: at {batch}, " + ", ".join(f"{name} has {size}" for name, size in sizes.items())
+                    + "; a comparison is fair where every method is searched alike: give as many for each"
+                )  # fmt: skip
         names = [point.name for point in self.search()]
         if same := [name for name in names if names.count(name) > 1]:
             raise ConfigError(f"--lr-factors: two of them give the same learning rate ({same[0]}); leave one away")
 
     @property
-    def cells(self) -> list[tuple[str, int]]:
-        """Methods and batches: what has a best learning rate."""
+    def cells(self) -> list[Cell]:
+        """Methods and batches."""
         return [(optimizer, batch) for batch in self.batches for optimizer in self.optimizers]
 
     @property
@@ -122,7 +137,11 @@ class Sweep:
     @property
     def num_tasks(self) -> int:
         """Runs in all: those of the search, then those with the later seeds."""
-        return len(self.cells) * (len(self.lr_factors) * len(self.search_seeds) + len(self.later_seeds))
+        return len(self.search()) + len(self.cells) * len(self.later_seeds)
+
+    def factors(self, optimizer: str, batch: int) -> tuple[float, ...]:
+        """What the rule's learning rate is multiplied by for a method at a batch."""
+        return self.lr_factors_at.get((optimizer, batch), self.lr_factors)
 
     def point(self, optimizer: str, batch: int, factor: float, seed: int) -> Point:
         """Configures a run."""
@@ -133,12 +152,12 @@ class Sweep:
             self._points[key] = Point(*key, config)
         return self._points[key]
 
-    def search(self, *cells: tuple[str, int]) -> list[Point]:
+    def search(self, *cells: Cell) -> list[Point]:
         """The runs that every learning rate gets, of all methods and batches or of those named."""
         return [
             self.point(optimizer, batch, factor, seed)
             for optimizer, batch in cells or self.cells
-            for factor in self.lr_factors
+            for factor in self.factors(optimizer, batch)
             for seed in self.search_seeds
         ]
 
@@ -149,7 +168,8 @@ class Sweep:
     def as_dict(self) -> dict[str, Any]:
         """What it consists of, as JSON types."""
         lists = {axis: list(getattr(self, axis)) for axis in _AXES}
-        return {"recipe": self.recipe, "fields": dict(self.fields), **lists}
+        others = {_name(cell): list(factors) for cell, factors in self.lr_factors_at.items()}
+        return {"recipe": self.recipe, "fields": dict(self.fields), **lists, "lr_factors_at": others}
 
     def command(self, out: Path) -> str:
         """The command that makes it."""
@@ -160,18 +180,34 @@ class Sweep:
         for axis in _AXES:
             values: Sequence[object] = getattr(self, axis)
             if axis != "search_seeds" or self.later_seeds:
-                numbers = (f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-                yield from (f"--{axis.replace('_', '-')}", ",".join(numbers))
+                yield from (f"--{axis.replace('_', '-')}", _listed(values))
+        for cell, factors in self.lr_factors_at.items():
+            yield from ("--lr-factors", f"{_name(cell)}={_listed(factors)}")
         for name, value in self.fields.items():
             yield from (f"--{name.replace('_', '-')}", value)
         yield from ("--out", str(out))
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell[0]}:{cell[1]}"
+
+
+def _listed(values: Sequence[object]) -> str:
+    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def left_away(sweep: Sweep, before: Mapping[str, Any]) -> list[str]:
     """Says what an earlier sweep has that this one lacks: a sweep may grow, and never shrinks."""
     missing = []
     for axis in _AXES:
-        gone = [value for value in before[axis] if value not in getattr(sweep, axis)]
-        if gone:
-            missing.append(f"--{axis.replace('_', '-')} without {','.join(map(str, gone))}")
+        if axis != "lr_factors":
+            gone = [value for value in before[axis] if value not in getattr(sweep, axis)]
+            if gone:
+                missing.append(f"--{axis.replace('_', '-')} without {_listed(gone)}")
+    for cell in sweep.cells:
+        if cell[0] in before["optimizers"] and cell[1] in before["batches"]:
+            earlier = before["lr_factors_at"].get(_name(cell), before["lr_factors"])
+            gone = [factor for factor in earlier if factor not in sweep.factors(*cell)]
+            if gone:
+                missing.append(f"--lr-factors for {_name(cell)} without {_listed(gone)}")
     return missing

@@ -125,7 +125,7 @@ class Results:
         """
         sweep, found = self.sweep, {}
         complete = True
-        for factor in sweep.lr_factors:
+        for factor in sweep.factors(optimizer, batch):
             outcomes = [self.outcome(sweep.point(optimizer, batch, factor, seed)) for seed in sweep.search_seeds]
             complete &= all(outcome.ended for outcome in outcomes)
             reached = [outcome.top1 for outcome in outcomes if outcome.top1 is not None]
@@ -171,7 +171,7 @@ class Results:
         later = [
             sweep.point(optimizer, batch, factor, seed)
             for optimizer, batch in sweep.cells
-            for factor in sweep.lr_factors
+            for factor in sweep.factors(optimizer, batch)
             for seed in sweep.later_seeds
         ]
         return sweep.search() + [point for point in later if self.outcome(point).status != "waiting"]

@@ -57,6 +57,8 @@ def test_the_command_of_a_sweep_says_what_it_is(tmp_path):
         ({"optimizers": ("sgd", "adam")}, "cifar-256 has no rule for the optimizer 'adam'; it has one for sgd, lars"),
         ({"batches": (256, 256)}, "--batches: 256 is given twice"),
         ({"lr_factors": (1.0, 1.0000001)}, "two of them give the same learning rate"),
+        ({"lr_factors_at": {("sgd", 1024): (0.1, 0.2, 0.3)}}, "at 1024, sgd has 3, lars has 2; a comparison is fair"),
+        ({"lr_factors_at": {("sgd", 512): (0.1, 0.2)}}, "--lr-factors sgd:512: this sweep has no sgd at 512"),
         ({"lr_factors": (-1.0,)}, "optim.lr: -0.1 will not do"),
         ({"lr_factors": (float("nan"),)}, "optim.lr: nan will not do"),
         ({"batches": (0,)}, "global_batch: 0 will not do"),
@@ -73,4 +75,28 @@ def test_what_cannot_be_is_refused_at_once(changes, words):
 def test_a_sweep_may_grow_and_not_shrink():
     small, large = sweep_of(), sweep_of(batches=(256, 512, 1024), lr_factors=(0.25, 0.5, 1.0, 2.0))
     assert left_away(large, small.as_dict()) == []
-    assert left_away(small, large.as_dict()) == ["--batches without 512", "--lr-factors without 0.25,2.0"]
+    assert left_away(small, large.as_dict()) == [
+        "--batches without 512", *(f"--lr-factors for {name}:{batch} without 0.25,2"
+                                   for batch in (256, 1024) for name in ("sgd", "lars")),
+    ]  # fmt: skip
+    other = sweep_of(lr_factors_at={("sgd", 1024): (0.25, 0.5), ("lars", 1024): (1.0, 2.0)})
+    assert left_away(other, small.as_dict()) == [
+        "--lr-factors for sgd:1024 without 1", "--lr-factors for lars:1024 without 0.5",
+    ]  # fmt: skip
+    assert left_away(small, other.as_dict()) == [
+        "--lr-factors for sgd:1024 without 0.25", "--lr-factors for lars:1024 without 2",
+    ]  # fmt: skip
+
+
+def test_a_method_at_a_batch_may_have_learning_rates_of_its_own(tmp_path):
+    own = {("sgd", 1024): (0.125, 0.25, 0.5), ("lars", 1024): (0.5, 1.0, 2.0)}
+    plan = sweep_of(lr_factors_at=own)
+    assert [point.name for point in plan.search()] == [
+        "sgd-b256-lr0.05-seed0", "sgd-b256-lr0.1-seed0", "lars-b256-lr2.82843-seed0", "lars-b256-lr5.65685-seed0",
+        "sgd-b1024-lr0.05-seed0", "sgd-b1024-lr0.1-seed0", "sgd-b1024-lr0.2-seed0",
+        "lars-b1024-lr5.65685-seed0", "lars-b1024-lr11.3137-seed0", "lars-b1024-lr22.6274-seed0",
+    ]  # fmt: skip
+    assert plan.num_tasks == 10 + 4 * 2
+    words = shlex.split(plan.command(tmp_path))
+    assert words[6:12] == ["--optimizers", "sgd,lars", "--lr-factors", "0.5,1", "--seeds", "0,1,2"]
+    assert words[14:18] == ["--lr-factors", "sgd:1024=0.125,0.25,0.5", "--lr-factors", "lars:1024=0.5,1,2"]

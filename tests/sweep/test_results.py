@@ -146,6 +146,26 @@ def test_what_is_written(results):
         assert line in report, report
 
 
+def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
+    own = {("sgd", 256): (0.125, 0.25, 0.5), ("lars", 256): (0.5, 1.0, 2.0)}
+    results = Results(sweep_of(lr_factors_at=own), tmp_path, IMAGES)
+    for factor, top1 in ((0.125, 70.0), (0.25, 75.0), (0.5, 71.0)):
+        end(results, "sgd", 256, factor, 0, top1=top1)
+    best = results.best("sgd", 256)
+    assert (best.factor, best.complete, best.at_edge) == (0.25, True, False)
+    guard(results.sweep, results.out)
+    collect(results)
+    report = (results.out / "report.md").read_text()
+    for line in (
+        "at each batch 2 to 3 learning rate(s) with 1 seed(s) each",
+        "| optimizer | batch | the rule's rate | x 0.125 | x 0.25 | x 0.5 | x 1 | x 2 |",
+        "| sgd | 256 | 0.1 | 70.00 | **75.00** | 71.00 |  |  |",
+        "| lars | 256 | 5.65685 |  |  | - | - | - |",
+        "| sgd | 1,024 | 0.4 |  |  | - | - |  |",
+    ):
+        assert line in report, report
+
+
 def test_a_sweep_of_which_nothing_came_has_a_report(results):
     end(results, "sgd", 256, 1.0, 0)
     guard(results.sweep, results.out)
