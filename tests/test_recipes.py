@@ -32,21 +32,21 @@ PUBLISHED = {
 # name: model, batch, epochs, peak LR, warm-up epochs, weight decay, optimizer
 OWN = {
     "cifar-256": ("alexnet_bn_small", 256, 15, 0.1, 2, 5e-4, "sgd/nesterov"),
-    "cifar-2k": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
     "cifar-2k-goyal": ("alexnet_bn_small", 2048, 15, 0.8, 2, 5e-4, "sgd/nesterov"),
-    "cifar-8k": ("alexnet_bn_small", 8192, 15, 12, 3, 5e-4, "lars/mlperf"),
+    "cifar-8k": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "lars/mlperf"),
     "cifar-8k-goyal": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "sgd/nesterov"),
     "cifar-resnet20-256": ("resnet20", 256, 30, 0.2, 2, 1e-4, "sgd/nesterov"),
-    "cifar-resnet20-2k": ("resnet20", 2048, 30, 16, 2, 1e-4, "lars/mlperf"),
+    "cifar-resnet20-2k": ("resnet20", 2048, 30, 3.2, 2, 1e-4, "lars/mlperf"),
     "cifar-resnet20-2k-goyal": ("resnet20", 2048, 30, 1.6, 2, 1e-4, "sgd/nesterov"),
-    "cifar-resnet20-8k": ("resnet20", 8192, 30, 32, 2, 1e-4, "lars/mlperf"),
+    "cifar-resnet20-8k": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "lars/mlperf"),
     "cifar-resnet20-8k-goyal": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "sgd/nesterov"),
     "cifar-2k-lamb": ("alexnet_bn_small", 2048, 15, 0.02, 2, 0.01, "lamb/mlperf"),
-    "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
-    "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
-    "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 16, 2, 5e-4, "lars/mlperf"),
-    "cifar-8k-batches": ("alexnet_bn_small", 8192, 15, 12, 3, 5e-4, "lars/mlperf"),
-    "quickstart": ("alexnet_bn_small", 512, 8, 10, 1, 5e-4, "lars/mlperf"),
+    "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "cifar-8k-batches": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "quickstart": ("alexnet_bn_small", 512, 8, 1, 1, 5e-4, "lars/mlperf"),
 }
 
 
@@ -108,12 +108,12 @@ def test_the_rates_of_other_batches_and_methods():
     """SGD with the batch, LARS with its root; data, network and length stay those of the recipe."""
     for name, optimizer, batch, lr, warmup in (
         ("cifar-256", "sgd", 8192, 3.2, 2),
-        ("cifar-256", "lars", 2048, 16, 2),
-        ("cifar-2k", "lars", 8192, 32, 2),
-        ("cifar-8k", "lars", 2048, 6, 3),
+        ("cifar-256", "lars", 2048, 3.2, 2),
+        ("cifar-2k", "lars", 8192, 6.4, 2),
+        ("cifar-8k", "lars", 2048, 1.6, 2),
         ("cifar-8k", "sgd", 8192, 3.2, 2),
         ("cifar-8k", "lamb", 8192, 0.04, 2),
-        ("cifar-2k-lamb", "lars", 2048, 16, 2),
+        ("cifar-2k-lamb", "lars", 2048, 3.2, 2),
         ("alexnet-bn-32k", "lars", 8192, 16, 10.23),
         ("alexnet-bn-32k", "sgd", 512, 0.08, 0),
         ("resnet50-256", "lars", 8192, 10.6, 16),
@@ -129,7 +129,7 @@ def test_the_rates_of_other_batches_and_methods():
 
 def test_batches_that_a_run_begins_with_stay_the_same_part():
     config = at_batch("cifar-8k-batches", "lars", 2048)
-    assert (config.schedule.batches, config.schedule.batch_epochs, config.optim.lr) == ((512,), (3,), 6)
+    assert (config.schedule.batches, config.schedule.batch_epochs, config.optim.lr) == ((512,), (2,), 1.6)
 
 
 def test_an_optimizer_without_a_rule_is_refused():

@@ -38,10 +38,14 @@ def _small_sgd(lr: float, weight_decay: float) -> Method:
 
 
 def _small_lars(lr: float, weight_decay: float) -> Method:
-    """LARS with ``lr`` at 2,048 and the root of the batch [NUS]; batch norm and biases left out, as in [MLPerf]."""
+    """LARS with ``lr`` at 2,048 and the root of the batch [NUS]; batch norm and biases left out, as in [MLPerf].
+
+    What is left out takes steps of the plain learning rate. With [ICLR]'s eta of 0.001, the weights of these networks
+    want one of 10 to 30, too much for batch norm; with an eta ten times as large, both have what they need.
+    """
 
     def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
-        optim = OptimConfig(name="lars", variant="mlperf", lr=lr, weight_decay=weight_decay)
+        optim = OptimConfig(name="lars", variant="mlperf", lr=lr, weight_decay=weight_decay, trust_coefficient=0.01)
         return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
 
     return method
@@ -53,9 +57,9 @@ def _small_lamb(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
     return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
 
 
-_CIFAR: Mapping[str, Method] = {"sgd": _small_sgd(0.1, 5e-4), "lars": _small_lars(16.0, 5e-4), "lamb": _small_lamb}
+_CIFAR: Mapping[str, Method] = {"sgd": _small_sgd(0.1, 5e-4), "lars": _small_lars(3.2, 5e-4), "lamb": _small_lamb}
 # [He]: 0.1 at 128, decay 1e-4. For LARS nothing is published; it starts where the other network does.
-_CIFAR_RESNET20: Mapping[str, Method] = {"sgd": _small_sgd(0.2, 1e-4), "lars": _small_lars(16.0, 1e-4)}
+_CIFAR_RESNET20: Mapping[str, Method] = {"sgd": _small_sgd(0.2, 1e-4), "lars": _small_lars(3.2, 1e-4)}
 
 
 def _cifar(batch: int, optimizer: str) -> RunConfig:
@@ -88,7 +92,7 @@ def cifar_2k_goyal() -> RunConfig:
 def cifar_8k() -> RunConfig:
     """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few an epoch as a batch of 210K has on ImageNet."""
     base = _cifar(8192, "lars")
-    return replace(base, optim=replace(base.optim, lr=12.0), schedule=replace(base.schedule, warmup_epochs=3))
+    return replace(base, optim=replace(base.optim, lr=3.2))
 
 
 @recipe(published="-", methods=_CIFAR)
@@ -161,7 +165,7 @@ def cifar_2k_resizing() -> RunConfig:
 def cifar_8k_batches() -> RunConfig:
     """``cifar-8k`` that begins with batches of 2,048, for as long as its learning rate rises."""
     base = cifar_8k()
-    return replace(base, schedule=replace(base.schedule, batches=(2048,), batch_epochs=(3,)))
+    return replace(base, schedule=replace(base.schedule, batches=(2048,), batch_epochs=(2,)))
 
 
 @recipe(published="-", measured="98.60 [perf/results]", methods=_CIFAR)
@@ -173,7 +177,7 @@ def quickstart() -> RunConfig:
         data="shapes",
         epochs=8,
         local_batch=128,
-        optim=replace(base.optim, lr=10.0),
+        optim=replace(base.optim, lr=1.0),
         schedule=replace(base.schedule, warmup_epochs=1),
         augment=AugmentConfig(name="crop-flip", resize=36),
     )

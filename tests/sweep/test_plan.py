@@ -14,8 +14,8 @@ from knltrain.sweep.plan import left_away
 def test_the_runs_of_a_search():
     plan = sweep_of()
     assert [point.name for point in plan.search()] == [
-        "sgd-b256-lr0.05-seed0", "sgd-b256-lr0.1-seed0", "lars-b256-lr2.82843-seed0", "lars-b256-lr5.65685-seed0",
-        "sgd-b1024-lr0.2-seed0", "sgd-b1024-lr0.4-seed0", "lars-b1024-lr5.65685-seed0", "lars-b1024-lr11.3137-seed0",
+        "sgd-b256-lr0.05-seed0", "sgd-b256-lr0.1-seed0", "lars-b256-lr0.565685-seed0", "lars-b256-lr1.13137-seed0",
+        "sgd-b1024-lr0.2-seed0", "sgd-b1024-lr0.4-seed0", "lars-b1024-lr1.13137-seed0", "lars-b1024-lr2.26274-seed0",
     ]  # fmt: skip
     assert (plan.num_tasks, plan.later_seeds) == (8 + 4 * 2, (1, 2))
     assert sweep_of(search_seeds=(0, 1, 2)).num_tasks == 24
@@ -24,7 +24,7 @@ def test_the_runs_of_a_search():
 def test_seeds_and_fields_are_those_of_the_run():
     config = sweep_of(fields={"epochs": "3", "precision": "fp32"}).point("lars", 1024, 0.5, 2).config
     assert (config.seed, config.epochs, config.precision, config.global_batch) == (2, 3, "fp32", 1024)
-    assert config.optim.lr == pytest.approx(16 * (1024 / 2048) ** 0.5 / 2)
+    assert config.optim.lr == pytest.approx(3.2 * (1024 / 2048) ** 0.5 / 2)
 
 
 @pytest.mark.parametrize(
@@ -92,9 +92,9 @@ def test_a_method_at_a_batch_may_have_learning_rates_of_its_own(tmp_path):
     own = {("sgd", 1024): (0.125, 0.25, 0.5), ("lars", 1024): (0.5, 1.0, 2.0)}
     plan = sweep_of(lr_factors_at=own)
     assert [point.name for point in plan.search()] == [
-        "sgd-b256-lr0.05-seed0", "sgd-b256-lr0.1-seed0", "lars-b256-lr2.82843-seed0", "lars-b256-lr5.65685-seed0",
+        "sgd-b256-lr0.05-seed0", "sgd-b256-lr0.1-seed0", "lars-b256-lr0.565685-seed0", "lars-b256-lr1.13137-seed0",
         "sgd-b1024-lr0.05-seed0", "sgd-b1024-lr0.1-seed0", "sgd-b1024-lr0.2-seed0",
-        "lars-b1024-lr5.65685-seed0", "lars-b1024-lr11.3137-seed0", "lars-b1024-lr22.6274-seed0",
+        "lars-b1024-lr1.13137-seed0", "lars-b1024-lr2.26274-seed0", "lars-b1024-lr4.52548-seed0",
     ]  # fmt: skip
     assert plan.num_tasks == 10 + 4 * 2
     words = shlex.split(plan.command(tmp_path))

@@ -89,9 +89,9 @@ def test_later_seeds_wait_for_the_search(results):
     searched(results)
     later = results.later()
     assert [point and point.name for point in later] == [
-        "sgd-b256-lr0.1-seed1", "sgd-b256-lr0.1-seed2", "lars-b256-lr2.82843-seed1", "lars-b256-lr2.82843-seed2",
+        "sgd-b256-lr0.1-seed1", "sgd-b256-lr0.1-seed2", "lars-b256-lr0.565685-seed1", "lars-b256-lr0.565685-seed2",
         *[None] * 4]  # fmt: skip
-    assert task_of(results, 3).name == "lars-b256-lr5.65685-seed0"
+    assert task_of(results, 3).name == "lars-b256-lr1.13137-seed0"
     assert task_of(results, 9) is later[1]
     with pytest.raises(KnltrainError, match="not known before tasks 0 to 7 have ended"):
         task_of(results, 12)
@@ -120,8 +120,8 @@ def test_what_is_written(results):
     assert set(COLUMNS) >= {"model", "optimizer", "batch", "lr", "seed", "epochs", "top1", "seconds", "status", "run"}
     assert [(row["optimizer"], row["batch"], row["lr"], row["seed"], row["top1"], row["status"]) for row in rows] == [
         ("sgd", "256", "0.05", "0", "79.0", "done"), ("sgd", "256", "0.1", "0", "80.0", "done"),
-        ("lars", "256", "2.8284271247461903", "0", "78.0", "done"),
-        ("lars", "256", "5.656854249492381", "0", "", "diverged"), ("sgd", "1024", "0.2", "0", "75.5", "done"),
+        ("lars", "256", "0.5656854249492381", "0", "78.0", "done"),
+        ("lars", "256", "1.1313708498984762", "0", "", "diverged"), ("sgd", "1024", "0.2", "0", "75.5", "done"),
         ("sgd", "256", "0.1", "1", "82.0", "done"),
     ]  # fmt: skip
     assert rows[0]["run"] == "runs/sgd-b256-lr0.05-seed0"
@@ -133,15 +133,15 @@ def test_what_is_written(results):
     for line in (
         "3 seed(s). Of 16 runs, 5 done, 1 diverged.",
         "| 256 | sgd | 0.1 | 1 | 81.00 ± 1.41 | 2 | 0 | reference |",
-        "| 256 | lars | 2.82843 | 0.5 | 78.00 | 1 | 0 | -3.00 |",
+        "| 256 | lars | 0.565685 | 0.5 | 78.00 | 1 | 0 | -3.00 |",
         "| 1,024 | sgd | 0.2 | 0.5 | 75.50 | 1 | 0 | -5.50 |",
         "at each batch 2 learning rate(s) with 1 seed(s) each",
         "| sgd | 256 | 0.1 | 79.00 | **80.00** |",
-        "| lars | 256 | 5.65685 | **78.00** | 1 diverged |",
-        "| lars | 1,024 | 11.3137 | - | - |",
+        "| lars | 256 | 1.13137 | **78.00** | 1 diverged |",
+        "| lars | 1,024 | 2.26274 | - | - |",
         "- sgd at 256: 0.1 is at the edge of what was tried",
         "- sgd at 1,024: not every learning rate has been tried yet.",
-        "- `lars-b256-lr5.65685-seed0` diverged: a diverged run",
+        "- `lars-b256-lr1.13137-seed0` diverged: a diverged run",
     ):
         assert line in report, report
 
@@ -160,7 +160,7 @@ def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
         "at each batch 2 to 3 learning rate(s) with 1 seed(s) each",
         "| optimizer | batch | the rule's rate | x 0.125 | x 0.25 | x 0.5 | x 1 | x 2 |",
         "| sgd | 256 | 0.1 | 70.00 | **75.00** | 71.00 |  |  |",
-        "| lars | 256 | 5.65685 |  |  | - | - | - |",
+        "| lars | 256 | 1.13137 |  |  | - | - | - |",
         "| sgd | 1,024 | 0.4 |  |  | - | - |  |",
     ):
         assert line in report, report
