@@ -82,7 +82,7 @@ FLAGS = {
         "help",
         *(set(FIELDS.split()) - {"global-batch", "seed", "resume", "optim.name", "optim.lr", "optim.lr-scaling"}),
     },
-    "report": {"json", "help", "out"},
+    "report": {"json", "help", "out", "target-top1"},
     "predict": {
         "json",
         "help",

@@ -19,13 +19,14 @@ _OURS = re.compile(
 )
 
 
-def report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, Any]:
+def report(folders: Sequence[Path], out: Path, console: Console, target_top1: float | None = None) -> dict[str, Any]:
     """Writes OUT/report.html, which needs nothing beside it, and OUT/figures/NAME.svg and NAME.png.
 
     Args:
         folders: of runs, finished or not.
         out: where to; what an earlier report wrote there is overwritten.
         console: told what is left out, and why.
+        target_top1: in per cent; results have what each run took to reach it.
 
     Returns:
         ``page``, ``figures``, ``runs`` with their results, and ``left_out`` with the reasons.
@@ -65,12 +66,12 @@ def report(folders: Sequence[Path], out: Path, console: Console) -> dict[str, An
             path = out / "figures" / f"{picture.name}.{suffix}"
             path.write_bytes(content)
             figures.append(str(path))
-    (out / "report.html").write_text(page(runs, pictures), "utf-8")
+    (out / "report.html").write_text(page(runs, pictures, target_top1), "utf-8")
     return {
         "page": str(out / "report.html"),
         "figures": figures,
         "runs": [
-            {"name": run.name, "path": one_line(str(run.path)), "finished": run.finished, **run.results()}
+            {"name": run.name, "path": one_line(str(run.path)), "finished": run.finished, **run.results(target_top1)}
             for run in runs
         ],
         "left_out": left_out,

@@ -38,17 +38,20 @@ _RESULTS: tuple[tuple[str, str, Callable[[float], str], Callable[..., float] | N
     ("communication not hidden", "exposed_comm_fraction", "{:.1%}".format, None),
     ("peak memory, MiB", "peak_rss_mb", "{:,.0f}".format, None),
     ("noise scale at the end, images", "noise_scale", _images, None),
+    ("epochs to {target:g} %", "epochs_to_target", "{:.4g}".format, min),
+    ("training to {target:g} %", "train_s_to_target", _minutes, min),
 )
 # Settings that stand beside each of several runs, whether they differ or not.
 _ALWAYS = ("model", "global_batch", "optim.name", "optim.lr")
 
 
-def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
+def page(runs: Sequence[Run], pictures: Sequence[Picture], target_top1: float | None = None) -> str:
     """The page, in which everything that a run says is escaped.
 
     Args:
         runs: at least one, of different names.
         pictures: of these.
+        target_top1: in per cent; the table has what each run took to reach it.
     """
     environment = Environment(
         loader=PackageLoader("knltrain.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -65,7 +68,7 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
             {"name": run.name, "path": one_line(str(run.path)), "colour": colour, "finished": run.finished}
             for run, colour in zip(runs, colours(len(runs)), strict=True)
         ],
-        results=_results(runs),
+        results=_results(runs, target_top1),
         differing=[(name, values[name]) for name in differing],
         common=[(name, values[name][0]) for name in names if name not in differing and values[name][0] != "–"],
         pictures=[{"title": one.title, "caption": one.caption, "wide": one.wide, "svg": one.svg} for one in pictures],
@@ -74,12 +77,12 @@ def page(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     )
 
 
-def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
+def _results(runs: Sequence[Run], target_top1: float | None) -> list[dict[str, Any]]:
     """The columns of the table of results: those for which some run has a number."""
-    found = [run.results() for run in runs]
+    found = [run.results(target_top1) for run in runs]
     columns = []
     for title, key, write, best in _RESULTS:
-        numbers = [results[key] for results in found]
+        numbers = [results.get(key) for results in found]
         known = [number for number in numbers if number is not None]
         if not known:
             continue
@@ -88,7 +91,7 @@ def _results(runs: Sequence[Run]) -> list[dict[str, Any]]:
             {"text": "–" if number is None else write(number), "best": number is not None and number == first}
             for number in numbers
         ]
-        columns.append({"title": title, "cells": cells})
+        columns.append({"title": title.format(target=target_top1), "cells": cells})
     return columns
 
 

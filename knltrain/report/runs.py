@@ -104,8 +104,13 @@ class Run:
     evaluations: dict[str, Column]
     trust_ratios: TrustRatios | None
 
-    def results(self) -> dict[str, float | None]:
-        """What came of it, by the names of summary.json; None where the folder does not say."""
+    def results(self, target_top1: float | None = None) -> dict[str, float | None]:
+        """What came of it, by the names of summary.json; None where the folder does not say.
+
+        Args:
+            target_top1: in per cent. ``epochs_to_target`` and ``train_s_to_target`` go up to the first evaluation that
+                reached it.
+        """
         steps, evaluations = self.steps, self.evaluations
         train_s = _sum(steps["step_s"])
         noise = steps["noise_scale"][-max(1, round(_LAST_PART * len(steps["step"]))) :]
@@ -126,6 +131,16 @@ class Run:
             "exposed_comm_fraction": _fraction(steps["exposed_comm_s"], train_s),
             "peak_rss_mb": self.peak_rss_mb or rss,
             "noise_scale": float(np.median(noise)) if len(noise) else None,
+        } | (self._to(target_top1) if target_top1 is not None else {})
+
+    def _to(self, target_top1: float) -> dict[str, float | None]:
+        reached = np.flatnonzero(self.evaluations["top1"] >= target_top1)
+        if not len(reached):
+            return {"epochs_to_target": None, "train_s_to_target": None}
+        step, epoch = (float(self.evaluations[name][reached[0]]) for name in ("step", "epoch"))
+        return {
+            "epochs_to_target": epoch,
+            "train_s_to_target": _sum(self.steps["step_s"][self.steps["step"] <= step]),
         }
 
 

@@ -76,6 +76,23 @@ def test_it_draws_what_there_is(tmp_path):
     assert {"run-0", "run-1"} <= classes
 
 
+def test_the_time_to_a_target(tmp_path):
+    # An evaluation every three steps, of half a second each.
+    run_folder(tmp_path / "fast")
+    run_folder(tmp_path / "short", steps=6, epochs=2)
+    result = invoke(tmp_path / "fast", tmp_path / "short", "--out", tmp_path / "out", "--target-top1", "80", "--json")
+    fast, short = json.loads(result.stdout.splitlines()[-1])["runs"]
+    assert (short["epochs_to_target"], short["train_s_to_target"]) == (None, None)
+    assert fast["top1"] >= 80 > short["top1"]
+    texts = page_of(tmp_path / "out").texts
+    assert "epochs to 80 %" in texts
+    assert "training to 80 %" in texts
+    assert (fast["epochs_to_target"], fast["train_s_to_target"]) == (3.0, 4.5)
+    plain = json.loads(invoke(tmp_path / "fast", "--out", tmp_path / "out", "--json").stdout.splitlines()[-1])
+    assert "epochs_to_target" not in plain["runs"][0]
+    assert "epochs to" not in " ".join(page_of(tmp_path / "out").texts)
+
+
 def test_what_nobody_logged_is_said_and_old_figures_go(tmp_path):
     out = tmp_path / "out"
     invoke(run_folder(tmp_path / "full", ratios=RATIOS, noise_scale=500.0), "--out", out)
