@@ -32,7 +32,7 @@ PUBLISHED = {
 # name: model, batch, epochs, peak LR, warm-up epochs, weight decay, optimizer
 OWN = {
     "cifar-256": ("alexnet_bn_small", 256, 15, 0.1, 2, 5e-4, "sgd/nesterov"),
-    "cifar-2k": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
     "cifar-2k-goyal": ("alexnet_bn_small", 2048, 15, 0.8, 2, 5e-4, "sgd/nesterov"),
     "cifar-8k": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "lars/mlperf"),
     "cifar-8k-goyal": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "sgd/nesterov"),
@@ -42,11 +42,11 @@ OWN = {
     "cifar-resnet20-8k": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "lars/mlperf"),
     "cifar-resnet20-8k-goyal": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "sgd/nesterov"),
     "cifar-2k-lamb": ("alexnet_bn_small", 2048, 15, 0.02, 2, 0.01, "lamb/mlperf"),
-    "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
-    "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
-    "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 3.2, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
+    "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
     "cifar-8k-batches": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "lars/mlperf"),
-    "quickstart": ("alexnet_bn_small", 512, 8, 1, 1, 5e-4, "lars/mlperf"),
+    "quickstart": ("alexnet_bn_small", 512, 8, 2, 1, 5e-4, "lars/mlperf"),
 }
 
 
@@ -109,7 +109,7 @@ def test_the_rates_of_other_batches_and_methods():
     for name, optimizer, batch, lr, warmup in (
         ("cifar-256", "sgd", 8192, 3.2, 2),
         ("cifar-256", "lars", 2048, 3.2, 2),
-        ("cifar-2k", "lars", 8192, 6.4, 2),
+        ("cifar-2k", "lars", 8192, 12.8, 2),
         ("cifar-8k", "lars", 2048, 1.6, 2),
         ("cifar-8k", "sgd", 8192, 3.2, 2),
         ("cifar-8k", "lamb", 8192, 0.04, 2),

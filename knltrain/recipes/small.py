@@ -79,7 +79,8 @@ def cifar_256() -> RunConfig:
 @recipe(published="-", measured="81.84 [perf/results]", methods=_CIFAR)
 def cifar_2k() -> RunConfig:
     """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
-    return _cifar(2048, "lars")
+    base = _cifar(2048, "lars")
+    return replace(base, optim=replace(base.optim, lr=6.4))
 
 
 @recipe(published="-", methods=_CIFAR)
@@ -177,7 +178,7 @@ def quickstart() -> RunConfig:
         data="shapes",
         epochs=8,
         local_batch=128,
-        optim=replace(base.optim, lr=1.0),
+        optim=replace(base.optim, lr=2.0),
         schedule=replace(base.schedule, warmup_epochs=1),
         augment=AugmentConfig(name="crop-flip", resize=36),
     )
