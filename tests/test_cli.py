@@ -267,7 +267,7 @@ def test_warnings_of_what_changes_nothing_or_does_not_fit(image_folder, tmp_path
                     "--global-batch", 16, "--schedule.gamma", "0.5", "--comm.dtype", "bf16")  # fmt: skip
     assert result.exit_code == 0, result.stderr
     assert "schedule.gamma has no effect" in result.output
-    assert "global batch 16 with the learning rate 16" in result.output
+    assert "global batch 16 with the learning rate 6.4" in result.output
     assert "comm.* has no effect on a single rank" in result.output
 
 
