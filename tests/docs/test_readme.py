@@ -20,7 +20,7 @@ SHORTER = {
     "knltrain train --recipe cifar": "--global-batch 16 --local-batch 16 --max-steps 2",
     "knltrain train --recipe resnet50": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
     "knltrain train --config": "--global-batch 16 --local-batch 16 --max-steps 1",
-    "knltrain sweep": "--batches 16 --optimizers sgd --lr-factors 1 --seeds 0 --local-batch 16 --max-steps 1",
+    "knltrain sweep": "--batches 16 --optimizers sgd --seeds 0 --local-batch 16 --max-steps 1",
     "torchrun": "--global-batch 8 --max-steps 1 --image-size 67 --augment.resize 77",
     "mpiexec": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
     "knltrain launch": "--global-batch 4 --local-batch 2 --max-steps 1 --image-size 64",
