@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -93,14 +94,13 @@ def _factors(texts: Sequence[str]) -> tuple[tuple[float, ...], dict[Cell, tuple[
     """
     found: dict[Cell | None, tuple[float, ...]] = {}
     for text in texts:
-        where, equals, numbers = text.rpartition("=")
-        name, _, batch = where.rpartition(":")
-        if equals and not (name and batch.strip().isdecimal()):
+        own = re.fullmatch(r"\s*(\S+):(\d{1,18})\s*=(.*)", text)
+        if "=" in text and not own:
             raise ConfigError(f"--lr-factors {text}: give METHOD:BATCH=FACTOR,... as in sgd:8192=0.125,0.25")
-        cell = (name.strip(), int(batch)) if equals else None
+        cell = (own[1], int(own[2])) if own else None
         if cell in found:
-            raise ConfigError(f"--lr-factors {text}: it is given twice for {where or 'all'}")
-        found[cell] = _several("--lr-factors", numbers, float)
+            raise ConfigError(f"--lr-factors {text}: it is given twice for {f'{cell[0]}:{cell[1]}' if cell else 'all'}")
+        found[cell] = _several("--lr-factors", own[3] if own else text, float)
     everywhere = found.pop(None, (1.0,))
     return everywhere, {cell: factors for cell, factors in found.items() if cell}
 

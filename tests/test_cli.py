@@ -184,6 +184,7 @@ def invoke(*arguments):
         (["sweep", *SWEPT, "--optimizers", "sgd,"], 2, "--optimizers sgd,: give names"),
         (["sweep", *SWEPT, "--lr-factors", "fast"], 2, "--lr-factors fast: give numbers"),
         (["sweep", *SWEPT, "--lr-factors", "sgd=1,2"], 2, "--lr-factors sgd=1,2: give METHOD:BATCH=FACTOR"),
+        (["sweep", *SWEPT, "--lr-factors", f"sgd:{'9' * 5000}=1"], 2, "give METHOD:BATCH=FACTOR"),
         (["sweep", *SWEPT, "--lr-factors", "sgd:256=1", "--lr-factors", "sgd:256=2"], 2, "given twice for sgd:256"),
         (["sweep", *SWEPT, "--lr-factors", "1", "--lr-factors", "2"], 2, "given twice for all"),
         (["sweep", *SWEPT, "--lr-factors", "lars:256=1"], 2, "this sweep has no lars at 256"),
