@@ -1,3 +1,4 @@
+import dataclasses
 import shutil
 
 import pytest
@@ -98,6 +99,13 @@ def test_bf16_without_hardware_is_refused_unless_forced():
     assert choose_precision("bf16", OLD_CPU, force=True) == "bf16"
     assert choose_precision("auto", OLD_CPU, force=False) == "fp32"
     assert choose_precision("fp32", read_node(), force=False) == "fp32"
+
+
+def test_bf16_where_fp32_is_faster_is_taken_with_a_warning_alone():
+    hidden = dataclasses.replace(OLD_CPU, flags=frozenset({"avx512_bf16", "avx512_fp16"}))
+    assert choose_precision("auto", hidden, force=False) == "fp32"
+    with pytest.warns(UserWarning, match=r"Old CPU hides its AMX.*--precision fp32"):
+        assert choose_precision("bf16", hidden, force=False) == "bf16"
 
 
 def test_missing_parts_are_named(monkeypatch):

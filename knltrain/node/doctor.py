@@ -104,6 +104,14 @@ def bf16(machine: Machine) -> Finding:
     node = machine.node
     if node.computes_bf16:
         bits = " and ".join(bit for bit in ("avx512_bf16", "amx_bf16") if bit in node.flags)
+        if not node.gains_from_bf16:
+            return Finding(
+                "bf16",
+                "warning",
+                f"{bits}, on cores that are made for AMX, and AMX is hidden",
+                "bf16 runs at half of fp32's rate; --precision auto trains in fp32",
+                "a virtual machine or container that is given AMX (amx_tile, amx_bf16), on a kernel from 5.16 on",
+            )
         return Finding("bf16", "ok", f"in hardware: {bits}")
     return Finding(
         "bf16",
@@ -231,7 +239,7 @@ def memory(machine: Machine) -> Finding:
         return Finding(
             "memory", "note", "/proc/meminfo does not say what is free", "memory was not examined", "none needed"
         )
-    ranks, precision = len(node.domains), "bf16" if node.computes_bf16 else "fp32"
+    ranks, precision = len(node.domains), "bf16" if node.gains_from_bf16 else "fp32"
     there, need = min(known), _STEP_MB[precision]
     limit = f", the control group's limit {node.memory_limit_mb:,.0f}" if node.memory_limit_mb else ""
     cause = (

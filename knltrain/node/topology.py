@@ -101,6 +101,17 @@ class Node:
         return bool(self.flags & {"avx512_bf16", "amx_bf16"})
 
     @property
+    def gains_from_bf16(self) -> bool:
+        """Whether products of bf16 are faster than fp32's.
+
+        Cores that are made for AMX multiply bf16 without it at half of fp32's rate [perf/results]: those of Sapphire
+        Rapids and later, where a hypervisor or the kernel hides AMX. They have AVX512_FP16, which Cooper Lake's, fast
+        without AMX, have not. SSE4A tells AMD's from them, whose AVX512_BF16 is fast.
+        """
+        amx_is_hidden = "avx512_fp16" in self.flags and not self.flags & {"amx_bf16", "sse4a"}
+        return self.computes_bf16 and not amx_is_hidden
+
+    @property
     def isa(self) -> str:
         """The widest instruction set that matters here, for people and for result files."""
         for bit in ("amx_bf16", "avx512_bf16", "avx512bw", "avx512f", "avx2"):

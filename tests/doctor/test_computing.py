@@ -179,7 +179,7 @@ def test_a_data_folder(image_folder, monkeypatch, tmp_path):
 def test_decoding_against_what_a_model_was_measured_to_take(image_folder, monkeypatch, tmp_path, share, severity):
     monkeypatch.setenv("KNLTRAIN_CACHE", str(tmp_path / "cache"))
     node = read_node()
-    settings = settings_of("resnet50", "bf16" if node.computes_bf16 else "fp32", node,
+    settings = settings_of("resnet50", "bf16" if node.gains_from_bf16 else "fp32", node,
                            threads_per_rank(node, local_size=1, environ={}))  # fmt: skip
     check_writable()
     store(settings, {"fastest": "eager", "engines": [{"engine": "eager", "images_per_s": 50.0},

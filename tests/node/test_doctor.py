@@ -77,6 +77,9 @@ def test_bf16(small, tmp_path):
     emulated = found("bf16", trees.xeon(tmp_path / "xeon"))
     assert emulated.severity == "note"
     assert "--comm.dtype bf16" in emulated.remedy
+    hidden = found("bf16", trees.cloud(tmp_path / "cloud"))
+    assert hidden.severity == "warning"
+    assert "AMX is hidden" in hidden.cause
 
 
 def status(root, pid, name, parent, cpus):

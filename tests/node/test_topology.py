@@ -104,6 +104,21 @@ def test_a_cloud_machine_with_siblings_beside_each_other_and_a_kernel_without_am
     assert (node.isa, node.amx_refused) == ("avx512_bf16", True)
 
 
+@pytest.mark.parametrize(
+    "flags, gains",
+    [
+        ("avx512f", False),
+        ("avx512f avx512_bf16", True),  # Cooper Lake, Zen 4
+        ("avx512f avx512_bf16 avx512_fp16 amx_tile amx_bf16", True),
+        ("avx512f avx512_bf16 avx512_fp16", False),  # the same, where a hypervisor hides AMX
+        ("avx512f avx512_bf16 avx512_fp16 sse4a", True),
+    ],
+)
+def test_cores_made_for_amx_gain_from_bf16_with_amx_alone(tmp_path, flags, gains):
+    trees.write_tree(tmp_path, cores=[(0,)], domains=[[0]], memory=[1000], flags=flags)
+    assert read_node(tmp_path).gains_from_bf16 is gains
+
+
 def test_a_container(tmp_path):
     node = read_node(trees.container(tmp_path))
     assert node.cpus == node.group_cpus == (5, 6, 7, 8, 9, 20)

@@ -4,7 +4,7 @@ from knltrain.node.cpulist import format_cpu_list
 
 XEON_PHI = "avx2 avx512f avx512cd avx512er avx512pf"
 SKYLAKE = "avx2 avx512f avx512bw avx512vl avx512dq"
-SAPPHIRE_RAPIDS = SKYLAKE + " avx512_bf16 amx_bf16 amx_tile amx_int8"
+SAPPHIRE_RAPIDS = SKYLAKE + " avx512_bf16 avx512_fp16 amx_bf16 amx_tile amx_int8"
 MILAN = "avx2"
 
 
