@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
@@ -20,18 +21,21 @@ from knltrain.errors import ConfigError, KnltrainError, one_line
 from knltrain.recipes import RECIPES
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
+_PACKAGE = os.path.dirname(__file__) + os.sep
 _TOO_LARGE = "not enough memory ({}); take a smaller local-batch, image-size or number of workers"
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr.")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the project's errors into one line and an exit code."""
+    """Turns the project's errors into one line and an exit code, and its warnings into a line."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                command(*args, **kwargs)
         except KnltrainError as error:
             fail(str(error), BAD_USAGE if isinstance(error, ConfigError) else FAILED)
         except OSError as error:  # a folder that cannot be written, a disk that is full
@@ -49,6 +53,16 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail("interrupted", 130)
 
     return wrapped
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None,
+    line: str | None = None,
+) -> None:  # fmt: skip
+    """Ours without the line of code that gave it; those of other packages as Python shows them."""
+    ours = category is UserWarning and filename.startswith(_PACKAGE)
+    text = f"warning: {one_line(str(message))}" if ours else warnings.formatwarning(message, category, filename, lineno)
+    click.echo(text.rstrip(), err=True)
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import shutil
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import get_args
@@ -81,7 +82,7 @@ def autocast(precision: str) -> AbstractContextManager[object]:
     return torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
 
 
-def choose_precision(asked: Precision, node: Node, *, force: bool) -> str:
+def choose_precision(asked: Precision, node: Node, *, force: bool, warn: Callable[[str], None] = warnings.warn) -> str:
     """Resolves ``auto``, refuses bf16 where the processor would only emulate it, and warns where fp32 is faster.
 
     Raises:
@@ -95,10 +96,9 @@ def choose_precision(asked: Precision, node: Node, *, force: bool) -> str:
             "fp32. Use --precision fp32, or --force-bf16 true to have it all the same"
         )
     if asked == "bf16" and node.computes_bf16 and not node.gains_from_bf16:
-        warnings.warn(
+        warn(
             f"precision bf16: {node.cpu_model} hides its AMX and multiplies bf16 at half of fp32's rate; "
-            "--precision fp32 is faster, and takes more memory",
-            stacklevel=2,
+            "--precision fp32 is faster, and takes more memory"
         )
     return asked
 

@@ -112,7 +112,7 @@ def evaluate_checkpoint(path: Path, config: RunConfig, console: Console, place: 
     keep_freed_memory()
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
-    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     classes = None
     if not path.is_file():
         path = checkpoint.newest(path, console.warn)

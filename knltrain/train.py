@@ -252,7 +252,7 @@ def train(
     place = place or find_place(strict=False)
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
-    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
     for batch in (None, *config.schedule.batches):
         share_of(config, ranks.rank, ranks.size, batch)

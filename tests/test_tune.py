@@ -272,3 +272,14 @@ def test_ranks_that_do_not_end_are_killed(monkeypatch):
     tune._end(process)
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
+
+
+def test_a_warning_is_a_line_to_whoever_runs_a_command(cache):
+    keep("eager")
+    measured_file().write_text("{}")
+    words = ["bench", "--model", "alexnet_bn_small", "--batch", "2", "--steps", "1"]
+    result = subprocess.run([sys.executable, "-m", "knltrain", *words], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stderr.splitlines() if "ignored" in line]
+    assert line.startswith("warning: ")
+    assert "UserWarning" not in result.stderr

@@ -50,7 +50,7 @@ def compare(
         KnltrainError: none of the engines runs.
     """
     node = read_node()
-    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     with torch.device("meta"):  # a network that cannot be built is refused once, not by every engine
         model_of(config, num_classes=1)
     title = f"{config.model}, batch {config.global_batch}, {config.image_size} px, {precision}; {node.cpu_model}"

@@ -51,7 +51,7 @@ def sweep(
     threads = threads or [threads_per_rank(node, local_size=1)]
     if max(threads) > len(node.cpus):
         raise ConfigError(f"{max(threads)} threads: this process may use {len(node.cpus)} logical CPUs")
-    precision = choose_precision(config.precision, node, force=config.force_bf16)
+    precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=max(threads))
     config = dataclasses.replace(config, engine=typing.cast(EngineName, engine))  # one engine, whatever the threads
     with torch.device("meta"):  # a network that cannot be built is refused once, not at every point

@@ -147,7 +147,7 @@ def check(plan: Sweep, console: Console) -> int:
         KnltrainError: the data cannot be read.
     """
     node, base = read_node(), plan.base()
-    precision = choose_precision(base.precision, node, force=base.force_bf16)
+    precision = choose_precision(base.precision, node, force=base.force_bf16, warn=console.warn)
     choose_engine(base.engine, model=base.model, precision=precision, node=node,
                   threads=threads_per_rank(node, local_size=1))  # fmt: skip
     for complaint in configuration.without_effect(base, plan.fields):
