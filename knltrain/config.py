@@ -224,7 +224,7 @@ class RunConfig:
         None, "most images a rank passes through the model at once; more are accumulated; default all"
     )
     precision: Precision = _field("auto", "auto: bf16 where the processor is faster in it, else fp32")
-    force_bf16: bool = _field(False, "allow bf16 on a processor without AVX512_BF16 or AMX (slow)")
+    force_bf16: bool = _field(False, "bf16 even on a processor that only emulates it, or that is faster in fp32")
     engine: EngineName = _field(
         "auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused"
     )

@@ -85,17 +85,21 @@ def autocast(precision: str) -> AbstractContextManager[object]:
 def choose_precision(asked: Precision, node: Node, *, force: bool, warn: Callable[[str], None] = warnings.warn) -> str:
     """Resolves ``auto``, refuses bf16 where the processor would only emulate it, and warns where fp32 is faster.
 
+    Whoever forces bf16 knows both, and is told nothing.
+
     Raises:
         ConfigError: bf16 without AVX512_BF16 or AMX, and not forced.
     """
     if asked == "auto":
         return "bf16" if node.gains_from_bf16 else "fp32"
-    if asked == "bf16" and not node.computes_bf16 and not force:
+    if asked != "bf16" or force:
+        return asked
+    if not node.computes_bf16:
         raise ConfigError(
             f"precision bf16: {node.cpu_model} has neither AVX512_BF16 nor AMX and would emulate it, slower than "
             "fp32. Use --precision fp32, or --force-bf16 true to have it all the same"
         )
-    if asked == "bf16" and node.computes_bf16 and not node.gains_from_bf16:
+    if not node.gains_from_bf16:
         warn(
             f"precision bf16: {node.cpu_model} hides its AMX and multiplies bf16 at half of fp32's rate; "
             "--precision fp32 is faster, and takes more memory"

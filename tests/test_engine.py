@@ -106,6 +106,7 @@ def test_bf16_where_fp32_is_faster_is_taken_with_a_warning_alone():
     assert choose_precision("auto", hidden, force=False) == "fp32"
     with pytest.warns(UserWarning, match=r"Old CPU hides its AMX.*--precision fp32"):
         assert choose_precision("bf16", hidden, force=False) == "bf16"
+    assert choose_precision("bf16", hidden, force=True) == "bf16", "without a warning, which would be an error here"
 
 
 def test_missing_parts_are_named(monkeypatch):

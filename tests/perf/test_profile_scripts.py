@@ -149,13 +149,14 @@ def test_a_model_that_does_not_exist_is_one_line(script):
 
 
 def test_onednn_layers_of_resnet50(script, tmp_path):
-    arguments = ["--model", "resnet50", "--image-size", 64, "--batch", 2, "--steps", 1, "--engine", "eager"]
+    # Below a batch of 16, torch computes some fp32 convolutions without oneDNN.
+    arguments = ["--model", "resnet50", "--image-size", 64, "--batch", 16, "--steps", 1, "--engine", "eager"]
     result = script("onednn_layers.py", *arguments)
-    stem = [row for row in result["layers"] if row["shape"].startswith("mb2_ic3oc64_ih64oh32kh7sh2dh0ph3")]
+    stem = [row for row in result["layers"] if row["shape"].startswith("mb16_ic3oc64_ih64oh32kh7sh2dh0ph3")]
     assert {row["direction"] for row in stem} == {"forward", "weight gradient"}, "images need no gradient"
     for row in stem:
         assert row["calls"] == 1
-        assert row["gflop"] == pytest.approx(1e-9 * 2 * (2 * 32 * 32) * 64 * (3 * 7 * 7))
+        assert row["gflop"] == pytest.approx(1e-9 * 2 * (16 * 32 * 32) * 64 * (3 * 7 * 7))
         assert row["gflop_per_s"] == pytest.approx(1e3 * row["gflop"] / row["ms"])
     calls = {row["direction"]: row["calls"] for row in result["totals"] if row["primitive"] == "convolution"}
     assert calls == {"forward": 53, "data gradient": 52, "weight gradient": 53}

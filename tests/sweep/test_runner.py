@@ -33,9 +33,11 @@ def rows(out):
 def test_a_sweep_from_its_first_run_to_its_report(image_folder, tmp_path, monkeypatch):
     """One of its runs diverges, which is a result; another fails, and is tried again by the same command."""
     out = tmp_path / "sweep"
-    command = (*SMALL, "--data", image_folder, "--out", out, "--epochs", "2", "--lr-factors", "1,500000",
-               "--health.divergence-steps", "3", "--seeds", "0,1", "--search-seeds", "0", "--json")  # fmt: skip
-    names = ["sgd-b16-lr0.00625-seed0", "sgd-b16-lr3125-seed0", "sgd-b16-lr0.00625-seed1"]
+    # Warm-up, during which a loss may be anything, would last longer than these epochs.
+    command = (*SMALL, "--data", image_folder, "--out", out, "--epochs", "2", "--lr-factors", "0.01,500000",
+               "--schedule.warmup-epochs", "0", "--health.divergence-steps", "2", "--seeds", "0,1",
+               "--search-seeds", "0", "--json")  # fmt: skip
+    names = ["sgd-b16-lr6.25e-05-seed0", "sgd-b16-lr3125-seed0", "sgd-b16-lr6.25e-05-seed1"]
     broken = out / "runs" / names[0] / "config.json"
     broken.parent.mkdir(parents=True)
     broken.write_text("{")
@@ -56,7 +58,7 @@ def test_a_sweep_from_its_first_run_to_its_report(image_folder, tmp_path, monkey
     assert trained == [names[0], names[2]]
     found = json.loads(second.stdout.splitlines()[-1])
     assert [row["status"] for row in found["runs"]] == ["done", "diverged", "done"]
-    assert [(one["lr"], sorted(one["top1"])) for one in found["best"]] == [(0.00625, ["0", "1"])]
+    assert [(one["lr"], sorted(one["top1"])) for one in found["best"]] == [(6.25e-05, ["0", "1"])]
     run = out / "runs" / names[2]
     assert json.loads((run / "config.json").read_text())["config"]["seed"] == 1
     assert "top-1" in (run / "train.log").read_text()
