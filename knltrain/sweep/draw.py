@@ -86,7 +86,7 @@ def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:
                 point = results.sweep.point(one.optimizer, batch, one.factor, next(iter(one.top1)))
                 colour = f"C{optimizers.index(one.optimizer)}"
                 losses = _draw_run(axes, point.folder(results.out), colour, f"{one.optimizer.upper()}, lr {one.lr:.3g}")
-                highest = max(highest, *losses)
+                highest = max([highest, *losses])
         axes.set_title(f"batch {batch_name(batch)}", fontsize=9)
         axes.set_xlabel("epoch")
         axes.tick_params(labelbottom=True)
@@ -102,8 +102,11 @@ def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:
 
 
 def _draw_run(axes: Axes, folder: Path, colour: str, label: str) -> list[float]:
-    """Draws a run's losses, and returns those in training."""
-    rows = read_metrics(folder / "metrics.jsonl")
+    """Draws a run's losses, and returns those in training; of a run whose metrics are gone, the legend says so."""
+    try:
+        rows = read_metrics(folder / "metrics.jsonl")
+    except FileNotFoundError:
+        rows, label = [], f"{label}: no metrics.jsonl"
     steps = [row for row in rows if row.get("loss") is not None]
     length = math.ceil(len(steps) / _STRETCHES)
     stretches = [steps[first : first + length] for first in range(0, len(steps), length)] if steps else []

@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+from matplotlib.axes import Axes
 from sweeps import sweep_of
 
 from knltrain.errors import ConfigError, KnltrainError
@@ -144,6 +145,19 @@ def test_what_is_written(results):
         "- `lars-b256-lr1.13137-seed0` diverged: a diverged run",
     ):
         assert line in report, report
+
+
+@pytest.mark.parametrize("text", [None, "", '{"step": 1, "epoch": 0.5, "loss": nu'])
+def test_a_sweep_is_drawn_without_the_metrics_of_its_best(results, monkeypatch, text):
+    searched(results)
+    metrics = results.sweep.point("sgd", 256, 1.0, 0).folder(results.out) / "metrics.jsonl"
+    metrics.unlink() if text is None else metrics.write_text(text)
+    labels = []
+    plot = Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda *args, **kw: labels.append(kw.get("label")) or plot(*args, **kw))
+    collect(results)
+    assert (results.out / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert ("SGD, lr 0.1: no metrics.jsonl" in labels) == (text is None)
 
 
 def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
