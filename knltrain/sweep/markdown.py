@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
+from knltrain.sweep.plan import Point
 from knltrain.sweep.results import Best, Results
 
 
@@ -27,7 +29,7 @@ def report(results: Results) -> str:
         plan.command(out),
         "```",
         "",
-        _where(results),
+        *_where(results, (point for point, outcome in known if outcome.ended)),
         "",
     ]
     best, reference = results.chosen(), results.reference()
@@ -51,13 +53,20 @@ def report(results: Results) -> str:
     return "\n".join(lines)
 
 
-def _where(results: Results) -> str:
+def _where(results: Results, ended: Iterable[Point]) -> list[str]:
+    """Machine and versions as the runs have them, which may not be those of this process; lines, if they differ."""
+    counts = Counter(filter(None, (_trained_on(results.record(point)) for point in ended)))
+    if len(counts) == 1:
+        return [f"{next(iter(counts))}."]
+    return [f"- {count} run(s): {where}" for where, count in counts.items()]
+
+
+def _trained_on(record: Mapping[str, Any]) -> str:
     try:
-        record = json.loads((results.out / "sweep.json").read_text("utf-8"))
         versions = record["versions"]
-        return (f"{record['cpu']}, {record['cores']} cores; torch {versions['torch']}, knltrain {versions['knltrain']} "
-                f"({record['revision'] or 'no checkout'}).")  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError):
+        return (f"{record['cpu']}, {record['cores']} core(s); torch {versions['torch']}, "
+                f"knltrain {versions['knltrain']} ({record['revision'] or 'no checkout'})")  # fmt: skip
+    except (KeyError, TypeError):
         return ""
 
 

@@ -108,6 +108,10 @@ class Results:
         steps = total_steps(epochs=config.epochs, num_images=self._num_images, global_batch=config.global_batch)
         return min(steps, config.max_steps or steps)
 
+    def record(self, point: Point) -> dict[str, Any]:
+        """What a run itself wrote of how, where and with what it is trained; nothing before it has begun."""
+        return _read(point.folder(self.out) / "config.json")
+
     def outcome(self, point: Point) -> Outcome:
         """What became of a run so far."""
         folder = point.folder(self.out)

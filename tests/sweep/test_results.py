@@ -11,6 +11,7 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.sweep.results import COLUMNS, Results
 from knltrain.sweep.runner import collect, guard, task_of
 
+NEW = {"cpu": "New CPU", "cores": 4, "revision": None, "versions": {"torch": "2.13.0", "knltrain": "0.1.0"}}
 IMAGES = 2560  # with 15 epochs, 150 steps of 256 and 38 of 1,024
 
 
@@ -26,6 +27,8 @@ def end(results, *key, top1=None, status="diverged"):
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"step": step, "epoch": step / 2, "loss": 2.0 / step} for step in (1, 2)]
     rows.append({"step": 2, "epoch": 1.0, "top1": top1 or 10.0, "top5": 50.0, "val_loss": 1.5})
+    record = {"cpu": "Old CPU", "cores": 2, "revision": "abc", "versions": {"torch": "2.8.0", "knltrain": "0.1.0"}}
+    (folder / "config.json").write_text(json.dumps(record))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if top1 is None:
         (folder / "ended.json").write_text(json.dumps({"status": status, "reason": f"a {status} run", "seconds": 1.0}))
@@ -133,6 +136,7 @@ def test_what_is_written(results):
     report = (results.out / "report.md").read_text()
     for line in (
         "3 seed(s). Of 16 runs, 5 done, 1 diverged.",
+        "Old CPU, 2 core(s); torch 2.8.0, knltrain 0.1.0 (abc).",
         "| 256 | sgd | 0.1 | 1 | 81.00 ± 1.41 | 2 | 0 | reference |",
         "| 256 | lars | 0.565685 | 0.5 | 78.00 | 1 | 0 | -3.00 |",
         "| 1,024 | sgd | 0.2 | 0.5 | 75.50 | 1 | 0 | -5.50 |",
@@ -178,6 +182,21 @@ def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
         "| sgd | 1,024 | 0.4 |  |  | - | - |  |",
     ):
         assert line in report, report
+
+
+def test_runs_of_several_machines_are_counted_by_machine(results):
+    searched(results)
+    for lr, text in ((0.5, '{"cpu": "New CPU"}'), (1.0, json.dumps(NEW))):
+        (results.sweep.point("sgd", 256, lr, 0).folder(results.out) / "config.json").write_text(text)
+    collect(results)
+    lines = (results.out / "report.md").read_text().splitlines()
+    first = lines.index("- 1 run(s): New CPU, 4 core(s); torch 2.13.0, knltrain 0.1.0 (no checkout)")
+    assert lines[first - 1 : first + 3] == [
+        "",
+        lines[first],
+        "- 2 run(s): Old CPU, 2 core(s); torch 2.8.0, knltrain 0.1.0 (abc)",
+        "",
+    ]
 
 
 def test_a_sweep_of_which_nothing_came_has_a_report(results):
