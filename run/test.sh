@@ -19,7 +19,7 @@ else
 fi
 make_environment "$environment" "${requirements[@]}"
 export PATH=$PWD/$environment/bin:$PATH
-# Threads that spin while they wait take the cores from the tests, ranks and readers beside them: four times as long.
+# Threads that spin while they wait take the cores from the tests, ranks and readers beside them.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 echo "== ruff and mypy"

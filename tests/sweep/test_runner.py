@@ -35,7 +35,7 @@ def test_a_sweep_from_its_first_run_to_its_report(image_folder, tmp_path, monkey
     out = tmp_path / "sweep"
     # Warm-up, during which a loss may be anything, would last longer than these epochs.
     command = (*SMALL, "--data", image_folder, "--out", out, "--epochs", "2", "--lr-factors", "0.01,500000",
-               "--schedule.warmup-epochs", "0", "--health.divergence-steps", "2", "--seeds", "0,1",
+               "--schedule.warmup-epochs", "0", "--health.divergence-steps", "3", "--seeds", "0,1",
                "--search-seeds", "0", "--json")  # fmt: skip
     names = ["sgd-b16-lr6.25e-05-seed0", "sgd-b16-lr3125-seed0", "sgd-b16-lr6.25e-05-seed1"]
     broken = out / "runs" / names[0] / "config.json"
