@@ -136,13 +136,13 @@ def cifar_resnet20_8k_goyal() -> RunConfig:
 # and not tuned.
 
 
-@recipe(published="-", methods=_CIFAR)
+@recipe(published="-", measured="80.24; 82.25 with LR 0.05 [perf/results]", methods=_CIFAR)
 def cifar_2k_lamb() -> RunConfig:
     """``cifar-2k`` with LAMB [LAMB], which leaves batch norm and biases alone, and decays by 0.01."""
     return _cifar(2048, "lamb")
 
 
-@recipe(published="-")
+@recipe(published="-", measured="83.48 [perf/results]")
 def cifar_2k_ema() -> RunConfig:
     """``cifar-2k`` whose weights are averaged over the last two epochs or so."""
     return replace(cifar_2k(), ema_decay=0.98)
