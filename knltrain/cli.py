@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from typing import Any, Literal
 
 import click
@@ -24,6 +25,7 @@ from knltrain.command import field_options as _field_options
 from knltrain.command import given as _given
 from knltrain.command import recipe_named as _recipe
 from knltrain.config import EngineName, Precision, RunConfig
+from knltrain.effect import without_effect
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES, SOURCES
 
@@ -91,7 +93,7 @@ def train(
         config = _recipe(recipe)
     from_file.pop("recipe", None)
     flags = _given(values)
-    config = configuration.override(configuration.override(config, from_file), flags)
+    config = configuration.override(config, {**from_file, **flags})
     allowed = configuration.names(allow_change) if allow_change is not None else frozenset()
 
     place = _take_place(strict=not no_strict_affinity)
@@ -106,7 +108,7 @@ def train(
             f"{RECIPES[recipe].config().global_batch:,}; --optim.lr sets another"
         )
 
-    for complaint in configuration.without_effect(config, changed):
+    for complaint in without_effect(config, changed):
         console.warn(complaint)
 
     from knltrain.train import train as run
@@ -301,7 +303,7 @@ def bench(as_json: bool, steps: int, **options: Any) -> None:
     from knltrain.console import Console
 
     console = Console(json=as_json)
-    for complaint in configuration.without_effect(config, _given(options)):
+    for complaint in without_effect(config, _given(options)):
         console.warn(complaint)
     if config.schedule.image_sizes or config.schedule.batches or config.ema_decay:
         console.warn(
@@ -398,6 +400,8 @@ def _measured_config(recipe: str | None = None, **fields: str | None) -> RunConf
     config, fields = RunConfig(), {name: value for name, value in fields.items() if value is not None}
     if recipe:
         config = _recipe(recipe)
+        if "image_size" in fields:  # what images are scaled to before is not measured
+            config = replace(config, augment=replace(config.augment, resize=None))
     else:
         fields = {"model": "resnet50", **fields}
         fields = {"image_size": str(_USUAL_SIZE.get(str(fields["model"]), 224)), **fields}

@@ -15,7 +15,7 @@ import stat
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -254,14 +254,31 @@ class RunConfig:
     health: HealthConfig = dataclasses.field(default_factory=HealthConfig)
 
     def __post_init__(self) -> None:
-        if self.augment.name != "rrc" and self.resize < self.image_size:
+        if self.resize < self.image_size:
             raise ConfigError(
-                f"augment.resize {self.resize} is smaller than image-size {self.image_size}: there is no such crop"
+                f"augment.resize {self.resize} is smaller than image-size {self.image_size}: images are scaled to it "
+                f"before they are cropped, in evaluation always; give --augment.resize {round(self.image_size * 8 / 7)}"
             )
         if self.schedule.image_sizes and max(self.schedule.image_sizes) > self.image_size:
             raise ConfigError(
                 f"schedule.image-sizes {max(self.schedule.image_sizes)} is larger than image-size {self.image_size}, "
                 "which is what training ends with and what is evaluated"
+            )
+        schedule, epochs = self.schedule, f"{self.epochs:g} epochs"
+        if schedule.batch_epochs and schedule.batch_epochs[-1] >= self.epochs:
+            raise ConfigError(
+                f"schedule.batch-epochs {schedule.batch_epochs[-1]:g} is not before the end of {epochs}: no step would "
+                f"have the {self.global_batch:,} images of global-batch; change the one or the other"
+            )
+        if schedule.image_size_epochs and schedule.image_size_epochs[-1] > self.epochs:
+            raise ConfigError(
+                f"schedule.image-size-epochs {schedule.image_size_epochs[-1]:g} is after the end of {epochs}: sizes "
+                "that were asked for would not come; change the one or the other"
+            )
+        if self.augment.name != "none" and self.augment.collapse_epochs >= self.epochs:
+            raise ConfigError(
+                f"augment.collapse-epochs {self.augment.collapse_epochs:g} leaves nothing of {epochs} augmented; "
+                "change the one or the other, or take augment.name none"
             )
 
     @property
@@ -416,41 +433,6 @@ def _shown(value: object) -> str:
     except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits
         return f"this {type(value).__name__}"
     return text if len(text) <= 80 else f"{text[:60]}..."
-
-
-# What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
-_NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
-    "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
-    "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
-    "optim.eps": ("optim.name lars or lamb", lambda c: c.optim.name != "sgd"),
-    "optim.beta2": ("optim.name lamb", lambda c: c.optim.name == "lamb"),
-    "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
-    "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
-    "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
-    "schedule.end_lr": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
-    "schedule.milestones": ("schedule.name step", lambda c: c.schedule.name == "step"),
-    "schedule.gamma": ("schedule.name step", lambda c: c.schedule.name == "step"),
-    "augment.min_area": ("augment.name rrc", lambda c: c.augment.name == "rrc"),
-    "augment.collapse_epochs": ("another augment.name than none", lambda c: c.augment.name != "none"),
-    "augment.pad": ("augment.name pad-crop-flip", lambda c: c.augment.name == "pad-crop-flip"),
-    "comm.powersgd_rank": ("comm.compression powersgd", lambda c: c.comm.compression == "powersgd"),
-    "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),
-    "comm.bucket_mb": ("comm.compression none", lambda c: c.comm.compression == "none"),
-    "zero_init_residual": ("initial weights drawn at random: init-from brings others", lambda c: not c.init_from),
-    "health.max_skips": ("health.policy skip", lambda c: c.health.policy == "skip"),
-    "health.max_rewinds": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
-    "health.rewind_factor": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
-    "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
-}
-
-
-def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """Says of each named field that changes nothing in this configuration what it would need to."""
-    return [
-        f"{name.replace('_', '-')} has no effect without {_NEEDS[name][0]}"
-        for name in names
-        if name in _NEEDS and not _NEEDS[name][1](config)
-    ]
 
 
 # Bytes; all fields together take two thousand.

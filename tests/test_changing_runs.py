@@ -11,13 +11,13 @@ from safetensors.torch import load_file
 from small_networks import CHANGES, CHANGING_STEPS, PRECISIONS, small_run, whole_and_in_parts, why_no_engine
 
 from knltrain import checkpoint
-from knltrain import config as configuration
 from knltrain import train as trainer
 from knltrain.average import WeightAverage
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
 from knltrain.data.folder import Folder
 from knltrain.data.loader import Loader
+from knltrain.effect import without_effect
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import evaluate
 from knltrain.export import export
@@ -261,7 +261,7 @@ def test_batches_are_divided_over_ranks():
 
 def test_no_augmentation_cannot_end():
     config = override(RunConfig(), {"augment.name": "none", "augment.collapse_epochs": 2})
-    (line,) = configuration.without_effect(config, ["augment.collapse_epochs"])
+    (line,) = without_effect(config, ["augment.collapse_epochs"])
     assert line.startswith("augment.collapse-epochs has no effect")
 
 

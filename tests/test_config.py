@@ -7,7 +7,9 @@ import pytest
 
 from knltrain import config as configuration
 from knltrain.config import CommConfig, RunConfig, ScheduleConfig, override
+from knltrain.effect import without_effect
 from knltrain.errors import ConfigError
+from knltrain.recipes import RECIPES
 
 
 @pytest.mark.parametrize("ranks, mib", [(1, 4), (2, 4), (64, 4), (128, 8), (256, 16), (400, 25), (4096, 25)])
@@ -102,6 +104,24 @@ def test_resize_default_follows_the_image_size():
 def test_crops_larger_than_the_resized_image_are_refused():
     with pytest.raises(ConfigError, match="image-size"):
         override(RunConfig(image_size=224), {"augment.resize": 200})
+    with pytest.raises(ConfigError, match=r"augment\.resize 256 is smaller than image-size 288.*--augment\.resize 329"):
+        override(RECIPES["resnet50-8k"].config(), {"image_size": 288})
+    assert override(RECIPES["resnet50-8k"].config(), {"image_size": 288, "augment.resize": 329}).resize == 329
+
+
+@pytest.mark.parametrize(
+    "recipe, epochs, longer, words",
+    [
+        ("cifar-8k-batches", 2, 2.1, r"batch-epochs 2 is not before the end of 2 epochs.*8,192 images of global-batch"),
+        ("cifar-2k-resizing", 9.9, 10, "image-size-epochs 10 is after the end of 9.9 epochs"),
+        ("cifar-2k-collapse", 1, 1.1, "collapse-epochs 1 leaves nothing of 1 epochs augmented"),
+    ],
+)
+def test_what_a_run_would_not_come_to_is_refused(recipe, epochs, longer, words):
+    config = RECIPES[recipe].config()
+    with pytest.raises(ConfigError, match=words):
+        override(config, {"epochs": epochs})
+    assert override(config, {"epochs": longer}).epochs == longer
 
 
 def test_toml_and_dict_round_trip(tmp_path):
@@ -176,7 +196,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
 
 def test_fields_without_effect_are_named():
     config = override(RunConfig(), {"schedule.gamma": "0.5", "optim.eps": "1e-8"})
-    assert configuration.without_effect(config, ["schedule.gamma", "optim.eps", "seed"]) == [
+    assert without_effect(config, ["schedule.gamma", "optim.eps", "seed"]) == [
         "schedule.gamma has no effect without schedule.name step"
     ]
 

@@ -10,12 +10,12 @@ from faults import LAYER, flip, inject
 from runs import assert_same_run, computed, newest
 from safetensors.torch import load_file
 
-from knltrain import config as configuration
 from knltrain import health
 from knltrain import train as trainer
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
 from knltrain.data.order import samples
+from knltrain.effect import without_effect
 from knltrain.errors import KnltrainError
 from knltrain.health import fingerprint, norm_of
 from knltrain.metrics import read_metrics
@@ -295,10 +295,10 @@ def test_every_bit_shows_in_a_fingerprint():
 
 def test_what_only_other_policies_use_is_said():
     names = ["health.max_skips", "health.max_rewinds", "health.rewind_factor"]
-    said = configuration.without_effect(RunConfig(), names)
+    said = without_effect(RunConfig(), names)
     assert len(said) == 3
     skip = override(RunConfig(), {"health.policy": "skip"})
-    assert len(configuration.without_effect(skip, names)) == 2
+    assert len(without_effect(skip, names)) == 2
 
 
 def test_record_of_a_bad_step_is_plain_json(tmp_path):

@@ -24,7 +24,7 @@ FLOORS = [
     {"health"},
     {"engine", "checkpoint", "metrics", "weights", "average"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance", "compile_cache"},
-    {"config", "recipes", "schedule", "node"},
+    {"config", "effect", "recipes", "schedule", "node"},
     {"errors", "files", "__init__", "_kernels"},
 ]
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
@@ -38,9 +38,11 @@ NEIGHBOURS = {
     ("data", "ops"),
     ("recipes", "config"),
     ("schedule", "config"),
+    ("effect", "config"),
 }
 WITHOUT_TORCH = [
     "config",
+    "effect",
     "recipes",
     "schedule",
     "cli",

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from knltrain import train as trainer
 from knltrain import weights
 from knltrain.comm.group import Group
-from knltrain.config import OptimConfig, RunConfig, override, without_effect
+from knltrain.config import OptimConfig, RunConfig, override
 from knltrain.console import Console
+from knltrain.effect import without_effect
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.models import model_of
 from knltrain.node.ranks import Ranks

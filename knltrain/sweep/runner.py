@@ -23,6 +23,7 @@ from knltrain import resume
 from knltrain.bench.tables import new_table, shown
 from knltrain.console import Console
 from knltrain.data.datasets import open_data
+from knltrain.effect import without_effect
 from knltrain.engine import choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import read_metrics, write_json, write_text
@@ -150,11 +151,12 @@ def check(plan: Sweep, console: Console) -> int:
     precision = choose_precision(base.precision, node, force=base.force_bf16, warn=console.warn)
     choose_engine(base.engine, model=base.model, precision=precision, node=node,
                   threads=threads_per_rank(node, local_size=1))  # fmt: skip
-    for complaint in configuration.without_effect(base, plan.fields):
+    for complaint in without_effect(base, plan.fields):
         console.warn(complaint)
     for point in plan.search():
         try:
-            share_of(point.config, 0, 1)
+            for batch in (None, *point.config.schedule.batches):
+                share_of(point.config, 0, 1, batch)
         except ConfigError as error:
             raise ConfigError(f"--batches {point.batch}: {error}") from None
     refuse_unbuildable(base)

@@ -1,0 +1,41 @@
+"""Which fields change nothing, so that nothing that was asked for is ignored in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from knltrain.config import RunConfig
+
+# What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
+_NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
+    "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
+    "optim.eps": ("optim.name lars or lamb", lambda c: c.optim.name != "sgd"),
+    "optim.beta2": ("optim.name lamb", lambda c: c.optim.name == "lamb"),
+    "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
+    "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
+    "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
+    "schedule.end_lr": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
+    "schedule.milestones": ("schedule.name step", lambda c: c.schedule.name == "step"),
+    "schedule.gamma": ("schedule.name step", lambda c: c.schedule.name == "step"),
+    "augment.min_area": ("augment.name rrc", lambda c: c.augment.name == "rrc"),
+    "augment.collapse_epochs": ("another augment.name than none", lambda c: c.augment.name != "none"),
+    "augment.pad": ("augment.name pad-crop-flip", lambda c: c.augment.name == "pad-crop-flip"),
+    "comm.powersgd_rank": ("comm.compression powersgd", lambda c: c.comm.compression == "powersgd"),
+    "comm.dtype": ("comm.compression none", lambda c: c.comm.compression == "none"),
+    "comm.bucket_mb": ("comm.compression none", lambda c: c.comm.compression == "none"),
+    "zero_init_residual": ("initial weights drawn at random: init-from brings others", lambda c: not c.init_from),
+    "health.max_skips": ("health.policy skip", lambda c: c.health.policy == "skip"),
+    "health.max_rewinds": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
+    "health.rewind_factor": ("health.policy rewind", lambda c: c.health.policy == "rewind"),
+    "force_bf16": ("precision bf16", lambda c: c.precision == "bf16"),
+}
+
+
+def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
+    """Says of each named field that changes nothing in this configuration what it would need to."""
+    return [
+        f"{name.replace('_', '-')} has no effect without {_NEEDS[name][0]}"
+        for name in names
+        if name in _NEEDS and not _NEEDS[name][1](config)
+    ]
