@@ -17,7 +17,7 @@ from knltrain.config import RunConfig, override
 from knltrain.console import Console
 from knltrain.data.datasets import open_part
 from knltrain.data.folder import DataError
-from knltrain.data.loader import Batch, Loader
+from knltrain.data.loader import Batch, Loader, replaced
 from knltrain.engine import DTYPES, autocast, choose_precision
 from knltrain.models import model_of
 from knltrain.node.binding import Place, running_on
@@ -136,11 +136,15 @@ def evaluate_checkpoint(path: Path, config: RunConfig, console: Console, place: 
             start = time.perf_counter()
             accuracy = evaluate(model, precision, loader, group, batch=128)
             seconds = time.perf_counter() - start
+        (skipped,) = group.sum(loader.skipped)
+    if skipped:
+        console.warn(replaced(skipped))
     assert accuracy is not None  # nothing asks it to stop
     return {
         "checkpoint": str(path),
         "data": config.data,
         **accuracy._asdict(),
+        "skipped_images": int(skipped),
         "images_per_s": accuracy.images / seconds,
         "precision": precision,
         "world_size": ranks.size,

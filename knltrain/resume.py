@@ -24,6 +24,7 @@ from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.schedule import Timetable, timetable
 
 # What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
 _MAY_CHANGE = {
@@ -113,7 +114,8 @@ class Start:
         console: Console,
         *,
         made: Mapping[str, object],
-        images: int,
+        course: Timetable,
+        labels_sha256: str,
     ) -> checkpoint.Progress:
         """Gives a model and its optimizer the checkpoint's state, and says where the run stands.
 
@@ -123,9 +125,11 @@ class Start:
             group: the ranks.
             console: told what is not as it was.
             made: how this run computes: ranks, threads, engine, and so on.
-            images: how many there are to train on.
+            course: of this run.
+            labels_sha256: of the images that there are to train on, in their order; as the checkpoint's meta has it.
 
         Raises:
+            ConfigError: with other batches than before, the next step would have other images than those that follow.
             KnltrainError: the checkpoint cannot be read, or is of another network or other data.
         """
         if self.folder is None:
@@ -134,8 +138,14 @@ class Start:
         if unseen:
             raise KnltrainError(f"{self.folder}: {unseen:.0f} ranks do not see it; OUT must be a folder that all share")
         state = checkpoint.restore(self.folder, model, optimizer, rank=group.rank, world_size=group.world_size)
-        if state["images"] != images:
-            raise KnltrainError(f"{self.folder} was trained on {state['images']:,} images, not {images:,}")
+        if state["images"] != course.num_images:
+            raise KnltrainError(f"{self.folder} was trained on {state['images']:,} images, not {course.num_images:,}")
+        _refuse_another_place(self.folder, state, course)
+        if state.get("labels_sha256", labels_sha256) != labels_sha256:
+            console.warn(
+                f"{self.folder} was trained on images in another order than they have now: of the epoch that goes on, "
+                "some come twice and others do not"
+            )
         others = ", ".join(
             f"{name} {state['made'].get(name)} -> {now}" for name, now in made.items() if state["made"].get(name) != now
         )
@@ -166,6 +176,27 @@ class Start:
         return dataclasses.replace(self, folder=Path(found) if found else None)
 
 
+def _refuse_another_place(folder: Path, state: Mapping[str, Any], course: Timetable) -> None:
+    """Compares where a checkpoint stands among the images with where its step would be now."""
+    known = {field.name for field in configuration.fields()}
+    then = {name: value for name, value in configuration.flatten(state["config"]).items() if name in known}
+    before, step = timetable(configuration.override(RunConfig(), then), course.num_images), state["step"]
+    if before.images(step) == course.images(step):
+        return
+    kept: dict[float, int] = {}  # by the epoch that it lasts to, the batch
+    for phase in before.phases:
+        if phase.first_step < step:
+            if kept and list(kept.values())[-1] == phase.batch:
+                kept.popitem()
+            kept[before.epoch(min(phase.last_step, step))] = phase.batch
+    raise ConfigError(
+        f"{folder} stands at epoch {before.epoch(step):.4g}, and step {step:,} with these batches at "
+        f"{course.epoch(step):.4g}; keep those of before up to there: --schedule.batches "
+        f"{','.join(map(str, kept.values()))} --schedule.batch-epochs {','.join(f'{end:.8g}' for end in kept)} "
+        "--allow-change global_batch,schedule.batches,schedule.batch_epochs"
+    )
+
+
 def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed: frozenset[str]) -> Start:
     """Decides from which checkpoint the run in ``out`` goes on; the first rank, which must have locked it, for all.
 
@@ -193,7 +224,8 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
         if folder:
             state = checkpoint.read_state(folder)
             step = state["step"]
-            if config.resume != "auto":
+            # What the same command has written since it began with the one that is named is its own.
+            if config.resume not in ("auto", state["config"].get("resume")):
                 guard_checkpoint(config, folder, state, allowed)
                 changed |= changes(configuration.flatten(state["config"]), config)
         for name in sorted(allowed - changed.keys()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import time
 import warnings
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from knltrain.comm.statistics import averaged_running_statistics, gather_running
 from knltrain.config import RunConfig
 from knltrain.console import Console, StepProgress
 from knltrain.data.datasets import open_data
-from knltrain.data.loader import Loader
+from knltrain.data.loader import Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
@@ -285,6 +286,7 @@ def train(
             group.barrier()
         course = timetable(config, len(train_set))
         shares = shares_of(config, course, ranks.rank, ranks.size)
+        labels_sha256 = hashlib.sha256(train_set.labels.tobytes()).hexdigest()
         if group.is_first:
             cleanup.enter_context(resume.lock_out(out, console))
         start = resume.choose(config, out, group, console, allow_change)
@@ -299,7 +301,8 @@ def train(
             model = model_of(config, len(train_set.classes))
             origin = initialize(model, config, out, group, console, resumed=start.folder is not None)
             optimizer = build_optimizer(model, config.optim)
-            progress = start.restore(model, optimizer, group, console, made=made, images=len(train_set))
+            progress = start.restore(model, optimizer, group, console, made=made, course=course,
+                                     labels_sha256=labels_sha256)  # fmt: skip
             average = None
             if config.ema_decay:
                 average = WeightAverage(model, config.ema_decay)
@@ -317,7 +320,8 @@ def train(
             for part in (train_set, val_set)
         )
         meta = {"model": config.model, "image_size": config.image_size, "resize": config.resize,
-                "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set), "made": made,
+                "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set),
+                "labels_sha256": labels_sha256, "made": made,
                 "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
         run = Run(
             config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, watch,
@@ -379,7 +383,7 @@ def train(
         wall_s = progress.wall_s + time.perf_counter() - started
         (skipped,) = group.sum(train_loader.skipped + val_loader.skipped)
         if skipped:
-            console.warn(f"{skipped:,.0f} images could not be decoded; the next good ones took their places")
+            console.warn(replaced(skipped))
         summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if group.is_first else {}
         group.barrier()  # a rank that ends with a code that is not 0, as when stopped, has its launcher end the others
     return summary, finished

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import prepare
 from runs import assert_same_run, computed, newest, state
 from small_networks import NETWORKS, PRECISIONS, STEPS, small_resnet, small_run, whole_and_in_parts, why_no_engine
 
@@ -162,14 +163,40 @@ def test_a_change_that_is_allowed_is_recorded(config):
     run(config, allow=["optim.lr", "seed"], max_steps=2, console=console, **{"optim.lr": 6.0})
     assert "from step 1 on, optim.lr is 6.0 and no longer 2.0" in console.lines
     assert any("--allow-change seed has no effect" in line for line in console.lines)
-    run(config, allow=["global_batch", "local_batch"], max_steps=3, global_batch=8, **{"optim.lr": 6.0})
-    run(config, max_steps=4, global_batch=8, **{"optim.lr": 6.0})  # what was allowed once needs no leave again
+    run(config, allow=["label_smoothing", "seed"], max_steps=3, label_smoothing=0.1, **{"optim.lr": 6.0})
+    run(config, max_steps=4, label_smoothing=0.1, **{"optim.lr": 6.0})  # what was allowed once needs no leave again
     record = json.loads(Path(config.out, "config.json").read_text())
     assert record["config"]["optim"]["lr"] == 6.0
     assert record["changes"] == [
         {"step": 1, "field": "optim.lr", "before": 2.0, "after": 6.0},
-        {"step": 2, "field": "global_batch", "before": 16, "after": 8},
+        {"step": 2, "field": "label_smoothing", "before": 0.0, "after": 0.1},
     ]
+
+
+def test_another_batch_goes_on_with_the_image_after_the_last(config):
+    """A step counts images: half the batch would take a run back to where it has been, twice the batch to its end."""
+    run(config, max_steps=2)
+    for batch, now in ((32, "1.333"), (8, "0.3333")):
+        with pytest.raises(ConfigError, match=f"at epoch 0.6667, and step 2 with these batches at {now}") as caught:
+            run(config, allow=["global_batch"], global_batch=batch)
+    message = str(caught.value)
+    words = message[message.index("--schedule") :].split()
+    given = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    run(config, allow=given.pop("allow_change").split(","), global_batch=8, **given)
+    rows = [row for row in computed(config.out) if "loss" in row]
+    assert [row["epoch"] for row in rows] == pytest.approx(
+        [(16 * min(n, 2) + 8 * max(0, n - 2)) / 48 for n in range(1, 11)]
+    )
+
+
+def test_images_in_another_order_are_said(config, image_folder, tmp_path):
+    run(config, max_steps=1)
+    shutil.copytree(image_folder, tmp_path / "copy")
+    prepare(image_folder, tmp_path / "raw")
+    for data, said in ((tmp_path / "copy", 0), (tmp_path / "raw", 1)):
+        console = Said()
+        run(config, max_steps=2, data=str(data), console=console)
+        assert sum("images in another order than they have now" in line for line in console.lines) == said
 
 
 def test_a_named_checkpoint(config, tmp_path):
@@ -187,6 +214,31 @@ def test_a_named_checkpoint(config, tmp_path):
     run(config, out=str(tmp_path / "other"), resume=str(folder), allow=["optim.lr"], **{"optim.lr": 3.0})
     record = json.loads((tmp_path / "other" / "config.json").read_text())
     assert record["changes"] == [{"step": 3, "field": "optim.lr", "before": 2.0, "after": 3.0}]
+
+
+def test_a_run_that_began_with_a_named_checkpoint_goes_on_from_its_own(config, tmp_path):
+    """The same command after a stop; and one that names an older checkpoint of the same folder goes back there once."""
+    run(config, max_steps=2, out=str(tmp_path / "start"))
+    named = {"resume": str(newest(tmp_path / "start")), "optim.lr": 3.0}
+    for out, stops in (("whole", [6]), ("parts", [3, 5, 6])):
+        for stop in stops:
+            run(
+                config, allow=["optim.lr"] if stop == stops[0] else [], max_steps=stop, out=str(tmp_path / out), **named
+            )
+    assert_same_run(tmp_path / "parts", tmp_path / "whole", evaluations=False)
+    assert [row["step"] for row in computed(tmp_path / "parts") if "loss" in row] == [3, 4, 5, 6]
+    assert len(json.loads((tmp_path / "parts" / "config.json").read_text())["changes"]) == 1
+    before = contents(tmp_path / "parts")
+    run(config, out=str(tmp_path / "parts"), **named)
+    assert contents(tmp_path / "parts") == before
+
+    run(config, max_steps=3)
+    older = str(newest(config.out))
+    run(config)
+    run(config, resume=older, max_steps=5)
+    assert newest(config.out).name == "step-00000005"
+    run(config, resume=older)
+    assert [row["step"] for row in computed(config.out) if "loss" in row] == [1, 2, 3, 4, 5, 6]
 
 
 def test_other_data_under_a_checkpoint_is_refused(config, image_folder, tmp_path):

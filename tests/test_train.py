@@ -17,6 +17,7 @@ from knltrain.console import Console
 from knltrain.data.folder import DataError
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import read_metrics
+from knltrain.node.binding import find_place
 from knltrain.run import share_of
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
@@ -250,6 +251,26 @@ def test_refusals_come_before_training(config, changes, words):
     with pytest.raises(KnltrainError, match=words):
         run(config, **changes)
     assert not Path(config.out).exists()
+
+
+def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tmp_path):
+    """Their neighbours take their places in the accuracy."""
+    run(config, max_steps=1)
+    copy = tmp_path / "copy"
+    shutil.copytree(image_folder, copy)
+    for path in sorted((copy / "val").rglob("*.jpg"))[:2]:
+        path.write_bytes(b"no image")
+    said = []
+    console = Console(silent=True)
+    console.warn = said.append
+    place = find_place(strict=False)
+    for on_bad, skipped in (("fail", 0), ("skip", 2)):
+        again = override(config, {"data": str(image_folder if on_bad == "fail" else copy), "on_bad": on_bad})
+        found = evaluating.evaluate_checkpoint(Path(config.out), again, console, place)
+        assert found["skipped_images"] == skipped
+    assert [line for line in said if "could not be decoded" in line] == [
+        "2 images could not be decoded; the next good ones took their places"
+    ]
 
 
 def test_share_of_several_ranks():

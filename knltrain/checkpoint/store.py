@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypedDict
@@ -228,7 +228,7 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
     if (folder / _STATE).exists():
         verify(folder)
         return folder
-    found = _newest_whole(folder, say)
+    found = _newest_whole(list_checkpoints(folder), say)
     if found is None:
         raise KnltrainError(f"{folder}: no checkpoint, and no run that has one")
     return found
@@ -236,6 +236,8 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
 
 def find(out: Path, resume: str, say: Callable[[str], None]) -> Path | None:
     """Resolves the field ``resume``: the newest whole checkpoint for ``auto``, none for ``never``, else what is named.
+
+    A run that began with the one that is named goes on from the newest that it has written since.
 
     Args:
         out: the run's folder.
@@ -247,11 +249,13 @@ def find(out: Path, resume: str, say: Callable[[str], None]) -> Path | None:
     """
     if resume == "never":
         return None
-    return _newest_whole(out, say) if resume == "auto" else newest(Path(resume), say)
+    if resume == "auto":
+        return _newest_whole(list_checkpoints(out), say)
+    since = [folder for folder in list_checkpoints(out) if _resume_of(folder) == resume]
+    return _newest_whole(since, say) or newest(Path(resume), say)
 
 
-def _newest_whole(out: Path, say: Callable[[str], None]) -> Path | None:
-    folders = list_checkpoints(out)
+def _newest_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
     for folder in reversed(folders):
         try:
             verify(folder)
@@ -259,7 +263,9 @@ def _newest_whole(out: Path, say: Callable[[str], None]) -> Path | None:
         except KnltrainError as error:
             say(f"passed over: {error}")
     if folders:
-        raise KnltrainError(f"{out}: none of its {len(folders)} checkpoints is whole; start over in another folder")
+        raise KnltrainError(
+            f"{folders[0].parent.parent}: none of its {len(folders)} checkpoints is whole; start over in another folder"
+        )
     return None
 
 
@@ -413,6 +419,14 @@ def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
+
+
+def _resume_of(folder: Path) -> str | None:
+    """The field ``resume`` of the run that wrote a checkpoint."""
+    try:
+        return str(read_state(folder)["config"].get("resume"))
+    except KnltrainError:
+        return None
 
 
 def _top1_of(folder: Path) -> float | None:

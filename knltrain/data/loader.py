@@ -70,6 +70,11 @@ class Dataset(Protocol):
         """Closes what is open."""
 
 
+def replaced(images: float) -> str:
+    """What people are told where ``on_bad`` is ``skip``, and did."""
+    return f"{images:,.0f} images could not be decoded; the next good ones took their places"
+
+
 class Batch(NamedTuple):
     """Images N x 3 x S x S, channels-last and normalised, and their labels, int64."""
 
