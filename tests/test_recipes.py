@@ -117,6 +117,8 @@ def test_the_rates_of_other_batches_and_methods():
         ("alexnet-bn-32k", "lars", 8192, 16, 10.23),
         ("alexnet-bn-32k", "sgd", 512, 0.08, 0),
         ("resnet50-256", "lars", 8192, 10.6, 16),
+        ("resnet50-256", "sgd", 8192, 3.2, 5),
+        ("resnet50-8k-goyal", "sgd", 256, 0.1, 0),
         ("resnet50-8k", "sgd", 8192, 3.2, 5),
     ):
         config, base = at_batch(name, optimizer, batch), RECIPES[name].config()

@@ -73,8 +73,9 @@ def recipe(
 def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
     """A recipe at another batch, by its own optimizer or by another method's rule; all else stays.
 
-    By its own optimizer, the recipe's learning rate grows with the batch as :func:`scaled` has it, its warm-up takes
-    as many epochs as it did, and batches that a run begins with grow alike.
+    By its own optimizer, it is what that method's rule gives, if the rule gives the recipe at the recipe's batch.
+    Otherwise the recipe's learning rate grows with the batch as :func:`scaled` has it, and its warm-up takes as many
+    epochs as it did. Batches that a run begins with grow alike.
 
     Args:
         name: a key of ``RECIPES``.
@@ -85,10 +86,11 @@ def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
         ConfigError: there is no rule for this optimizer.
     """
     recipe, config = RECIPES[name], RECIPES[name].config()
-    if optimizer == config.optim.name:
+    rule, own = recipe.methods.get(optimizer), optimizer == config.optim.name
+    if rule and (not own or rule(config.global_batch) == (config.optim, config.schedule)):
+        optim, schedule = rule(batch)
+    elif own:
         optim, schedule = scaled(config.optim, config.global_batch, batch), config.schedule
-    elif optimizer in recipe.methods:
-        optim, schedule = recipe.methods[optimizer](batch)
     else:
         there = ", ".join(dict.fromkeys((config.optim.name, *recipe.methods)))
         raise ConfigError(f"{name} has no rule for the optimizer {optimizer!r}; it has one for {there}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from knltrain.schedule import total_steps
+from knltrain.schedule import timetable
 from knltrain.sweep.plan import Point, Sweep
 
 Status = Literal["waiting", "stopped", "done", "diverged", "failed"]
@@ -105,7 +105,7 @@ class Results:
     def steps(self, point: Point) -> int:
         """How many a run has."""
         config = point.config
-        steps = total_steps(epochs=config.epochs, num_images=self._num_images, global_batch=config.global_batch)
+        steps = timetable(config, self._num_images).total_steps
         return min(steps, config.max_steps or steps)
 
     def record(self, point: Point) -> dict[str, Any]:

@@ -103,6 +103,16 @@ def test_later_seeds_wait_for_the_search(results):
         task_of(results, 16)
 
 
+def test_a_run_whose_batch_changes_has_the_steps_that_it_is_trained_for(tmp_path):
+    fields = {"data": "shapes", "schedule.batches": "512", "schedule.batch_epochs": "5"}
+    results = Results(sweep_of(fields=fields), tmp_path, IMAGES)
+    point = results.sweep.point("sgd", 256, 1.0, 0)
+    assert results.steps(point) == 5 * 5 + 10 * 10
+    point.folder(tmp_path).mkdir(parents=True)
+    (point.folder(tmp_path) / "summary.json").write_text(json.dumps({"finished": True, "steps": 125, "top1": 80.0}))
+    assert results.outcome(point).status == "done"
+
+
 def test_a_run_of_fewer_steps_is_not_done(results):
     searched(results)
     path = results.sweep.point("sgd", 256, 1.0, 0).folder(results.out) / "summary.json"
