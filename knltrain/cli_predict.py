@@ -31,7 +31,8 @@ _FIELDS = ("model", "image_size", "epochs", "max_steps", "global_batch", "local_
 @click.option("--network-factor", type=float, default=1.0, show_default=True, help="2: a network twice as fast.")
 @click.option("--algorithm", type=click.Choice(_ALGORITHMS), help="Of the all-reduce; default the system's.")
 @click.option("--no-overlap", is_flag=True, help="Gradients leave when the backward pass is over, as others have it.")
-@click.option("--images", type=click.IntRange(min=1), help="Of the training set; default ImageNet's.")
+@click.option("--images", type=click.IntRange(min=1),
+              help="Of the training set; default ImageNet's, or CIFAR-10's for networks of small images.")  # fmt: skip
 @click.option("--layers", metavar="FILE", help="Times of layers: JSON of `knltrain bench --profile` on such a node.")
 @click.option("--out", metavar="FILE|DIR", help="DIR for step.png and scaling.png; with --calibrate the TOML file.")
 @click.option("--validate", is_flag=True, help="Show what the model says of published runs, and do nothing else.")
@@ -206,15 +207,16 @@ def _accounting(
     images: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
     from knltrain.predict.accounting import BATCHES, accounting, course
+    from knltrain.predict.run import images_for
     from knltrain.predict.tables import accounting_table, course_table, show
-    from knltrain.recipes import IMAGENET_IMAGES
 
+    images = images or images_for(config.model)[0]
     found: list[dict[str, Any]] = []
     if config.schedule.image_sizes or config.schedule.batches:
         if batches:
             raise ConfigError(f"--batches: {config.recipe} changes batch or image size in its course; leave it out")
         for count in nodes:
-            rows = course(config, nodes=count, images=images or IMAGENET_IMAGES)
+            rows = course(config, nodes=count, images=images)
             title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
             show(console, course_table(rows, title))
             found += [{"nodes": count, **row} for row in rows]
@@ -222,7 +224,7 @@ def _accounting(
     itemsize = 2 if config.comm.dtype == "bf16" else 4
     for count in nodes:
         rows = accounting(config.model, image_size=config.image_size, epochs=config.epochs, nodes=count,
-                          batches=batches or BATCHES, images=images or IMAGENET_IMAGES, itemsize=itemsize)  # fmt: skip
+                          batches=batches or BATCHES, images=images, itemsize=itemsize)  # fmt: skip
         title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
         show(console, accounting_table(rows, title))
         found += [{"nodes": count, **row} for row in rows]

@@ -14,6 +14,7 @@ from PIL import Image
 
 from knltrain.data.augment import Pixels, centre, short_side
 from knltrain.data.decode import DecodeError, EncodedImage, read_image
+from knltrain.data.folder import SUFFIXES
 from knltrain.files import open_regular
 
 # As most who store ImageNet for training do; of a photograph, about a seventh of its pixels' bytes.
@@ -73,14 +74,18 @@ def to_square(data: bytes, size: int) -> Pixels:
 def to_jpeg(data: bytes, size: int) -> Encoded:
     """A JPEG whose short side has ``size`` pixels; as it came where it is no larger, or size is 0.
 
+    What cannot be named by its format becomes a JPEG too, in its own size: readers of tar files would not see a GIF.
+
     Raises:
         DecodeError: the bytes are no image, or not a whole one.
     """
     image = EncodedImage(data)
     if size == 0 or min(image.height, image.width) <= size:
-        image.pixels()  # whether it can be decoded
-        return Encoded(data, image.suffix)
-    pixels = np.ascontiguousarray(scaled(image, size))
+        pixels = image.pixels()  # whether it can be decoded
+        if f".{image.suffix}" in SUFFIXES:
+            return Encoded(data, image.suffix)
+    else:
+        pixels = np.ascontiguousarray(scaled(image, size))
     return Encoded(simplejpeg.encode_jpeg(pixels, quality=_QUALITY, colorsubsampling=_SUBSAMPLING), "jpg")
 
 

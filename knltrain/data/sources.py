@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,10 +91,10 @@ def _imagenet(root: Path) -> dict[str, Source]:
         parts["train"] = _in_one_file(path, classes, sorted(entries))
     path = root / IMAGENET_VAL
     if path.exists():
-        truth, from_file = _ground_truth(root)
-        classes = classes or tuple(sorted(set(truth.values())))
         with open_regular(path) as file:
             found = [member for member in members(file) if _is_image(member.name)]
+        truth, from_file = _ground_truth(root, {Path(member.name).stem for member in found})
+        classes = classes or tuple(sorted(set(truth.values())))
         entries = []
         for member in sorted(found):
             wnid = truth.get(Path(member.name).stem, "")
@@ -121,11 +121,11 @@ def _in_one_file(path: Path, classes: tuple[str, ...], entries: list[tuple[str, 
     )
 
 
-def _ground_truth(root: Path) -> tuple[dict[str, str], Path]:
+def _ground_truth(root: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
     """The class of each validation image, by its name without suffix, and the file that says so.
 
     A list has a line for each image: its name, and its class (nXXXXXXXX) behind a comma or a blank; what follows is of
-    no interest. ``LOC_val_solution.csv`` is such a list.
+    no interest. ``LOC_val_solution.csv`` is such a list; ``LOC_train_solution.csv`` has none of these names.
     """
     for path in sorted([*root.glob("*.csv"), *root.glob("*.txt")]):
         truth = {}
@@ -137,7 +137,7 @@ def _ground_truth(root: Path) -> tuple[dict[str, str], Path]:
                         truth[Path(words[0]).stem] = words[1]
         except (csv.Error, UnicodeDecodeError):  # some other file that lies there
             continue
-        if truth:
+        if truth.keys() & names:
             return truth, path
     for path in sorted(root.glob("ILSVRC2012_devkit*.tar.gz")):
         return _devkit(path), path

@@ -24,8 +24,14 @@ _CHECKPOINT_BYTES = {"lars": 8, "sgd": 8, "lamb": 12}  # weights and moments in 
 # The moving average's: read, read weights, write; and what it adds to a checkpoint.
 _AVERAGE_BYTES, _AVERAGE_CHECKPOINT_BYTES = 12, 4
 _SLOWEST_FACTOR, _MOST_STEPS = 1e-6, 1e15
-_CIFAR = (50_000, 10_000)
-_IMAGENET_VAL = 50_000
+# Images of train and val: of CIFAR-10, which the networks for small images are trained on, and of ImageNet.
+_CIFAR_MODELS = ("alexnet_bn_small", "resnet20")
+_CIFAR, _IMAGENET = (50_000, 10_000), (IMAGENET_IMAGES, 50_000)
+
+
+def images_for(model: str) -> tuple[int, int]:
+    """Images of train and val that a network is usually trained on and evaluated with."""
+    return _CIFAR if model in _CIFAR_MODELS else _IMAGENET
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +44,7 @@ class Job:
         nodes: how many of it.
         network_factor: how many times as fast the network is: bandwidth, and messages a second.
         algorithm: of the all-reduce; None: the system's.
-        images: of the training set; None: ImageNet's, or CIFAR-10's for the small AlexNet.
+        images: of the training set; None: those of :func:`images_for`.
         profile: JSON of ``knltrain bench --profile`` on a node of the system, in place of the system's ceilings.
         overlap: gradients travel while the backward pass runs, as this package has it.
     """
@@ -69,7 +75,7 @@ class Job:
     @property
     def training_images(self) -> int:
         """Images of the training set."""
-        return self.images or (_CIFAR[0] if self.config.model == "alexnet_bn_small" else IMAGENET_IMAGES)
+        return self.images or images_for(self.config.model)[0]
 
 
 @dataclass(frozen=True)
@@ -158,7 +164,7 @@ def predict(job: Job) -> Prediction:
     epochs = course.epoch(steps)
     elements = sum(gradient.elements for time in final.times for gradient in time.gradients)
     evaluations = max(1, math.floor(epochs + 1e-9))
-    val_images = _CIFAR[1] if config.model == "alexnet_bn_small" else _IMAGENET_VAL
+    val_images = images_for(config.model)[1]
     seen = final.times if last.image_size == config.image_size else layer_times(job, final.local)[0]
     forward_s = sum(time.forward_s for time in seen) / final.local
     checkpoints = max(1, math.ceil(epochs / config.checkpoint.every - 1e-9))

@@ -193,8 +193,11 @@ def _noise(axes: Axes, run: Run, colour: str, gid: str) -> bool:
     axes.set_ylabel("images")
     epochs, scale = _thinned(run.steps["epoch"], run.steps["noise_scale"], logarithmic=True)
     axes.plot(epochs, scale, color=colour, gid=gid, **_dots(epochs))
-    if len(epochs) and run.global_batch:
-        axes.axhline(run.global_batch, color=colour, lw=1.1, ls=(0, (4, 3)), alpha=0.8, gid=gid)
+    ended, batches = _known(run.steps["epoch"], run.batches)
+    if len(epochs) and len(batches):
+        last = np.flatnonzero(np.diff(batches, append=np.nan))  # steps of a batch
+        corners = np.append(0.0, ended[last]), np.append(batches[0], batches[last])
+        axes.plot(*corners, color=colour, lw=1.1, ls=(0, (4, 3)), alpha=0.8, gid=gid, drawstyle="steps-pre")
     return bool(len(epochs))
 
 

@@ -86,7 +86,6 @@ class Run:
         path: the folder, as it was named.
         name: a short one, of printable characters; different for each run of a report.
         settings: what it was made with, by dotted name, for people: configuration, plan, processor and versions.
-        global_batch: images of a step; None where config.json does not say.
         finished: whether summary.json says so.
         peak_rss_mb: what summary.json says, MiB.
         steps: by the names of metrics.jsonl, a number for each step; NaN where there is none.
@@ -97,12 +96,16 @@ class Run:
     path: Path
     name: str
     settings: dict[str, str]
-    global_batch: int | None
     finished: bool
     peak_rss_mb: float | None
     steps: dict[str, Column]
     evaluations: dict[str, Column]
     trust_ratios: TrustRatios | None
+
+    @property
+    def batches(self) -> Column:
+        """Images of each step, which may change in the course of a run; NaN where there are no times."""
+        return np.round(self.steps["images_per_s"] * self.steps["step_s"])
 
     def results(self, target_top1: float | None = None) -> dict[str, float | None]:
         """What came of it, by the names of summary.json; None where the folder does not say.
@@ -116,6 +119,7 @@ class Run:
         noise = steps["noise_scale"][-max(1, round(_LAST_PART * len(steps["step"]))) :]
         noise = noise[np.isfinite(noise)]
         rss = _last(steps["rss_mb"], np.nanmax)
+        timed_s = _sum(np.where(np.isfinite(self.batches), steps["step_s"], np.nan))
         return {
             "top1": _last(evaluations["top1"]),
             "best_top1": _last(evaluations["top1"], np.nanmax),
@@ -124,7 +128,7 @@ class Run:
             "loss": _last(steps["loss"]),
             "epochs": _last(steps["epoch"]),
             "steps": _last(steps["step"]),
-            "images_per_s": self.global_batch * len(steps["step"]) / train_s if self.global_batch and train_s else None,
+            "images_per_s": float(np.nansum(self.batches)) / timed_s if timed_s else None,
             "train_s": train_s,
             "data_fraction": _fraction(steps["data_s"], train_s),
             "comm_fraction": _fraction(steps["comm_s"], train_s),
@@ -185,12 +189,11 @@ def read_run(path: Path) -> tuple[Run, list[str]]:
     loss, top1 = (numbers[:, _FIELDS.index(name)] for name in ("loss", "top1"))
     # A step without a finite loss has null for it.
     evaluation = np.isfinite(top1)
-    batch, peak = record["config"].get("global_batch"), summary.get("peak_rss_mb")
+    peak = summary.get("peak_rss_mb")
     return Run(
         path,
         one_line(path.name or str(path)),
         _settings(record),
-        batch if isinstance(batch, int) and 0 < batch < 1 << 53 else None,
         summary.get("finished") is True,
         float(peak) if isinstance(peak, int | float) and math.isfinite(peak) else None,
         _columns(numbers[~evaluation | np.isfinite(loss)]),

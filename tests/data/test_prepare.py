@@ -336,6 +336,7 @@ def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw
                 listed.append(f"ILSVRC2012_val_{number:08},{wnid} 1 2 3 4 ")
     with pytest.raises(DataError, match=r"LOC_val_solution\.csv"):
         prepare(src, tmp_path / "out")
+    (src / "LOC_train_solution.csv").write_text("ImageId,PredictionString\nn00000007_1,n00000007 1 2 3 4 \n")
     (src / "LOC_val_solution.csv").write_text("\n".join(listed))
     prepare(src, tmp_path / "out")
     prepare(image_folder, tmp_path / "web", format="tar", size=0)
@@ -413,6 +414,19 @@ def test_png_sources_become_jpegs_or_pixels(tmp_path):
     tar = open_folder(tmp_path / "tar", "train")
     assert {tar.image(i).pixels().shape for i in range(2)} == {(32, 38, 3), (20, 30, 3)}
     assert np.load(tmp_path / "raw/train/images-00000.npy").shape == (2, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("size", [0, 64])
+def test_a_gif_by_another_name_is_read_back(tmp_path, size):
+    """It is kept as it came in no format that a tar file's reader looks for."""
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / "src" / part / name).mkdir(parents=True)
+            Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "src" / part / name / "one.jpg", "GIF")
+    prepare(tmp_path / "src", tmp_path / "out", format="tar", size=size)
+    image = open_folder(tmp_path / "out", "train").image(1).pixels()
+    assert image.shape == (40, 50, 3)
+    assert abs(image.mean((0, 1)) - (200, 30, 30)).max() < 3
 
 
 def test_classes_from_the_devkit(image_folder, tmp_path):

@@ -167,10 +167,11 @@ def test_the_batch_is_divided_as_the_trainer_does():
             assert share(job(config, nodes=nodes)) == (theirs.local_batch, theirs.accumulate)
 
 
-def test_small_images_are_cifars():
-    config = RECIPES["cifar-2k"].config()
+@pytest.mark.parametrize("recipe, epochs", [("cifar-2k", 15), ("cifar-resnet20-2k", 30)])
+def test_small_images_are_cifars(recipe, epochs):
+    config = RECIPES[recipe].config()
     system = parse(GOOD, "two.toml")
-    assert predict(job(config, system, nodes=1)).steps == round(15 * 50_000 / 2048)
+    assert predict(job(config, system, nodes=1)).steps == round(epochs * 50_000 / 2048)
 
 
 def test_accounting_is_the_published_table():

@@ -7,10 +7,12 @@ from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner
+from matplotlib.figure import Figure
 from report.folders import RATIOS, run_folder
 
 from knltrain.cli import main
 from knltrain.errors import KnltrainError
+from knltrain.report.draw import _noise
 from knltrain.report.runs import read_run
 
 CURVES = {"accuracy", "loss", "learning-rate", "throughput", "time", "memory"}
@@ -74,6 +76,25 @@ def test_it_draws_what_there_is(tmp_path):
     assert len([tag for tag, _ in page.elements if tag == "svg"]) == 8
     classes = {attributes.get("class") for _, attributes in page.elements}
     assert {"run-0", "run-1"} <= classes
+
+
+def test_a_batch_that_changes_is_counted_as_it_was(tmp_path):
+    """Six steps of 64 images and six of 256, at 128 and 512 images a second."""
+    path = run_folder(tmp_path / "run", noise_scale=500.0)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "loss" in row and row["step"] > 6:
+            row["images_per_s"] = 512.0
+    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run, _ = read_run(path)
+    assert run.batches.tolist() == [64] * 6 + [256] * 6
+    assert run.results()["images_per_s"] == 320
+    figure = Figure()
+    axes = figure.subplots()
+    assert _noise(axes, run, "black", "run")
+    batch = axes.lines[1]
+    assert (batch.get_xdata().tolist(), batch.get_ydata().tolist()) == ([0, 2, 4], [64, 64, 256])
+    assert batch.get_drawstyle() == "steps-pre"
 
 
 def test_the_time_to_a_target(tmp_path):
