@@ -224,4 +224,12 @@ def _ipex_optimize(
             )
         finally:
             logger.setLevel(level)
-    return optimized
+    model, optimizer = optimized
+    # By their float32 masters. Otherwise the gradients of micro-batches would be summed in bf16.
+    copies = {
+        master: made.parameter
+        for master, made in getattr(optimizer, "params_attr", {}).items()
+        if made.parameter is not None and made.parameter.dtype == torch.bfloat16
+    }
+    optimizer.use_working_copies(copies)
+    return model, optimizer

@@ -125,6 +125,35 @@ def test_layers_that_the_kernels_do_not_have_stay_as_they_are():
     assert [type(module) for module in model.modules()] == before
 
 
+class Attention(nn.Module):
+    """As a block of a vision transformer begins."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.dropout = nn.Dropout(p)
+
+    def forward(self, x):
+        return self.dropout(self.attention(x, x, x, need_weights=False)[0])
+
+
+def test_dropout_takes_what_attention_gives():
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 5, 8), Attention(0.0)
+    expected = model(x)
+    assert not expected.is_contiguous()
+    ours = copy.deepcopy(model)
+    fuse(ours)
+    torch.testing.assert_close(ours(x), expected)
+    ours.dropout.p = 0.5
+    some = ours(x)
+    some.sum().backward()
+    kept = some != 0
+    assert 0.3 < kept.float().mean() < 0.7
+    torch.testing.assert_close(some[kept], 2 * expected[kept])
+    assert ours.attention.in_proj_weight.grad.norm() > 0
+
+
 def test_a_relu_joins_its_neighbour_once():
     model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.ReLU(), nn.MaxPool2d(2))
     fuse(model)

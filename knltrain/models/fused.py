@@ -81,6 +81,8 @@ class FusedDropout(nn.Dropout):
     with_relu = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if not (x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))):
+            x = x.contiguous()  # attention with the batch first ends in a transpose
         return dropout(x, self.p, training=self.training, relu=self.with_relu)
 
 
