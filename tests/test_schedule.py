@@ -119,13 +119,14 @@ def test_phases_change_at_their_epochs():
 
 
 def test_a_phase_too_short_for_a_step_is_left_out():
-    course = timetable(override(RunConfig(), {**CHANGING, "epochs": 3}), 1000)
+    course = timetable(override(RunConfig(), CHANGING), 1000)
+    assert len(course.phases) < 5
     assert all(phase.first_step < phase.last_step for phase in course.phases)
     assert course.phases[0].first_step == course.phases[0].first_image == 0
 
 
-def test_all_of_a_run_may_go_without_augmentation():
-    (phase,) = timetable(override(RunConfig(), {"augment.collapse_epochs": 1000}), 5000).phases
+def test_all_steps_of_a_run_may_go_without_augmentation():
+    (phase,) = timetable(override(RunConfig(), {"global_batch": 4096, "augment.collapse_epochs": 89.9}), 5000).phases
     assert not phase.augmented
 
 
