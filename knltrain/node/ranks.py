@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from knltrain.errors import ConfigError
 
@@ -67,7 +67,8 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
 
     Raises:
         ConfigError: the launchers contradict each other (each of several processes has started a launcher of its
-            own), a variable is no number, or the launcher is unknown.
+            own), a variable is no number, the launcher is unknown, or nothing says how many ranks are on this node
+            or where they meet.
     """
     environ = os.environ if environ is None else environ
     found = [_read(environ, *keys) for keys in _LAUNCHERS if keys[1] in environ and keys[2] in environ]
@@ -89,12 +90,21 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
             )
     if inner.size == 1:
         return Ranks(inner.launcher, 0, 1, 0, 1)
+    if inner.launcher == "torchrun" and not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= environ.keys():
+        # A script between the launcher and knltrain has exported what it says, but not of the node.
+        repeated = [outer for outer in found[1:] if (outer.rank, outer.size) == (inner.rank, inner.size)]
+        if not repeated:
+            raise ConfigError(
+                f"RANK={inner.rank} and WORLD_SIZE={inner.size} leave open how many ranks share this node's cores; "
+                "export LOCAL_RANK and LOCAL_WORLD_SIZE too"
+            )
+        inner = repeated[0]
     if inner.launcher == "hydra" and "MPI_LOCALNRANKS" not in environ:
         raise ConfigError(
             f"a launcher that is none of torchrun, Open MPI, Hydra and srun started {inner.size} processes (PMI_SIZE); "
             "export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
         )
-    return inner
+    return replace(inner, init_method=_meeting_point(environ, inner))
 
 
 def _read(
@@ -118,8 +128,7 @@ def _read(
         local_size = _number(environ, local_size_key) if local_size_key in environ else size
     if not 0 <= local_rank < local_size <= size:
         raise ConfigError(f"{name}: local rank {local_rank} of {local_size} does not fit rank {rank} of {size}")
-    several = local_size < size
-    return Ranks(name, rank, size, local_rank, local_size, _meeting_point(environ, name, size, several=several), hosts)
+    return Ranks(name, rank, size, local_rank, local_size, hosts=hosts)
 
 
 def _number(environ: Mapping[str, str], key: str) -> int:
@@ -129,27 +138,61 @@ def _number(environ: Mapping[str, str], key: str) -> int:
         raise ConfigError(f"{key}={environ[key]} is no number; the launcher's variables are damaged") from None
 
 
-def _meeting_point(environ: Mapping[str, str], launcher: str, size: int, *, several: bool) -> str:
-    if size == 1:
-        return ""
+def _meeting_point(environ: Mapping[str, str], ranks: Ranks) -> str:
     given = [name for name in ("MASTER_ADDR", "MASTER_PORT") if environ.get(name)]
     if len(given) == 2:
         return "env://"
-    if given and several:
-        raise ConfigError(f"{given[0]} is set alone: export both MASTER_ADDR and MASTER_PORT, or none of them")
-    if several:
-        if launcher == "torchrun":
+    if ranks.on_several_nodes:
+        if given:
+            raise ConfigError(f"{given[0]} is set alone: export both MASTER_ADDR and MASTER_PORT, or none of them")
+        if ranks.launcher == "torchrun":
             raise ConfigError(
                 "torchrun's MASTER_ADDR and MASTER_PORT are missing; the launcher's variables are damaged"
             )
         return ""
-    # All ranks of a node have the same parent (mpiexec's proxy, slurmstepd), and its start time sets this job's
-    # file apart from one left by an earlier process of the same number.
-    parent = os.getppid()
-    with open(f"/proc/{parent}/stat") as stat:
-        started = stat.read().rpartition(")")[2].split()[19]
     folder = environ.get("TMPDIR", "/tmp")
-    return f"file://{folder}/knltrain-{os.getuid()}-{parent}-{started}"
+    return f"file://{folder}/knltrain-{os.getuid()}-{_name_of_job(environ, ranks)}"
+
+
+def _name_of_job(environ: Mapping[str, str], ranks: Ranks) -> str:
+    """What all ranks of one node have in common, with no other job there and no earlier one."""
+    if _says_rank(environ, ranks, "slurm") and "SLURM_JOB_ID" in environ:
+        return "-".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    # The launcher's process there (mpiexec's proxy), above what may stand between it and this rank: a shell, numactl, a
+    # container's runtime, each with this rank's variables. Its start time sets it apart from an earlier one of the same
+    # number.
+    process = os.getppid()
+    try:
+        while _says_rank(_environment_of(process), ranks):
+            process = int(_fields_of(process)[1])
+        return f"{process}-{_fields_of(process)[19]}"
+    except OSError:
+        raise ConfigError(
+            f"rank {ranks.rank} of {ranks.size} does not see the process of {ranks.launcher} that started it, as in a "
+            "container of its own; export MASTER_ADDR=127.0.0.1 and MASTER_PORT, a free port, for all ranks"
+        ) from None
+
+
+def _says_rank(environ: Mapping[str, str], ranks: Ranks, *launchers: str) -> bool:
+    """Whether variables of one of these launchers, by default of any, give a process the rank and size of this one."""
+    return any(
+        (environ.get(rank), environ.get(size)) == (str(ranks.rank), str(ranks.size))
+        for name, rank, size, *_ in _LAUNCHERS
+        if not launchers or name in launchers
+    )
+
+
+def _environment_of(process: int) -> dict[str, str]:
+    """The variables that a process was started with."""
+    with open(f"/proc/{process}/environ", encoding="utf-8", errors="replace") as file:
+        entries = (entry.partition("=") for entry in file.read().split("\0"))
+        return {name: value for name, _, value in entries}
+
+
+def _fields_of(process: int) -> list[str]:
+    """What /proc says of a process after its name, which may hold anything: its state, its parent, and so on."""
+    with open(f"/proc/{process}/stat") as stat:
+        return stat.read().rpartition(")")[2].split()
 
 
 def expand_counts(text: str) -> list[int]:

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from knltrain.errors import ConfigError
@@ -9,6 +11,7 @@ HYDRA = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRA
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
+ONE_TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
 
 
 def test_alone():
@@ -28,6 +31,33 @@ def test_mpi_and_slurm_on_one_node_meet_in_a_file(name, variables):
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_size) == (name, 1, 2, 2)
     assert ranks.init_method.startswith("file://")
     assert discover(variables).init_method == ranks.init_method
+
+
+def test_srun_tells_its_ranks_the_name_of_their_file_whatever_stands_between():
+    step = {**SLURM, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3", "TMPDIR": "/here"}
+    assert discover(step).init_method == f"file:///here/knltrain-{os.getuid()}-7-3-0"
+    assert discover({**step, "SLURM_RESTART_COUNT": "1"}).init_method.endswith("-7-3-1")
+    by_hand = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    assert discover({**step, **by_hand}).init_method == discover(step).init_method
+    # mpiexec of one rank a task, or of others than these, has files of its own.
+    assert "-7-3" not in discover({**step, **ONE_TASK, **HYDRA}).init_method
+
+
+def test_ranks_that_do_not_see_their_launcher_are_told_to_name_a_port(monkeypatch):
+    """The first process of a PID namespace has no parent there."""
+    monkeypatch.setattr(os, "getppid", lambda: 0)
+    with pytest.raises(ConfigError, match="rank 1 of 2 does not see the process of hydra"):
+        discover(HYDRA)
+
+
+def test_what_a_script_repeats_of_its_launcher_is_the_launchers():
+    """srun bash -c 'RANK=$SLURM_PROCID WORLD_SIZE=$SLURM_NTASKS knltrain train ...' says nothing of the node."""
+    for name, outer in (("hydra", HYDRA), ("openmpi", OPENMPI), ("slurm", SLURM)):
+        found = discover({**outer, "RANK": "1", "WORLD_SIZE": "2"})
+        assert (found.launcher, found.rank, found.local_rank, found.local_size) == (name, 1, 1, 2)
+    for unknown in ({}, {"LOCAL_RANK": "1"}, ONE_TASK):
+        with pytest.raises(ConfigError, match=r"RANK=1 and WORLD_SIZE=2 leave open.*LOCAL_WORLD_SIZE"):
+            discover({"RANK": "1", "WORLD_SIZE": "2", **unknown})
 
 
 def test_the_innermost_launcher_counts():

@@ -298,8 +298,10 @@ def test_real_ranks_under_hydra_meet_through_its_process_manager(ranks, per_node
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_real_ranks_on_one_node_meet_in_a_file(ranks):
-    lines = mpiexec("-n", str(ranks))
+@pytest.mark.parametrize("between", [[], ["bash", "-c", '"$@"; exit $?', "script"]], ids=["", "script"])
+def test_real_ranks_on_one_node_meet_in_a_file(between, ranks):
+    """Also where a script starts each, whose process differs from rank to rank."""
+    lines = mpiexec("-n", str(ranks), *between)
     (place,) = {where["init_method"] for _, where in lines}
     assert place.startswith("file://")
     assert sorted(who["local_rank"] for who, _ in lines) == list(range(ranks))
