@@ -54,23 +54,28 @@ def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = (), told: Map
     """
     if asked == "gloo":
         return gloo()
+    notes = []
     if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
-        return _torch_ccl()
+        try:
+            return _torch_ccl()
+        except (ImportError, OSError, RuntimeError) as error:  # made for another torch, or without its oneCCL
+            notes.append(f"oneccl_bindings_for_pytorch does not load and is left out: {str(error).splitlines()[0]}")
     try:
         settings = oneccl.configure(ranks, cpus, told=told)
         shim = oneccl.load()
     except oneccl.UnavailableError as error:
         if asked == "ccl":
             raise ConfigError(f"comm.backend ccl: {error}") from None
-        return gloo(f"gradients travel over gloo, which is slower than ccl: {error}")
+        return gloo("; ".join([f"gradients travel over gloo, which is slower than ccl: {error}", *notes]))
     ccl.register()
-    kept = ", ".join(f"{name}={value}" for name, value in settings.kept.items())
+    if settings.kept:
+        notes.append(f"oneCCL obeys what was exported: {', '.join('='.join(item) for item in settings.kept.items())}")
     return Chosen(
         "ccl",
         f"oneCCL {shim.version()}",
         settings.transport,
         {"set": settings.set, "kept": settings.kept},
-        f"oneCCL obeys what was exported: {kept}" if kept else "",
+        "; ".join(notes),
     )
 
 

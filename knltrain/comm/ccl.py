@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from typing import Any
 
@@ -81,7 +82,7 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
                 store.set("address", point.address.hex())
             else:
                 point = shim.join_meeting_point(bytes.fromhex(store.get("address").decode()))
-            self._comm: Any = shim.connect(size, rank, point)
+            self._comm: Any = self._connect(lambda: shim.connect(size, rank, point))
         waiter.join()
 
     def _meet(self) -> list[str]:
@@ -95,6 +96,25 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
             absent = self._ask_store(lambda: [rank for rank, key in enumerate(keys) if not self._store.check([key])])
             who = ", ".join(f"rank {rank}" for rank in absent or ()) or "another rank"
             raise RuntimeError(f"{who} did not come within {self.timeout.total_seconds():g} s ({error})") from None
+
+    def _connect(self, connect: Callable[[], Any]) -> Any:
+        """Connects, or gives up after the time-out, which oneCCL knows none of."""
+        came: Future[Any] = Future()
+
+        def call() -> None:
+            try:
+                came.set_result(connect())
+            except Exception as error:
+                came.set_exception(error)
+
+        threading.Thread(target=call, name="ccl-connect", daemon=True).start()
+        try:
+            return came.result(self.timeout.total_seconds())
+        except TimeoutError:
+            raise RuntimeError(
+                f"oneCCL did not connect the ranks within {self.timeout.total_seconds():g} s; they may differ in what "
+                "is exported for it (CCL_WORKER_COUNT, CCL_ATL_TRANSPORT, FI_PROVIDER)"
+            ) from None
 
     def _ask_store(self, question: Callable[[], Any]) -> Any:
         """Returns the answer, or None where the store does not give one soon."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from knltrain.comm import oneccl
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
 from knltrain.comm.rollcall import RollCall
@@ -72,7 +74,7 @@ class Group:
         last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
 
     Raises:
-        ConfigError: ccl was asked for and cannot be had.
+        ConfigError: ccl was asked for and cannot be had, or ranks were told different numbers of its workers.
         KnltrainError: the ranks do not find each other.
     """
 
@@ -92,6 +94,8 @@ class Group:
         try:
             store = _store(meeting, ranks)
             store.set_timeout(_START_TIMEOUT)
+            if backend != "gloo":
+                cpus = self._as_many_on_all(cpus, store)
             self.backend = self._agree(choose_backend(backend, ranks, cpus, told), backend, store)
             dist.init_process_group(
                 self.backend.name,
@@ -106,20 +110,46 @@ class Group:
                 f"{meeting.address or meeting.init_method}: {str(error).splitlines()[0]}"
             ) from None
 
-    def _agree(self, chosen: Chosen, asked: str, store: Any) -> Chosen:
-        """All ranks take ccl, or none does; each learns the others' hosts."""
-        keys = [f"backend{rank}" for rank in range(self.world_size)]
-        store.set(keys[self.rank], f"{chosen.name} {socket.gethostname()}")
+    def _tell_all(self, store: Any, name: str, *words: object) -> list[list[str]]:
+        """What each rank says; all call it at once."""
+        keys = [f"{name}{rank}" for rank in range(self.world_size)]
+        store.set(keys[self.rank], json.dumps([str(word) for word in words]))
         store.wait(keys, _START_TIMEOUT)
-        answers = [answer.decode().split(maxsplit=1) for answer in store.multi_get(keys)]
-        self.hosts = [host for _, host in answers]
+        return [json.loads(answer) for answer in store.multi_get(keys)]
+
+    def _as_many_on_all(self, cpus: Sequence[int], store: Any) -> Sequence[int]:
+        """Of the CPUs that are kept for communication, as many as every rank has.
+
+        oneCCL waits for ever where ranks have different numbers of workers.
+        """
+        exported = oneccl.exported_workers()
+        said = self._tell_all(store, "workers", socket.gethostname(), len(cpus), exported)
+        numbers = {number: host for host, _, number in reversed(said)}
+        if len(numbers) > 1:
+            each = ", ".join(f"{number or 'unset'} on {host}" for number, host in sorted(numbers.items()))
+            raise ConfigError(
+                f"CCL_WORKER_COUNT differs ({each}), and with different numbers of workers oneCCL does not start; "
+                "export one for all nodes, or none"
+            )
+        return cpus[: min(int(kept) for _, kept, _ in said)]
+
+    def _agree(self, chosen: Chosen, asked: str, store: Any) -> Chosen:
+        """All ranks take the same ccl, or none does; each learns the others' hosts."""
+        said = self._tell_all(store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0])
+        self.hosts = [host for host, _, _ in said]
         self._roll_call = RollCall(store, self.rank, self.hosts)
-        without = sorted({host for name, host in answers if name == "gloo"})
-        if chosen.name == "gloo" or not without:
+        without = sorted({host for host, name, _ in said if name == "gloo"})
+        libraries = {library: host for host, _, library in reversed(said)}
+        if chosen.name == "gloo" or len(libraries) == 1:
             return chosen
+        if without:
+            problem, advice = f"{', '.join(without)} cannot take ccl", "install oneCCL there"
+        else:
+            each = " and ".join(f"{library} on {host}" for library, host in sorted(libraries.items()))
+            problem, advice = f"ranks have different ones, {each}", "install the same on all nodes"
         if asked == "ccl":
-            raise ConfigError(f"comm.backend ccl: {', '.join(without)} cannot; install oneCCL there, or take gloo")
-        return gloo(f"gradients travel over gloo, which is slower than ccl: {', '.join(without)} cannot take ccl")
+            raise ConfigError(f"comm.backend ccl: {problem}; {advice}, or take gloo")
+        return gloo(f"gradients travel over gloo, which is slower than ccl: {problem}; {advice}")
 
     def __enter__(self) -> Group:
         return self
@@ -205,14 +235,14 @@ class Group:
 
         All ranks call it at once.
         """
-        if self.world_size == 1:
+        if self.backend is None:  # alone
             return
         timeout = timedelta(seconds=timeout_s)
         if isinstance(dist.group.WORLD, ProcessGroupCCL):
             dist.group.WORLD.set_timeout(timeout)
         else:
-            # gloo's connections keep the time-out that they were made with.
-            self.channel = dist.new_group(backend="gloo", timeout=timeout)
+            # Its connections keep the time-out that they were made with.
+            self.channel = dist.new_group(backend=self.backend.name, timeout=timeout)
 
     def close(self) -> None:
         """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""

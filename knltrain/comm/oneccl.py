@@ -116,6 +116,12 @@ class Settings:
     kept: dict[str, str]
 
 
+def exported_workers(environ: Mapping[str, str] | None = None) -> str:
+    """How many threads of its own the user has told oneCCL to start; empty where it was told nothing."""
+    environ = os.environ if environ is None else environ
+    return environ.get("CCL_WORKER_COUNT") or ("1" if "CCL_WORKER_AFFINITY" in environ else "")
+
+
 def configure(
     ranks: Ranks,
     cpus: Sequence[int] = (),
@@ -147,7 +153,7 @@ def configure(
             f"CCL_ATL_TRANSPORT=mpi needs ranks that Intel MPI's mpiexec has started, not {ranks.launcher}; unset it"
         )
     workers: dict[str, str] = {}
-    has_workers = "CCL_WORKER_COUNT" in environ or "CCL_WORKER_AFFINITY" in environ
+    has_workers = bool(exported_workers(environ))
     if cpus and not has_workers:
         has_workers = True
         # oneCCL expects the CPUs of all workers of the node, rank by rank, and takes its own from their place in it.

@@ -227,3 +227,11 @@ assert chosen.name == "ccl" and "is installed: its ccl is used" in chosen.note, 
 """
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment, timeout=60).returncode == 0
+
+
+def test_intels_own_binding_that_does_not_load_is_left_out_aloud(tmp_path, monkeypatch):
+    (tmp_path / "oneccl_bindings_for_pytorch.py").write_text("raise OSError('undefined symbol: of another torch')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    chosen = choose_backend("auto", RANKS)
+    assert "oneccl_bindings_for_pytorch does not load and is left out: undefined symbol" in chosen.note
+    assert not chosen.version.startswith("oneccl_bindings"), "knltrain's own, or gloo"

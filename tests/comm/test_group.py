@@ -1,0 +1,98 @@
+"""What ranks agree on before the first collective, which oneCCL would wait for without an end."""
+
+import json
+
+import pytest
+from comm.ranks import outputs, results, start_ranks, wait_for
+
+from knltrain.comm import oneccl
+
+GROUP = """
+import json, os, sys
+from knltrain.comm.group import Group
+from knltrain.errors import KnltrainError
+from knltrain.node.ranks import discover
+folder, backend, kept, exported = sys.argv[1:]
+ranks = discover()
+os.environ.update(json.loads(exported) if ranks.rank else {})
+said = {}
+try:
+    with Group(ranks, backend, range(ranks.rank + int(kept))) as group:
+        group.expect_steps(60)
+        said = {"sum": group.sum(ranks.rank + 1.0), "backend": group.backend.name, "note": group.backend.note,
+                "workers": group.backend.settings.get("set", {}).get("CCL_WORKER_COUNT")}
+except KnltrainError as error:
+    said = {"error": str(error)}
+open(f"{folder}/rank{ranks.rank}.json", "w").write(json.dumps(said))
+"""
+
+CONNECT = """
+import json, sys
+from datetime import timedelta
+import torch.distributed as dist
+from knltrain.comm import ccl, oneccl
+from knltrain.node.ranks import discover
+folder = sys.argv[1]
+ranks = discover()
+oneccl.configure(ranks, range(ranks.rank + 1))
+ccl.register()
+try:
+    dist.init_process_group("ccl", init_method=f"file://{folder}/store", rank=ranks.rank, world_size=2,
+                            timeout=timedelta(seconds=5))
+    dist.barrier()
+    said = "connected"
+except RuntimeError as error:
+    said = str(error)
+open(f"{folder}/rank{ranks.rank}.json", "w").write(json.dumps(said))
+"""
+
+
+@pytest.fixture
+def needs_oneccl():
+    try:
+        oneccl.find_library()
+    except oneccl.UnavailableError as error:
+        pytest.skip(str(error))
+
+
+def run(script, folder, *arguments):
+    """What two ranks said."""
+    path = folder / "script.py"
+    path.write_text(script)
+    assert wait_for(start_ranks(path, 2, folder, *arguments), 120) == [0, 0], outputs(folder)
+    return results(folder, 2)
+
+
+def test_of_the_cores_that_are_kept_every_rank_uses_as_many(needs_oneccl, tmp_path):
+    """A node of 64 cores keeps four for communication, one of 16 keeps one."""
+    for said in run(GROUP, tmp_path, "ccl", 1, "{}"):
+        assert (said["sum"], said["backend"], said["workers"]) == ([3.0], "ccl", "1")
+
+
+def test_where_one_rank_keeps_no_core_none_has_workers(needs_oneccl, tmp_path):
+    for said in run(GROUP, tmp_path, "ccl", 0, "{}"):
+        assert (said["sum"], said["workers"]) == ([3.0], None)
+
+
+@pytest.mark.parametrize("exported", [{"CCL_WORKER_COUNT": "2"}, {"CCL_WORKER_AFFINITY": "0"}])
+def test_different_numbers_of_workers_are_refused_by_all(exported, tmp_path):
+    for said in run(GROUP, tmp_path, "auto", 0, json.dumps(exported)):
+        assert "CCL_WORKER_COUNT differs (unset on" in said["error"]
+    for said in run(GROUP, tmp_path, "gloo", 0, json.dumps(exported)):
+        assert said["sum"] == [3.0]
+
+
+def test_what_oneccl_would_wait_for_without_an_end_ends_after_the_time_out(needs_oneccl, tmp_path):
+    for said in run(CONNECT, tmp_path):
+        assert said.startswith("oneCCL did not connect the ranks within 5 s")
+
+
+def test_ranks_with_different_bindings_take_gloo_or_are_refused(tmp_path):
+    """Of Intel's binding on one node and knltrain's on the other."""
+    binding = tmp_path / "binding"
+    binding.mkdir()
+    (binding / "oneccl_bindings_for_pytorch.py").touch()
+    script = f"import os, sys\nif os.environ['RANK'] == '1': sys.path.insert(0, {str(binding)!r})\n{GROUP}"
+    first, second = run(script, tmp_path, "auto", 0, "{}")
+    assert (first["backend"], second["backend"], first["sum"]) == ("gloo", "gloo", [3.0])
+    assert "oneccl_bindings_for_pytorch on " in first["note"] + second["note"]
