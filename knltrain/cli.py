@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from dataclasses import replace
 from typing import Any, Literal
@@ -115,8 +114,6 @@ def train(
 
     summary, finished = run(config, console, place, allow_change=allowed)
     if not finished:
-        for late in (signal.SIGTERM, signal.SIGUSR1):  # from a launcher whose other ranks were quicker to end
-            signal.signal(late, signal.SIG_IGN)
         when = f"after step {summary['steps']:,}" if summary else "before the first step"
         console.line(f"stopped by a signal {when}; the same command goes on from there")
         sys.exit(STOPPED)

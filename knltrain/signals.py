@@ -39,6 +39,15 @@ class StopRequest:
     ) -> None:
         self._restore()
 
+    def ignore_late(self) -> None:
+        """From now on, and after the block too, SIGTERM and SIGUSR1 do nothing.
+
+        For a rank that has come to its end: its launcher sends them when another one was quicker.
+        """
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            if self._before.pop(number, None) is not None:
+                signal.signal(number, signal.SIG_IGN)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         for other, before in self._before.items():

@@ -277,6 +277,7 @@ def train(
                 stop_requested=lambda: stop.requested,
             )
             if here is None:
+                end_together(group, stop)
                 return {}, False
             staged = dataclasses.replace(config, data=str(here))
         if not group.is_first:
@@ -385,5 +386,15 @@ def train(
         if skipped:
             console.warn(replaced(skipped))
         summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if group.is_first else {}
-        group.barrier()  # a rank that ends with a code that is not 0, as when stopped, has its launcher end the others
+        if finished:
+            group.barrier()
+        else:
+            end_together(group, stop)
     return summary, finished
+
+
+def end_together(group: Group, stop: StopRequest) -> None:
+    """Waits until no rank minds a signal: one that ends with a code that is not 0 has its launcher end the others."""
+    if group.world_size > 1:
+        stop.ignore_late()
+        group.barrier()

@@ -91,6 +91,22 @@ def test_the_first_is_noted_and_what_was_before_is_there_again(first):
     assert {number: signal.getsignal(number) for number in SIGNALS} == handlers
 
 
+def test_late_ones_do_nothing_but_ctrl_c():
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with StopRequest() as stop:
+            signal.raise_signal(signal.SIGUSR1)
+            stop.ignore_late()
+            signal.raise_signal(signal.SIGTERM)
+            assert caught(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGUSR1)
+        assert signal.getsignal(signal.SIGINT) == handlers[signal.SIGINT]
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
 def test_signals_that_come_at_the_same_time_are_one():
     """As a launcher and a batch system may send them; Python would say of the second that it ignores it."""
     # In a process of one thread: in another one, a thread that does not block them would take the first at once.

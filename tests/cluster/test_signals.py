@@ -18,11 +18,11 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
 
 
 @contextlib.contextmanager
-def running(launcher, image_folder, out, *options):
+def running(launcher, image_folder, out, *options, program=("-m", "knltrain")):
     """Two ranks that train; yields their job's mark and the process that started them."""
-    start = TORCHRUN if launcher == "torchrun" else [*mpiexec("-n", 2), sys.executable, "-m"]
+    start = TORCHRUN[:-1] if launcher == "torchrun" else [*mpiexec("-n", 2), sys.executable]
     job = f"{os.getpid()}-{out.parent.name}"
-    command = [*start, "knltrain", "train", *SMALL, *GLOO, "--max-steps", str(STEPS), "--epochs", "1e5",
+    command = [*start, *program, "train", *SMALL, *GLOO, "--max-steps", str(STEPS), "--epochs", "1e5",
                "--checkpoint.every", "1e5", "--data", str(image_folder), "--out", str(out), *options]  # fmt: skip
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "KNLTRAIN_TEST": job}
@@ -72,6 +72,32 @@ def test_mpiexec_passes_a_signal_on(number, image_folder, tmp_path):
     with running("mpiexec", image_folder, out) as (_, process):
         wait_until(lambda: len(steps(out)) >= 3, 120, process)
         process.send_signal(number)
+        output, _ = process.communicate(timeout=90)
+    assert process.returncode == 75
+    assert f"stopped by a signal after step {steps(out)[-1]};" in output
+
+
+SENT_LATE = """
+import os, signal
+from knltrain.cli import main
+from knltrain.comm.group import Group
+close = Group.close
+def close_late(self):
+    os.kill(os.getpid(), signal.SIGTERM)
+    close(self)
+Group.close = close_late
+main()
+"""
+
+
+def test_what_a_launcher_sends_once_the_first_has_ended_ends_no_rank(image_folder, tmp_path):
+    """Its job would end as if by that signal, and Slurm not queue it again."""
+    program = tmp_path / "program.py"
+    program.write_text(SENT_LATE)
+    out = tmp_path / "run"
+    with running("mpiexec", image_folder, out, program=[program]) as (_, process):
+        wait_until(lambda: len(steps(out)) >= 3, 120, process)
+        process.send_signal(signal.SIGUSR1)
         output, _ = process.communicate(timeout=90)
     assert process.returncode == 75
     assert f"stopped by a signal after step {steps(out)[-1]};" in output
