@@ -167,9 +167,9 @@ void check_loaded() {
     if (library == nullptr) throw std::invalid_argument("oneCCL is not loaded");
 }
 
-// Communicators that were made and not closed. While there is one, the library's own clean-up at the end of the process
-// may wait for ranks that are gone.
-int open_communicators = 0;
+// Communicators that were made, or are being made, and not closed. While there is one, the library's own clean-up at the
+// end of the process may wait for ranks that are gone.
+std::atomic<int> open_communicators{0};
 
 void leave_without_cleanup(int status, void *) {
     if (open_communicators == 0) return;
@@ -394,11 +394,17 @@ CommunicatorPtr connect(int size, int rank, const MeetingPoint &point) {
     if (size < 1 || rank < 0 || rank >= size)
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(size));
     CommunicatorPtr made;
-    engine().alone([&] {
-        made.reset(new Communicator{api.create_communicator(size, rank, point.kvs, api.comm_attr), rank, size});
-    });
-    ++open_communicators;
-    // After whatever oneCCL has registered by now, so that it is called before.
+    ++open_communicators;  // while it is made too: where ranks do not fit together, that does not end
+    on_exit(leave_without_cleanup, nullptr);
+    try {
+        engine().alone([&] {
+            made.reset(new Communicator{api.create_communicator(size, rank, point.kvs, api.comm_attr), rank, size});
+        });
+    } catch (...) {
+        --open_communicators;
+        throw;
+    }
+    // Once more, after whatever oneCCL has registered by now, so that it is called before.
     on_exit(leave_without_cleanup, nullptr);
     return made;
 }
