@@ -1,16 +1,11 @@
 // Collectives of oneCCL between CPUs, for knltrain/comm/ccl.py.
 //
-// oneCCL is opened at run time by the path that Python found. Nothing of it is needed to build this file, so one binary
-// serves with it, without it, and with each 2021.x release of it: their C++ interface is that of libccl.so.1, and the
-// part used is declared here. Entry points are looked up by mangled name, which spells the types of all arguments: an
-// interface that differs is refused when it is loaded. tests/comm/test_abi.py holds names and layouts against oneCCL's
-// headers.
-//
 // oneCCL is called by one thread at a time. Without workers of its own (one core a rank) it progresses only inside
 // event::test, so somebody has to drive it: the thread that waits for its own operation, or else the one in next().
 #include "ccl.h"
 
-#include <dlfcn.h>
+#include "ccl_library.h"
+
 #include <sched.h>
 
 #include <nanobind/stl/shared_ptr.h>
@@ -42,130 +37,10 @@ namespace nb = nanobind;
 namespace knltrain {
 namespace {
 
+using namespace oneccl;
+
 using Address = uintptr_t;
-using Counts = std::vector<size_t>;
-using Buffers = std::vector<void *>;
 using Clock = std::chrono::steady_clock;
-using Kvs = std::shared_ptr<void>;           // std::shared_ptr<ccl::v1::kvs>
-using KvsAddress = std::array<char, 256>;    // ccl::v1::kvs::address_type
-constexpr int kDatatypes = 12;               // ccl::v1::datatype, int8 to bfloat16
-constexpr int kReductions = 4;               // ccl::v1::reduction, without custom
-
-// ccl::v1::event holds a std::unique_ptr, ccl::v1::communicator a std::shared_ptr; both are returned through memory.
-struct Event {
-    void *impl = nullptr;
-    Event() = default;
-    Event(const Event &) = delete;
-    ~Event();
-};
-struct Comm {
-    void *impl = nullptr, *owners = nullptr;
-    Comm() = default;
-    Comm(const Comm &) = delete;
-    ~Comm();
-};
-using Events = std::vector<Event>;
-
-// ccl::v1::library_version, whose last member is a string of oneCCL's own.
-struct Version {
-    unsigned major, minor, update;
-    const char *status, *date, *full;
-    size_t backend_length;
-    char *backend;
-    ~Version() { delete[] backend; }
-};
-
-// Attributes are always oneCCL's own defaults, of which only the address is needed.
-using Attr = const void *;
-
-struct Api {
-    Kvs (*create_main_kvs)(Attr);
-    Kvs (*create_kvs)(const KvsAddress &, Attr);
-    KvsAddress (*get_address)(const void *kvs);
-    Comm (*create_communicator)(int size, int rank, Kvs, Attr);
-    void (*destroy_communicator)(Comm *);
-    void (*destroy_event)(Event *);
-    bool (*test)(Event *);
-    Event (*allgatherv)(const void *, size_t, const Buffers &, const Counts &, int type, const Comm &, Attr, const Events &);
-    Event (*allreduce)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
-    Event (*alltoallv)(const void *, const Counts &, void *, const Counts &, int type, const Comm &, Attr, const Events &);
-    Event (*broadcast)(void *, size_t, int type, int root, const Comm &, Attr, const Events &);
-    Event (*recv)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
-    Event (*reduce)(const void *, void *, size_t, int type, int op, int root, const Comm &, Attr, const Events &);
-    Event (*reduce_scatter)(const void *, void *, size_t, int type, int op, const Comm &, Attr, const Events &);
-    Event (*send)(void *, size_t, int type, int peer, const Comm &, Attr, const Events &);
-    Attr allgatherv_attr, allreduce_attr, alltoallv_attr, broadcast_attr, comm_attr, kvs_attr, pt2pt_attr,
-        reduce_attr, reduce_scatter_attr;
-    Version (*get_library_version)();
-};
-Api api{};
-void *library = nullptr;
-
-Event::~Event() {
-    if (impl != nullptr) api.destroy_event(this);
-}
-Comm::~Comm() {
-    if (impl != nullptr) api.destroy_communicator(this);
-}
-
-template <class T> void find(T &entry, const char *name) {
-    void *found = dlsym(library, name);
-    if (found == nullptr) {
-        library = nullptr;
-        throw std::runtime_error(std::string("it has no ") + name + ": another interface than oneCCL 2021's");
-    }
-    entry = reinterpret_cast<T>(found);
-}
-
-void load(const std::string &path) {
-    if (library != nullptr) return;
-    // For what it opens itself: its symbols have to be seen.
-    library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
-    if (library == nullptr) throw std::runtime_error(dlerror());
-#define CCL_EVENTS "RKSt6vectorINS0_5eventESaI"
-    find(api.create_main_kvs, "_ZN3ccl2v115create_main_kvsERKNS0_8kvs_attrE");
-    find(api.create_kvs, "_ZN3ccl2v110create_kvsERKSt5arrayIcLm256EERKNS0_8kvs_attrE");
-    find(api.get_address, "_ZNK3ccl2v13kvs11get_addressEv");
-    find(api.create_communicator,
-         "_ZN3ccl2v119create_communicatorEiiSt10shared_ptrINS0_13kvs_interfaceEERKNS0_9comm_attrE");
-    find(api.destroy_communicator, "_ZN3ccl2v112communicatorD1Ev");
-    find(api.destroy_event, "_ZN3ccl2v15eventD1Ev");
-    find(api.test, "_ZN3ccl2v15event4testEv");
-    find(api.allgatherv,
-         "_ZN3ccl2v110allgathervEPKvmRKSt6vectorIPvSaIS4_EERKS3_ImSaImEENS0_8datatypeERKNS0_12communicatorE"
-         "RKNS0_15allgatherv_attrERKS3_INS0_5eventESaISK_EE");
-    find(api.allreduce,
-         "_ZN3ccl2v19allreduceEPKvPvmNS0_8datatypeENS0_9reductionERKNS0_12communicatorERKNS0_14allreduce_attrE"
-         CCL_EVENTS "SD_EE");
-    find(api.alltoallv,
-         "_ZN3ccl2v19alltoallvEPKvRKSt6vectorImSaImEEPvS7_NS0_8datatypeERKNS0_12communicatorERKNS0_14alltoallv_attrE"
-         "RKS3_INS0_5eventESaISG_EE");
-    find(api.broadcast,
-         "_ZN3ccl2v19broadcastEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_14broadcast_attrE" CCL_EVENTS "SA_EE");
-    find(api.recv, "_ZN3ccl2v14recvEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_10pt2pt_attrE" CCL_EVENTS "SA_EE");
-    find(api.reduce,
-         "_ZN3ccl2v16reduceEPKvPvmNS0_8datatypeENS0_9reductionEiRKNS0_12communicatorERKNS0_11reduce_attrE"
-         CCL_EVENTS "SD_EE");
-    find(api.reduce_scatter,
-         "_ZN3ccl2v114reduce_scatterEPKvPvmNS0_8datatypeENS0_9reductionERKNS0_12communicatorERKNS0_19reduce_scatter_attrE"
-         CCL_EVENTS "SD_EE");
-    find(api.send, "_ZN3ccl2v14sendEPvmNS0_8datatypeEiRKNS0_12communicatorERKNS0_10pt2pt_attrE" CCL_EVENTS "SA_EE");
-#undef CCL_EVENTS
-    find(api.allgatherv_attr, "_ZN3ccl2v123default_allgatherv_attrE");
-    find(api.allreduce_attr, "_ZN3ccl2v122default_allreduce_attrE");
-    find(api.alltoallv_attr, "_ZN3ccl2v122default_alltoallv_attrE");
-    find(api.broadcast_attr, "_ZN3ccl2v122default_broadcast_attrE");
-    find(api.comm_attr, "_ZN3ccl2v117default_comm_attrE");
-    find(api.kvs_attr, "_ZN3ccl2v116default_kvs_attrE");
-    find(api.pt2pt_attr, "_ZN3ccl2v118default_pt2pt_attrE");
-    find(api.reduce_attr, "_ZN3ccl2v119default_reduce_attrE");
-    find(api.reduce_scatter_attr, "_ZN3ccl2v127default_reduce_scatter_attrE");
-    find(api.get_library_version, "_ZN3ccl2v119get_library_versionEv");
-}
-
-void check_loaded() {
-    if (library == nullptr) throw std::invalid_argument("oneCCL is not loaded");
-}
 
 // Communicators that were made, or are being made, and not closed. While there is one, the library's own clean-up at the
 // end of the process may wait for ranks that are gone.

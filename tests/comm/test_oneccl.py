@@ -16,9 +16,9 @@ from knltrain.errors import ConfigError
 from knltrain.node.ranks import Ranks
 
 RANKS = Ranks("torchrun", 0, 2, 0, 2, "env://")
-SOURCE = Path(__file__).parents[2] / "kernels" / "ccl.cpp"
+SOURCE = Path(__file__).parents[2] / "kernels" / "ccl_library.cpp"
 
-# Each function that kernels/ccl.cpp looks up by name, taken by its type from oneCCL's own headers, and the layouts.
+# Each function that kernels/ccl_library.cpp looks up by name, taken by its type from oneCCL's headers, and the layouts.
 PROBE = """
 #include <oneapi/ccl.hpp>
 #include <cstddef>
@@ -73,7 +73,7 @@ def need_library():
 
 
 def looked_up():
-    """The names in kernels/ccl.cpp, put together as its compiler does."""
+    """The names in kernels/ccl_library.cpp, put together as its compiler does."""
     text = SOURCE.read_text().replace("CCL_EVENTS", '"RKSt6vectorINS0_5eventESaI"')
     calls = re.findall(r"find\(api\.\w+,((?:\s*\"[^\"]*\")+)\);", text)
     return {"".join(re.findall(r'"([^"]*)"', call)) for call in calls}
