@@ -11,7 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent import futures
 from datetime import timedelta
 from typing import Any
 
@@ -49,6 +49,24 @@ def register() -> None:
     """Makes ``ccl`` a name that ``torch.distributed`` knows."""
     if "CCL" not in dist.Backend._plugins:
         dist.Backend.register_backend("ccl", ProcessGroupCCL, devices=["cpu"])
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+    """What a call returns or raises that may never end; it is left alone on its thread where it takes longer.
+
+    Raises:
+        futures.TimeoutError: it did; before Python 3.11 that is not the built-in one.
+    """
+    came: futures.Future[Any] = futures.Future()
+
+    def run() -> None:
+        try:
+            came.set_result(call())
+        except Exception as error:
+            came.set_exception(error)
+
+    threading.Thread(target=run, name="ccl-patience", daemon=True).start()
+    return came.result(seconds)
 
 
 class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
@@ -99,37 +117,21 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
 
     def _connect(self, connect: Callable[[], Any]) -> Any:
         """Connects, or gives up after the time-out, which oneCCL knows none of."""
-        came: Future[Any] = Future()
-
-        def call() -> None:
-            try:
-                came.set_result(connect())
-            except Exception as error:
-                came.set_exception(error)
-
-        threading.Thread(target=call, name="ccl-connect", daemon=True).start()
+        limit = self.timeout.total_seconds()
         try:
-            return came.result(self.timeout.total_seconds())
-        except TimeoutError:
+            return _within(limit, connect)
+        except futures.TimeoutError:
             raise RuntimeError(
-                f"oneCCL did not connect the ranks within {self.timeout.total_seconds():g} s; they may differ in what "
-                "is exported for it (CCL_WORKER_COUNT, CCL_ATL_TRANSPORT, FI_PROVIDER)"
+                f"oneCCL did not connect the ranks within {limit:g} s; they may differ in what is exported for it "
+                "(CCL_WORKER_COUNT, CCL_ATL_TRANSPORT, FI_PROVIDER)"
             ) from None
 
     def _ask_store(self, question: Callable[[], Any]) -> Any:
         """Returns the answer, or None where the store does not give one soon."""
-        answers = []
-
-        def ask() -> None:
-            try:
-                answers.append(question())
-            except RuntimeError:
-                answers.append(None)
-
-        thread = threading.Thread(target=ask, name="ccl-store", daemon=True)
-        thread.start()
-        thread.join(_STORE_PATIENCE_S)
-        return answers[0] if answers else None
+        try:
+            return _within(_STORE_PATIENCE_S, question)
+        except (RuntimeError, futures.TimeoutError):
+            return None
 
     def overdue(self, work: Work) -> RuntimeError | None:
         """Looks at a collective that is not done; past its time, returns an error that names who has not come.
