@@ -19,40 +19,22 @@ import torch.distributed as dist
 # they hold never ends. Its threads would then meet an interpreter that does.
 import torch.distributed.nn.functional
 from torch import Tensor
-from torch.distributed.rendezvous import rendezvous
 
 from knltrain.comm import oneccl
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
 from knltrain.comm.rollcall import RollCall
 from knltrain.comm.segments import remove_own_segments
+from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.pmi import end_the_job, see_mpiexec_end
 from knltrain.node.ranks import Ranks
-from knltrain.node.rendezvous import START_TIMEOUT_S, Meeting, meet
+from knltrain.node.rendezvous import START_TIMEOUT_S, meet
 
 _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo, oneCCL and the store say of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
-
-
-def _store(meeting: Meeting, ranks: Ranks) -> Any:
-    """Where the ranks meet. Left to itself, torch listens on every interface of the first rank's node."""
-    if ranks.rank or meeting.listen is None:
-        return next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_START_TIMEOUT))[0]
-    address, port = meeting.listen
-    try:
-        listener = socket.create_server(meeting.listen, backlog=ranks.size)
-    except OSError as error:
-        raise KnltrainError(
-            f"rank 0 cannot listen at {address}:{port}, where the others look for it: {error.strerror}; another "
-            "MASTER_PORT may be free"
-        ) from None
-    # The store closes it.
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        address, port, ranks.size, is_master=True, timeout=_START_TIMEOUT, master_listen_fd=listener.detach()
-    )
 
 
 class Group:
@@ -92,7 +74,7 @@ class Group:
         told = meeting.export()
         self.interface = meeting.interface
         try:
-            store = _store(meeting, ranks)
+            store = open_store(meeting, ranks)
             store.set_timeout(_START_TIMEOUT)
             if backend != "gloo":
                 cpus = self._as_many_on_all(cpus, store)
