@@ -24,6 +24,7 @@ from knltrain.health import Watch
 from knltrain.metrics import draw_curves, read_metrics, write_json
 from knltrain.node.binding import Place
 from knltrain.node.memory import peak_resident_mb
+from knltrain.node.neighbours import Neighbours, Taken
 from knltrain.schedule import Timetable
 
 # Steps of a run whose trust ratios are logged: enough for a curve, at 6 kB each for ResNet-50.
@@ -45,6 +46,7 @@ class Run:
     progress: checkpoint.Progress
     meta: dict[str, Any]
     place: Place
+    neighbours: Neighbours
     watch: Watch
     average: WeightAverage | None
     writer: checkpoint.CheckpointWriter | None = None  # of the first rank
@@ -187,11 +189,22 @@ def summary_of(run: Run, plan: dict[str, Any]) -> dict[str, Any]:
             return summary
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    return summarize(run, plan, run.progress.wall_s, 0, finished=True)
+    return summarize(run, plan, run.progress.wall_s, 0, None, finished=True)
 
 
-def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, finished: bool) -> dict[str, Any]:
-    """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former."""
+def summarize(
+    run: Run, plan: dict[str, Any], wall_s: float, skipped: int, taken: Taken | None, *, finished: bool
+) -> dict[str, Any]:
+    """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former.
+
+    Args:
+        run: what was trained.
+        plan: how.
+        wall_s: seconds of it, of earlier starts as well.
+        skipped: images that could not be decoded.
+        taken: of all ranks' CPUs, since the last start; None where that is not known.
+        finished: whether nothing is left to train.
+    """
     rows = read_metrics(run.out / "metrics.jsonl")
     steps = [row for row in rows if "step_s" in row]
     evaluations = [row for row in rows if "top1" in row]
@@ -214,6 +227,8 @@ def summarize(run: Run, plan: dict[str, Any], wall_s: float, skipped: int, *, fi
         "skipped_steps": run.progress.skipped_steps,
         "rewinds": run.progress.rewinds,
         "peak_rss_mb": peak_resident_mb(),
+        "other_cpus": taken and taken.others,
+        "stolen_cpus": taken and taken.stolen,
         "train_s": train_s,
         "wall_s": wall_s,
         "engine": plan["engine"],

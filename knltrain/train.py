@@ -36,6 +36,7 @@ from knltrain.metrics import MetricsLog, write_json
 from knltrain.models import model_of, refuse_unbuildable
 from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, resident_mb
+from knltrain.node.neighbours import Neighbours, Taken
 from knltrain.noise import NoiseScale
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
@@ -127,6 +128,8 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
             if log:
                 log.write(row)
             bar.step(row)
+            if problem := run.neighbours.problem():
+                warnings.warn(problem, stacklevel=1)
             run.progress = dataclasses.replace(run.progress, step=done)
             may_save = run.crossed(done, config.checkpoint.every) or run.evaluation_due(done) or stops > 0
             watch.compare_weights(done, before_checkpoint=may_save)
@@ -324,9 +327,10 @@ def train(
                 "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set),
                 "labels_sha256": labels_sha256, "made": made,
                 "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
+        neighbours = Neighbours({*place.plan.compute, *place.plan.comm, *place.plan.decode})
         run = Run(
-            config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, watch,
-            average,
+            config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, neighbours,
+            watch, average,
         )  # fmt: skip
 
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
@@ -382,10 +386,10 @@ def train(
                 )
             console.line(f"back at step {run.progress.step:,}, with {run.progress.lr_factor:g} times the learning rate")
         wall_s = progress.wall_s + time.perf_counter() - started
-        (skipped,) = group.sum(train_loader.skipped + val_loader.skipped)
+        skipped, *taken = group.sum(train_loader.skipped + val_loader.skipped, *run.neighbours.taken())
         if skipped:
             console.warn(replaced(skipped))
-        summary = summarize(run, plan, wall_s, int(skipped), finished=finished) if group.is_first else {}
+        summary = summarize(run, plan, wall_s, int(skipped), Taken(*taken), finished=finished) if group.is_first else {}
         if finished:
             group.barrier()
         else:

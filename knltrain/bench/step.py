@@ -23,6 +23,7 @@ from knltrain.errors import ConfigError
 from knltrain.models import model_of
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb
+from knltrain.node.neighbours import Neighbours
 from knltrain.node.topology import read_node
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
@@ -152,7 +153,8 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
         threads: compute threads; by default what a single rank on this node takes.
 
     Returns:
-        Median, quartiles and extremes of the step time in seconds, images/s of the median step, and where it ran.
+        Median, quartiles and extremes of the step time in seconds, images/s of the median step, where it ran, and how
+        many CPUs' worth of time others took of that meanwhile (``other_cpus``, ``stolen_cpus``).
         With data also the same of the time spent waiting for images, its share of the steps (``data_fraction``), and
         images/s of the input with nothing else running (``input_images_per_s``).
 
@@ -166,7 +168,12 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
         if config.data:
             result["input_images_per_s"] = step.input_alone(steps)
         result["warmup_s"] = step.warm_up()
+        neighbours = Neighbours(step.node.cpus)
         times = [step() for _ in range(steps)]
+        taken = neighbours.taken()
+    if problem := neighbours.describe(taken):
+        console.warn(problem)
+    result |= {"other_cpus": taken.others, "stolen_cpus": taken.stolen}
     return {**result, **summary(times, step.settings), "peak_rss_mb": peak_resident_mb(), **provenance(step.node)}
 
 

@@ -1,0 +1,103 @@
+"""What else runs on the CPUs of a rank: all its threads wait for the one that is kept from its core.
+
+/proc/stat: https://docs.kernel.org/filesystems/proc.html, "Miscellaneous kernel statistics in /proc/stat".
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+from knltrain.files import open_regular
+from knltrain.node.cpulist import format_cpu_list
+
+_LOOK_S = 30.0
+# What daemons take now and then, and what the kernel miscounts of many CPUs, by ticks, is not worth a warning.
+_LITTLE_CPUS, _LITTLE_SHARE = 0.25, 0.01
+
+
+class Taken(NamedTuple):
+    """CPUs' worth of time that this process did not have, though it was spent.
+
+    Attributes:
+        others: on other processes.
+        stolen: on other virtual machines, by the hypervisor.
+    """
+
+    others: float = 0.0
+    stolen: float = 0.0
+
+
+class _Sample(NamedTuple):
+    """Seconds until now: by the clock, of this process on any CPU, of all processes on its CPUs, of other machines."""
+
+    wall: float
+    own: float
+    busy: float
+    stolen: float
+
+
+class Neighbours:
+    """Watches what others take of some CPUs, from when it is made.
+
+    Args:
+        cpus: logical CPUs, of all threads of this process.
+        stat: the kernel's count of what each CPU did.
+    """
+
+    def __init__(self, cpus: Collection[int], stat: Path = Path("/proc/stat")) -> None:
+        self._cpus, self._stat = frozenset(cpus), stat
+        self._first = self._last = self._sample()
+        self._said = False
+
+    def taken(self) -> Taken:
+        """The mean since this was made; zeros where the kernel does not say it."""
+        return self._between(self._first, self._sample())
+
+    def problem(self) -> str:
+        """Looks every half a minute, and says, once, what others took in it; empty as long as that is little."""
+        if self._said or self._last is None or time.monotonic() - self._last.wall < _LOOK_S:
+            return ""
+        before, self._last = self._last, self._sample()
+        if text := self.describe(self._between(before, self._last)):
+            self._said = True
+        return text
+
+    def describe(self, taken: Taken) -> str:
+        """What was taken, for people; empty where that is little."""
+        much = max(_LITTLE_CPUS, _LITTLE_SHARE * len(self._cpus))
+        went = [f"{taken.others:.1f} went to other processes (`top` has their names)"] if taken.others > much else []
+        if taken.stolen > much:
+            went.append(f"{taken.stolen:.1f} went to other machines of the hypervisor")
+        if not went:
+            return ""
+        return (
+            f"of this rank's {len(self._cpus)} CPUs ({format_cpu_list(self._cpus)}) {' and '.join(went)}: every step "
+            "waits for its slowest thread"
+        )
+
+    def _sample(self) -> _Sample | None:
+        busy, stolen, tick, found = 0, 0, os.sysconf("SC_CLK_TCK"), 0
+        try:
+            with open_regular(self._stat) as file:
+                for line in itertools.takewhile(lambda line: line.startswith(b"cpu"), file):
+                    name, user, nice, system, _idle, _iowait, _irq, _softirq, steal, *_ = line.split()
+                    if name != b"cpu" and int(name[3:]) in self._cpus:
+                        busy, stolen = busy + int(user) + int(nice) + int(system), stolen + int(steal)
+                        found += 1
+        except (OSError, ValueError):
+            return None
+        if found < len(self._cpus):  # a container whose own CPUs are counted from 0
+            return None
+        return _Sample(time.monotonic(), time.process_time(), busy / tick, stolen / tick)
+
+    @staticmethod
+    def _between(before: _Sample | None, after: _Sample | None) -> Taken:
+        if before is None or after is None or after.wall <= before.wall:
+            return Taken()
+        wall, own, busy, stolen = (now - then for now, then in zip(after, before, strict=True))
+        return Taken(max(0.0, (busy - own) / wall), max(0.0, stolen / wall))
