@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from knltrain.files import open_regular
-from knltrain.node.cpulist import format_cpu_list
+from knltrain.node.cpulist import format_cpu_list, read_text
 
 _LOOK_S = 30.0
 # What daemons take now and then, and what the kernel miscounts of many CPUs, by ticks, is not worth a warning.
@@ -33,7 +33,14 @@ class Taken(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Seconds until now: by the clock, of this process on any CPU, of all processes on its CPUs, of other machines."""
+    """Seconds until now.
+
+    Attributes:
+        wall: by the clock.
+        own: of this process and its children, on any CPU.
+        busy: of all processes on its CPUs.
+        stolen: of other machines there.
+    """
 
     wall: float
     own: float
@@ -93,7 +100,9 @@ class Neighbours:
             return None
         if found < len(self._cpus):  # a container whose own CPUs are counted from 0
             return None
-        return _Sample(time.monotonic(), time.process_time(), busy / tick, stolen / tick)
+        reaped = os.times()
+        own = time.process_time() + reaped.children_user + reaped.children_system + _of_children("self") / tick
+        return _Sample(time.monotonic(), own, busy / tick, stolen / tick)
 
     @staticmethod
     def _between(before: _Sample | None, after: _Sample | None) -> Taken:
@@ -101,3 +110,13 @@ class Neighbours:
             return Taken()
         wall, own, busy, stolen = (now - then for now, then in zip(after, before, strict=True))
         return Taken(max(0.0, (busy - own) / wall), max(0.0, stolen / wall))
+
+
+def _of_children(process: str) -> int:
+    """Ticks of a process's living children, such as torch.compile's compilers, of theirs, and of theirs that ended."""
+    ticks = 0
+    for listed in Path("/proc", process, "task").glob("*/children"):
+        for child in read_text(listed).split():
+            fields = read_text(Path("/proc", child, "stat")).rpartition(")")[2].split()
+            ticks += sum(map(int, fields[11:15])) + _of_children(child)
+    return ticks

@@ -1,9 +1,12 @@
 """What other processes and machines take of a rank's CPUs."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -24,6 +27,7 @@ class Machine:
         self.cpus = {cpu: [0.0, 0.0] for cpu in cpus}  # busy and stolen seconds
         monkeypatch.setattr(neighbours.time, "monotonic", lambda: self.clock)
         monkeypatch.setattr(neighbours.time, "process_time", lambda: self.own)
+        monkeypatch.setattr(neighbours, "_of_children", lambda process: 0)
         self.write()
 
     def write(self):
@@ -94,36 +98,62 @@ def test_a_kernel_that_does_not_say_it_is_no_problem(text, tmp_path):
     assert (watch.taken(), watch.problem()) == (Taken(0.0, 0.0), "")
 
 
-@pytest.fixture
-def busy_cpus():
-    """A process that spins on each CPU of this one."""
-    spin = "import os, sys\nos.sched_setaffinity(0, [int(sys.argv[1])])\nprint(flush=True)\nwhile True: pass"
-    processes = [
-        subprocess.Popen([sys.executable, "-c", spin, str(cpu)], stdout=subprocess.PIPE)
+SPIN = """
+import os, sys
+os.sched_setaffinity(0, [int(sys.argv[1])])
+if os.fork() == 0:
+    os.setsid()
+    print(os.getpid(), flush=True)
+    while True: pass
+if sys.argv[2] == "stay":
+    os.wait()
+"""
+
+
+@contextlib.contextmanager
+def spinning(then):
+    """On each CPU a process that spins, the child of one that stays with it as this one's child, or leaves it."""
+    started = [
+        subprocess.Popen([sys.executable, "-c", SPIN, str(cpu), then], stdout=subprocess.PIPE)
         for cpu in sorted(os.sched_getaffinity(0))
     ]
-    for process in processes:
-        process.stdout.readline()
-    yield
-    for process in processes:
-        process.kill()
-        process.communicate()
+    pids = [int(process.stdout.readline()) for process in started]
+    try:
+        if then == "leave":
+            for process in started:
+                process.wait()
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        for process in started:
+            process.communicate()
 
 
-def test_a_process_that_spins_is_seen(busy_cpus):
-    watch = Neighbours({min(os.sched_getaffinity(0))})
-    time.sleep(1)
-    assert watch.taken().others > 0.5
+def test_a_process_that_spins_is_seen():
+    with spinning("leave"):
+        watch = Neighbours(os.sched_getaffinity(0))
+        time.sleep(1)
+        assert watch.taken().others > 0.5
 
 
-def test_a_run_says_what_others_take_of_its_cpus(busy_cpus, image_folder, tmp_path, monkeypatch):
+@pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="a kernel without lists of children")
+def test_the_children_of_children_are_no_others():
+    """torch.compile's workers, and the compilers that those start."""
+    with spinning("stay"):
+        before = neighbours._of_children("self")
+        time.sleep(1)
+        assert neighbours._of_children("self") - before > TICK / 10
+
+
+def test_a_run_says_what_others_take_of_its_cpus(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "_LOOK_S", 0.5)
     config = override(
         RunConfig(),
         {"data": str(image_folder), "out": str(tmp_path / "run"), "model": "alexnet_bn_small", "image_size": 32,
          "global_batch": 16, "epochs": 40, "engine": "eager", "precision": "fp32"},
     )  # fmt: skip
-    with pytest.warns(UserWarning, match=r"of this rank's .* went to other processes"):
+    with spinning("leave"), pytest.warns(UserWarning, match=r"of this rank's .* went to other processes"):
         summary, finished = train(config, Console(silent=True))
     assert finished
     assert summary["other_cpus"] > 0
