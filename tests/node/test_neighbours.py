@@ -147,11 +147,11 @@ def test_the_children_of_children_are_no_others():
 
 
 def test_a_run_says_what_others_take_of_its_cpus(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(neighbours, "_LOOK_S", 0.5)
+    monkeypatch.setattr(neighbours, "_LOOK_S", 0.2)
     config = override(
         RunConfig(),
         {"data": str(image_folder), "out": str(tmp_path / "run"), "model": "alexnet_bn_small", "image_size": 32,
-         "global_batch": 16, "epochs": 40, "engine": "eager", "precision": "fp32"},
+         "global_batch": 16, "epochs": 6, "engine": "eager", "precision": "fp32"},
     )  # fmt: skip
     with spinning("leave"), pytest.warns(UserWarning, match=r"of this rank's .* went to other processes"):
         summary, finished = train(config, Console(silent=True))
