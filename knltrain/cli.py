@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -127,7 +128,7 @@ def train(
             click.echo(json.dumps(summary))
 
 
-# What a checkpoint says of itself, and a file of weights does not.
+# What a checkpoint says of itself, as does what `export` makes of it, but no other file of weights.
 _OF_A_FILE = ("model", "image_size", "augment.resize")
 
 
@@ -140,19 +141,18 @@ _OF_A_FILE = ("model", "image_size", "augment.resize")
 def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data.
 
-    CHECKPOINT may be a file of weights too, safetensors or a state dict as torchvision has it: then --model names its
-    network.
+    CHECKPOINT may be a file of weights too: what `knltrain export` wrote as safetensors says what it is of; of another
+    one, safetensors or a state dict as torchvision has it, --model names the network.
     """
-    config = configuration.override(RunConfig(), _given(values))
-
     from pathlib import Path
 
-    useless = [f"--{name.replace('_', '-')}" for name in _OF_A_FILE if name in _given(values)]
+    fields, classes = _given(values), None
+    useless = [f"--{name.replace('_', '-')}" for name in _OF_A_FILE if name in fields]
     if Path(checkpoint).is_file():
-        if config.model != values["model"]:
-            raise ConfigError(f"{checkpoint}: --model must name the network that these weights are of")
+        fields, classes = _of_a_file(checkpoint, fields)
     elif useless:
         raise ConfigError(f"{useless[0]} has no effect on {checkpoint}: a checkpoint says what it is of; leave it out")
+    config = configuration.override(RunConfig(), fields)
 
     place = _take_place(strict=not no_strict_affinity)
 
@@ -161,13 +161,35 @@ def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values:
 
     first = place.ranks.rank == 0
     console = Console(json=as_json, silent=not first)
-    result = evaluate_checkpoint(Path(checkpoint), config, console, place)
+    result = evaluate_checkpoint(Path(checkpoint), config, console, place, classes=classes)
     console.line(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} over "
         f"{result['images']:,} images, {result['images_per_s']:.0f} img/s"
     )
     if as_json and first:
         click.echo(json.dumps(result))
+
+
+def _of_a_file(path: str, given: dict[str, str]) -> tuple[dict[str, str], Sequence[str] | None]:
+    """The fields with which a file of weights is evaluated, and the names of its classes where it has them."""
+    from pathlib import Path
+
+    from knltrain.about import about
+
+    said = about(Path(path))
+    if said is None:
+        if "model" not in given:
+            raise ConfigError(f"{path}: --model must name the network that these weights are of")
+        size = _USUAL_SIZE.get(given["model"], 224)
+        # Pictures as small as these are not cropped when they are evaluated.
+        whole = {"augment.resize": str(size)} if size <= 32 and "image_size" not in given else {}
+        return {"image_size": str(size), **whole, **given}, None
+    if given.get("model", said.model) != said.model:
+        raise ConfigError(f"--model {given['model']}: {path} says that it is of {said.model}; leave it out")
+    fields = {"model": said.model}
+    if "image_size" not in given:
+        fields |= {"image_size": str(said.image_size), "augment.resize": str(said.resize)}
+    return {**fields, **given}, said.classes
 
 
 @main.command()

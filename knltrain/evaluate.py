@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,10 +16,12 @@ from knltrain import checkpoint, weights
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig, override
 from knltrain.console import Console
+from knltrain.data.convert import checksum
 from knltrain.data.datasets import open_part
 from knltrain.data.folder import DataError
 from knltrain.data.loader import Batch, Loader, replaced
 from knltrain.engine import DTYPES, autocast, choose_precision
+from knltrain.errors import KnltrainError
 from knltrain.models import model_of
 from knltrain.node.binding import Place, running_on
 from knltrain.node.memory import keep_freed_memory
@@ -92,7 +95,21 @@ def as_trained(config: RunConfig, state: dict[str, Any]) -> RunConfig:
     return override(config, {**fields, "dropout": state["dropout"]})
 
 
-def evaluate_checkpoint(path: Path, config: RunConfig, console: Console, place: Place) -> dict[str, Any]:
+def _agreed(path: Path, group: Group, console: Console) -> Path:
+    """What all ranks evaluate: the file, or the newest checkpoint as the first one sees it, which may be growing."""
+    found = ""
+    if group.is_first:
+        found = str(path if path.is_file() else checkpoint.newest(path, console.warn))
+    path = Path(group.from_first(found))
+    (unseen,) = group.sum(not path.exists())
+    if unseen:
+        raise KnltrainError(f"{path}: {unseen:.0f} ranks do not see it; it must be where all nodes do")
+    return path
+
+
+def evaluate_checkpoint(
+    path: Path, config: RunConfig, console: Console, place: Place, *, classes: Sequence[str] | None = None
+) -> dict[str, Any]:
     """Evaluates a checkpoint, or a file of weights, on the ``val`` part of a data set.
 
     Args:
@@ -101,37 +118,43 @@ def evaluate_checkpoint(path: Path, config: RunConfig, console: Console, place: 
             ``config`` names its network, image size and resize too.
         console: where to speak.
         place: where this rank runs.
+        classes: for a file, the names of its classes in the order of the logits, where they are known.
 
     Returns:
         Accuracy and what it was measured on.
 
     Raises:
-        KnltrainError: no checkpoint there, or it is damaged, or the file is of another network.
+        KnltrainError: no checkpoint there, or it is damaged, or the file is of another network, or ranks do not all see
+            the same one.
         DataError: the data cannot be used, or has other classes than the checkpoint was trained on.
     """
     keep_freed_memory()
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
-    classes = None
-    if not path.is_file():
-        path = checkpoint.newest(path, console.warn)
-        state = checkpoint.read_state(path)
-        config, classes = as_trained(config, state), state["classes"]
     with running_on(place.plan.comm):
         group = Group(ranks, cpus=place.plan.comm)
     with group, group.names_lost_ranks():
+        path = _agreed(path, group, console)
+        if of_a_file := path.is_file():
+            weights.refuse_different(str(path), checksum(str(path)), group)
+        else:
+            state = checkpoint.read_state(path)
+            config, classes = as_trained(config, state), state["classes"]
         dataset = open_part(config, "val")
         if classes not in (None, list(dataset.classes)):
             raise DataError(f"{config.data}/val has other classes than {path} was trained on")
         model = model_of(config, len(dataset.classes))
-        if classes is not None:
+        if not of_a_file:
             checkpoint.load_weights(path, model)
         elif weights.load(path, model):
             raise DataError(f"{config.data}/val has {len(dataset.classes):,} classes, and {path} another number")
         workers = threads if config.workers is None else config.workers
         loader = Loader(dataset, config, dtype=DTYPES[precision], workers=workers, cpus=place.plan.decode)
-        console.line(f"{config.model} of {path} on {len(dataset):,} images, {precision}, {threads} threads a rank")
+        console.line(
+            f"{config.model} of {path} on {len(dataset):,} images of {config.image_size} pixels, cut out of "
+            f"{config.resize}; {precision}, {threads} threads a rank"
+        )
         with contextlib.closing(loader):
             start = time.perf_counter()
             accuracy = evaluate(model, precision, loader, group, batch=128)

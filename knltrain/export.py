@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from knltrain import checkpoint
+from knltrain.about import About
 from knltrain.config import RunConfig
 from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
@@ -65,10 +66,7 @@ def export(folder: Path, dst: Path, console: Console, *, format: str | None = No
     checkpoint.load_weights(folder, model)
     images = torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
     about = {
-        "model": config.model,
-        "classes": json.dumps(state["classes"]),
-        "image_size": str(config.image_size),
-        "resize": str(config.resize),
+        **About(config.model, state["classes"], config.image_size, config.resize).as_metadata(),
         "mean": json.dumps(MEAN),
         "std": json.dumps(STD),
     }

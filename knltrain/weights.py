@@ -62,11 +62,20 @@ def initialize(
     fresh = load(path, model)
     if group.is_first:
         group.barrier()
-    number = int(digest[:8], 16)
-    if group.sum(number) != [number * group.world_size]:
-        raise KnltrainError(f"init-from {path}: ranks read different files; it must be the same on all nodes")
+    refuse_different(f"init-from {path}", digest, group)
     console.line(f"starts from {path}" + (f"; {' and '.join(fresh)} start fresh: other classes" if fresh else ""))
     return {"file": str(path), "sha256": digest, "fresh": fresh}
+
+
+def refuse_different(what: str, digest: str, group: Group) -> None:
+    """Compares the checksums of the files that ranks have read.
+
+    Raises:
+        KnltrainError: they differ; begins with ``what``.
+    """
+    number = int(digest[:8], 16)
+    if group.sum(number) != [number * group.world_size]:
+        raise KnltrainError(f"{what}: ranks read different files; it must be the same on all nodes")
 
 
 def find(path: Path, say: Callable[[str], None]) -> Path:

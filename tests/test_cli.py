@@ -2,13 +2,16 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file
 
 from knltrain.cli import main
 from knltrain.ops.native import why_not
@@ -297,6 +300,46 @@ def test_eval_gives_the_runs_accuracy(image_folder, tmp_path):
     refused = invoke("eval", out, "--data", "synthetic")
     assert refused.exit_code == 1
     assert "other classes" in refused.stderr
+
+
+def test_eval_of_an_exported_file_is_that_of_its_checkpoint(image_folder, tmp_path):
+    """The file says what it is of; of images of the usual 224 pixels it would make something else."""
+    out, file = tmp_path / "run", tmp_path / "net.safetensors"
+    common = ["--data", image_folder, "--precision", "fp32"]
+    invoke("train", "--recipe", "cifar-256", "--out", out, "--max-steps", 3, "--global-batch", 16, *common)
+    assert invoke("export", out, file).exit_code == 0
+    found = []
+    for what in (out, file):
+        result = invoke("eval", what, *common, "--json")
+        assert result.exit_code == 0, result.stderr
+        assert "13 images of 32 pixels, cut out of 32" in result.stderr
+        found.append(json.loads(result.stdout.splitlines()[-1]))
+    assert found[0]["loss"] == found[1]["loss"]
+    other = invoke("eval", file, *common, "--image-size", 48)
+    assert "48 pixels, cut out of 55" in other.output
+    bare = tmp_path / "bare.pth"
+    torch.save(load_file(file), bare)
+    usual = invoke("eval", bare, *common, "--model", "alexnet_bn_small")
+    assert "32 pixels, cut out of 32" in usual.output
+    refused = invoke("eval", file, *common, "--model", "resnet20")
+    assert (refused.exit_code, "says that it is of alexnet_bn_small" in refused.stderr) == (2, True)
+    renamed = tmp_path / "renamed"
+    shutil.copytree(image_folder, renamed)
+    (renamed / "val" / "class0").rename(renamed / "val" / "zebra")
+    refused = invoke("eval", file, "--data", renamed)
+    assert (refused.exit_code, "other classes than" in refused.stderr) == (1, True)
+
+
+def test_what_a_run_would_not_come_to_is_said(image_folder, tmp_path):
+    short = ["train", "--recipe", "resnet50-8k-goyal", "--data", image_folder, "--out", tmp_path / "run",
+             "--global-batch", 8, "--local-batch", 4, "--image-size", 32, "--max-steps", 1, "--epochs"]  # fmt: skip
+    result = invoke(*short, 30)
+    assert "schedule.milestones 30,60,80 are not before the end of 30 epochs: the rate never falls" in result.output
+    shutil.rmtree(tmp_path / "run")
+    result = invoke(*short, 5)
+    assert "schedule.warmup-epochs 5 last to the end of 5 epochs: the rate only rises" in result.output
+    shutil.rmtree(tmp_path / "run")
+    assert "before the end" not in invoke(*short, 90).output
 
 
 @pytest.mark.parametrize("precision", ["fp32", "auto"])

@@ -25,7 +25,7 @@ FLOORS = [
     {"engine", "checkpoint", "metrics", "weights", "average"},
     {"models", "ops", "optim", "data", "comm", "console", "signals", "provenance", "compile_cache"},
     {"config", "effect", "recipes", "schedule", "node"},
-    {"errors", "files", "__init__", "_kernels"},
+    {"about", "errors", "files", "__init__", "_kernels"},
 ]
 # On one floor, who may import from whom; everything else on it is neighbours that do not know each other.
 NEIGHBOURS = {
@@ -41,6 +41,7 @@ NEIGHBOURS = {
     ("effect", "config"),
 }
 WITHOUT_TORCH = [
+    "about",
     "config",
     "effect",
     "recipes",
