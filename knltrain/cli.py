@@ -25,7 +25,7 @@ from knltrain.command import field_options as _field_options
 from knltrain.command import given as _given
 from knltrain.command import recipe_named as _recipe
 from knltrain.config import EngineName, Precision, RunConfig
-from knltrain.effect import without_effect
+from knltrain.effect import after_the_end, without_effect
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES, SOURCES
 
@@ -108,7 +108,7 @@ def train(
             f"{RECIPES[recipe].config().global_batch:,}; --optim.lr sets another"
         )
 
-    for complaint in without_effect(config, changed):
+    for complaint in [*without_effect(config, changed), *after_the_end(config)]:
         console.warn(complaint)
 
     from knltrain.train import train as run

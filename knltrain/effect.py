@@ -32,6 +32,20 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
 }
 
 
+def after_the_end(config: RunConfig) -> list[str]:
+    """Says what of the schedule a run would not come to: shorter than its recipe, it may never lower its rate."""
+    schedule, end = config.schedule, f"the end of {config.epochs:g} epochs"
+    said = []
+    if schedule.warmup_epochs >= config.epochs:
+        said.append(f"schedule.warmup-epochs {schedule.warmup_epochs:g} last to {end}: the rate only rises")
+    if schedule.name == "step" and (late := [f"{at:g}" for at in schedule.milestones if at >= config.epochs]):
+        said.append(
+            f"schedule.milestones {','.join(late)} {'is' if len(late) == 1 else 'are'} not before {end}"
+            + (": the rate never falls" if len(late) == len(schedule.milestones) else "")
+        )
+    return said
+
+
 def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
     """Says of each named field that changes nothing in this configuration what it would need to."""
     return [

@@ -39,18 +39,23 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def lock_out(out: Path, console: Console) -> Iterator[None]:
+def lock_out(out: Path, console: Console, *, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     """Makes a run's folder, and keeps other runs out of it as long as this process lives.
 
     The lock is the kernel's (fcntl, which NFS has too): a process that is killed holds it no longer. After the death of
     a node, an NFS server keeps it until the node's lease ends, usually 90 s. A folder that stays empty is removed.
+
+    Args:
+        out: the folder.
+        console: told who has it, where somebody has to be waited for.
+        patience_s: how long to wait, in seconds.
 
     Raises:
         KnltrainError: another run has it; names the host and the process.
     """
     made = not out.exists()
     path = out / ".lock"
-    descriptor = _locked(path, console)
+    descriptor = _locked(path, console, patience_s)
     try:
         with contextlib.suppress(OSError):  # a full disk; it is only for people
             os.truncate(descriptor, 0)
@@ -64,9 +69,9 @@ def lock_out(out: Path, console: Console) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _locked(path: Path, console: Console) -> int:
+def _locked(path: Path, console: Console, patience_s: float) -> int:
     out = path.parent
-    deadline = time.monotonic() + _PATIENCE_S
+    deadline = time.monotonic() + patience_s
     told = False
     while True:
         out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +93,7 @@ def _locked(path: Path, console: Console) -> int:
                 os.close(descriptor)
                 raise KnltrainError(f"{out} is in use by a run on {who}; end it, or give another --out") from None
             if not told and error.errno != errno.ENOENT:
-                console.line(f"{out} is in use by a run on {who}: waiting up to {_PATIENCE_S:g} s for it to end")
+                console.line(f"{out} is in use by a run on {who}: waiting up to {patience_s:g} s for it to end")
                 told = True
         os.close(descriptor)
         time.sleep(0.1)

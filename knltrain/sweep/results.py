@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import statistics
@@ -118,7 +119,8 @@ class Results:
         summary, ended = _read(folder / "summary.json"), _read(folder / ENDED)
         if summary.get("finished") and (summary.get("steps") or 0) >= self.steps(point):
             return Outcome("done", summary, summary.get("wall_s"))
-        if ended.get("status") in ("diverged", "failed"):
+        health = dataclasses.asdict(point.config.health)
+        if ended.get("status") in ("diverged", "failed") and ended.get("health", health) == health:
             return Outcome(ended["status"], {}, ended.get("seconds"), str(ended.get("reason")))
         return Outcome("stopped" if (folder / "metrics.jsonl").exists() else "waiting", {})
 

@@ -7,6 +7,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -23,7 +24,7 @@ from knltrain import resume
 from knltrain.bench.tables import new_table, shown
 from knltrain.console import Console
 from knltrain.data.datasets import open_data
-from knltrain.effect import without_effect
+from knltrain.effect import after_the_end, without_effect
 from knltrain.engine import choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import read_metrics, write_json, write_text
@@ -42,6 +43,7 @@ _LOOK_S = 0.5
 # To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.
 _GOODBYE_S = 600.0
 _STOPPED = 75
+_ARRAY_S = 600.0
 # Of metrics.jsonl: more than a row takes.
 _TAIL = 4096
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -104,7 +106,8 @@ def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dic
         KnltrainError: it failed, or the learning rate of a later seed is not known yet.
     """
     num_images = check(plan, console)
-    with resume.lock_out(out, console):  # tasks that begin at the same time wait for each other here
+    # Tasks that begin at the same time wait for each other here, and an array may begin as a whole.
+    with resume.lock_out(out, console, patience_s=_ARRAY_S):
         guard(plan, out)
     results = Results(plan, out, num_images)
     point = task_of(results, task)
@@ -151,7 +154,8 @@ def check(plan: Sweep, console: Console) -> int:
     precision = choose_precision(base.precision, node, force=base.force_bf16, warn=console.warn)
     choose_engine(base.engine, model=base.model, precision=precision, node=node,
                   threads=threads_per_rank(node, local_size=1))  # fmt: skip
-    for complaint in without_effect(base, plan.fields):
+    late = {f"{point.optimizer}: {said}" for point in plan.search() for said in after_the_end(point.config)}
+    for complaint in [*without_effect(base, plan.fields), *sorted(late)]:
         console.warn(complaint)
     for point in plan.search():
         try:
@@ -173,7 +177,8 @@ def guard(plan: Sweep, out: Path) -> None:
     Raises:
         ConfigError: what differs.
     """
-    path = out / "sweep.json"
+    path, asked = out / "sweep.json", {**plan.as_dict(), "config": configuration.as_dict(plan.base())}
+    before: dict[str, Any] = {}
     if (out / "config.json").exists():
         raise ConfigError(f"{out} holds a run; give another --out")
     if path.exists():
@@ -189,8 +194,9 @@ def guard(plan: Sweep, out: Path) -> None:
             raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
         if differ:
             raise ConfigError(f"{out} holds another sweep ({'; '.join(differ)}); give another --out")
-    record = {**plan.as_dict(), "config": configuration.as_dict(plan.base()), **provenance(read_node())}
-    write_json(path, record)
+    asked = json.loads(json.dumps(asked))
+    if asked != {name: before.get(name) for name in asked}:
+        write_json(path, {**asked, **provenance(read_node())})
 
 
 def _train_all(results: Results, console: Console) -> bool:
@@ -253,7 +259,8 @@ def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[di
     reason = words if code >= 0 else f"was ended by {signal.Signals(-code).name}; was there memory enough?"
     status = "diverged" if _has_diverged(folder, reason) else "failed"
     write_json(folder / ENDED, {"status": status, "reason": reason.removeprefix("diverged: "),
-                                "seconds": time.monotonic() - started, "code": code})  # fmt: skip
+                                "seconds": time.monotonic() - started, "code": code,
+                                "health": dataclasses.asdict(point.config.health)})  # fmt: skip
     return results.outcome(point)
 
 
@@ -309,7 +316,7 @@ def _last_words(text: str) -> str:
     """The run's own last line, or else the last of any kind."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     mine = next((line for line in reversed(lines) if line.startswith("knltrain: ")), *lines[-1:] or ("no message",))
-    return mine.removeprefix("knltrain: ")
+    return re.sub(r"^rank \S+: ", "", mine.removeprefix("knltrain: "))  # which a launcher around the sweep gave it
 
 
 def _has_diverged(folder: Path, reason: str) -> bool:

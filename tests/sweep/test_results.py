@@ -1,6 +1,7 @@
 """Which learning rate is the best, and what is said of it: from folders that look like runs."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -51,6 +52,18 @@ def searched(results):
     end(results, "sgd", 256, 1.0, 0, top1=80.0)
     end(results, "lars", 256, 0.5, 0, top1=78.0)
     end(results, "lars", 256, 1.0, 0)
+
+
+def test_a_run_that_diverged_is_tried_again_as_its_message_says(results):
+    """``--health.divergence-steps 0 goes on``: the field may change in a run, and is no other sweep."""
+    searched(results)
+    point = results.sweep.point("lars", 256, 1.0, 0)
+    ended = point.folder(results.out) / "ended.json"
+    health = dataclasses.asdict(point.config.health)
+    ended.write_text(json.dumps({"status": "diverged", "reason": "a diverged run", "health": health}))
+    assert results.outcome(point).ended
+    other = Results(sweep_of(fields={"data": "shapes", "health.divergence_steps": "0"}), results.out, IMAGES)
+    assert other.outcome(other.sweep.point("lars", 256, 1.0, 0)).status == "stopped"
 
 
 def test_the_best_is_chosen_by_the_seeds_that_all_learning_rates_have(results):

@@ -163,7 +163,13 @@ def test_a_run_that_is_killed_has_failed_and_says_by_what(tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "text, words", [("", "no message"), ("one\ntwo\n", "two"), ("knltrain: no data\nbye\n", "no data")]
+    "text, words",
+    [
+        ("", "no message"),
+        ("one\ntwo\n", "two"),
+        ("knltrain: no data\nbye\n", "no data"),
+        ("knltrain: rank 0: diverged: at step 3\n", "diverged: at step 3"),
+    ],
 )
 def test_what_a_run_said_last(text, words):
     assert runner._last_words(text) == words
