@@ -116,13 +116,20 @@ def train(
     summary, finished = run(config, console, place, allow_change=allowed)
     if not finished:
         when = f"after step {summary['steps']:,}" if summary else "before the first step"
-        console.line(f"stopped by a signal {when}; the same command goes on from there")
+        without = " without --resume never" if config.resume == "never" else ""
+        console.line(f"stopped by a signal {when}; the same command{without} goes on from there")
+        if as_json and place.ranks.rank == 0:
+            click.echo(json.dumps(summary or {"finished": False}))
         sys.exit(STOPPED)
     if summary:
         console.line(
-            f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])}), "
-            f"{summary['images_per_s']:.0f} img/s, {summary['data_fraction']:.1%} waiting for data; "
-            f"{summary['out']}/curves.png"
+            f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])})"
+            + (
+                f", {summary['images_per_s']:.0f} img/s, {summary['data_fraction']:.1%} waiting for data"
+                if summary["images_per_s"] is not None  # nothing was left but an evaluation
+                else ""
+            )
+            + f"; {summary['out']}/curves.png"
         )
         if as_json:
             click.echo(json.dumps(summary))

@@ -175,8 +175,8 @@ def announce(
             console.line(backend.note)
         if resume_from and config.comm.compression == "powersgd":
             console.warn("what PowerSGD had left out of earlier steps is not in checkpoints: it begins anew")
-    elif config.comm != configuration.CommConfig():
-        console.warn("comm.* has no effect on a single rank")
+    elif dataclasses.replace(config.comm, timeout_s=0.1) != configuration.CommConfig(timeout_s=0.1):
+        console.warn("of comm.*, timeout-s alone has an effect on a single rank")
     if resume_from:
         console.line(f"resumed from {resume_from} (epoch {run.epoch(run.progress.step):.2f})")
 

@@ -29,7 +29,7 @@ from knltrain.data.loader import Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
-from knltrain.errors import KnltrainError
+from knltrain.errors import ConfigError, KnltrainError
 from knltrain.evaluate import evaluate
 from knltrain.health import RewindError, Watch
 from knltrain.metrics import MetricsLog, write_json
@@ -188,14 +188,16 @@ def evaluate_epoch(run: Run, log: MetricsLog | None, bar: StepProgress, stop: St
 
 
 def make_up_evaluation(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:
-    """Evaluates where a signal had left no time for it; returns whether none has come in between again."""
+    """Evaluates where a signal had left no time for it; returns whether none has come in between again.
+
+    The checkpoint is written anew with what was found, since the best one stays when others are removed.
+    """
     step = run.progress.step
     if step == run.progress.evaluated_step or not run.evaluation_due(step):
         return True
     if not evaluate_epoch(run, log, bar, stop):
         return False
-    if step == run.last_step:
-        save_checkpoint(run, log, 0.0, last=True)
+    save_checkpoint(run, log, 0.0, last=step == run.last_step)
     return True
 
 
@@ -344,6 +346,11 @@ def train(
                      "oneccl": group.backend.settings}  # fmt: skip
         announce(console, run, plan, (train_set, val_set), start.folder)
         if run.is_finished:
+            if group.is_first and not (out / "metrics.jsonl").exists():
+                raise ConfigError(
+                    f"{start.folder} is at the end of this run, and leaves {out} nothing to train; a larger "
+                    "--max-steps goes further, or --epochs with --allow-change epochs"
+                )
             console.line(f"nothing left to train: {out} holds this run, finished")
             return (summary_of(run, plan) if group.is_first else {}), True
         log = None

@@ -216,6 +216,13 @@ def test_a_named_checkpoint(config, tmp_path):
     assert record["changes"] == [{"step": 3, "field": "optim.lr", "before": 2.0, "after": 3.0}]
 
 
+def test_a_run_that_has_ended_leaves_another_folder_nothing_to_train(config, tmp_path):
+    run(config)
+    with pytest.raises(ConfigError, match=r"is at the end of this run, and leaves .*other nothing to train"):
+        run(config, out=str(tmp_path / "other"), resume=config.out)
+    assert not (tmp_path / "other").exists()
+
+
 def test_a_run_that_began_with_a_named_checkpoint_goes_on_from_its_own(config, tmp_path):
     """The same command after a stop; and one that names an older checkpoint of the same folder goes back there once."""
     run(config, max_steps=2, out=str(tmp_path / "start"))

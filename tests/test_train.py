@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from knltrain import checkpoint
 from knltrain import evaluate as evaluating
 from knltrain import train as trainer
 from knltrain.config import RunConfig, override
@@ -128,6 +129,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
 
 
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatch):
+    """And is in the checkpoint then, which stays if it is the best."""
     original = trainer.seed_dropout
 
     def interrupt(seed, step, micro):
@@ -135,10 +137,16 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatc
             signal.raise_signal(signal.SIGTERM)
         original(seed, step, micro)
 
+    config = override(config, {"checkpoint.keep": 9})
     monkeypatch.setattr(trainer, "seed_dropout", interrupt)
     assert not run(config)[1]
+    folder = Path(config.out, "checkpoints", "step-00000003")
+    assert checkpoint.progress_of(checkpoint.read_state(folder)).evaluated_step == 0
     monkeypatch.undo()
     run(config)
+    progress = checkpoint.progress_of(checkpoint.read_state(folder))
+    assert progress.evaluated_step == 3
+    assert progress.top1 is not None
     evaluations = [row["step"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "top1" in row]
     assert evaluations == [3, 6, 9]
 
