@@ -1,5 +1,6 @@
 """What tests share: data that they make themselves, and a cache folder of their own."""
 
+import functools
 import os
 import signal
 import subprocess
@@ -86,15 +87,16 @@ def torchvision():
 
 @pytest.fixture
 def knltrain():
-    """Runs the command in a process of its own and returns it, finished."""
+    """Runs the command in a process of its own, pinned to CPUs if told so, and returns it, finished."""
 
-    def run(*arguments, timeout=240, **environment):
+    def run(*arguments, timeout=240, cpus=None, **environment):
         return subprocess.run(
             [sys.executable, "-m", "knltrain", *map(str, arguments)],
             capture_output=True,
             text=True,
             timeout=timeout,
             env={**os.environ, **environment},
+            preexec_fn=cpus and functools.partial(os.sched_setaffinity, 0, cpus),
         )
 
     return run

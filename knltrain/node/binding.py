@@ -21,7 +21,7 @@ from knltrain.errors import KnltrainError
 from knltrain.node.affinity import Plan, RankPlan, plan_node
 from knltrain.node.chosen import threads_as_measured
 from knltrain.node.cpulist import format_cpu_list
-from knltrain.node.ranks import Ranks, discover
+from knltrain.node.ranks import Ranks, cpus_of_launcher, discover
 from knltrain.node.topology import Node, read_node
 
 # set_mempolicy(2), <linux/mempolicy.h>.
@@ -96,12 +96,31 @@ def take_place(*, strict: bool = True) -> Place:
 
 def find_place(*, strict: bool = True) -> Place:
     """Finds this rank's part of the node, and touches nothing. As :func:`take_place` otherwise."""
-    node = read_node()
-    pinned = len(node.cpus) < len(node.group_cpus)
-    whole = read_node(allowed=set(node.group_cpus)) if pinned else node
-    ranks = discover()
+    node, ranks = read_node(), discover()
+    whole = before_pinning(ranks, node)
     environ = threads_as_measured(whole, ranks.local_size, os.environ)
     return place_of(ranks, node, whole, strict=strict, environ=environ)
+
+
+def before_pinning(ranks: Ranks, node: Node) -> Node:
+    """Returns what the ranks of this node have together, before their launcher pins any of them.
+
+    mpiexec hands down the mask that it was started with (taskset, numactl, systemd), which is then no pinning of its
+    own. One with fewer cores than ranks was hardly meant for them: a batch system's, of one core for one proxy.
+
+    Args:
+        ranks: this process among its peers.
+        node: what this process may use.
+    """
+    allowed = frozenset(node.group_cpus)
+    if len(node.cpus) >= len(allowed):
+        return node
+    inherited = cpus_of_launcher(ranks) & allowed if ranks.launcher in ("hydra", "openmpi") else frozenset()
+    if inherited >= frozenset(node.cpus):
+        shared = read_node(allowed=inherited)
+        if len(shared.cores) >= ranks.local_size:
+            return shared
+    return read_node(allowed=allowed)
 
 
 def place_of(
@@ -109,13 +128,13 @@ def place_of(
 ) -> Place:
     """Chooses a rank's part of its node.
 
-    A rank that its launcher pinned keeps to what it was given. The others divide what their control group leaves; a
-    process that is alone, and ranks under torchrun, which pins nothing, what they may run on.
+    A rank that its launcher pinned keeps to what it was given. The others divide what the launcher had; a process that
+    is alone, and ranks under torchrun, which pins nothing, what they may run on.
 
     Args:
         ranks: the process among its peers.
         node: what the process may use.
-        whole: what its control group leaves.
+        whole: what the ranks of the node have together, of :func:`before_pinning`.
         strict: refuse fewer cores than planned.
         environ: the environment, by default this process's.
 

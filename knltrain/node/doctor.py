@@ -14,7 +14,7 @@ from pathlib import Path
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.affinity import asked_threads, plan_node
 from knltrain.node.amx import knows_amx
-from knltrain.node.binding import BINDING_VARIABLES, place_of
+from knltrain.node.binding import BINDING_VARIABLES, before_pinning, place_of
 from knltrain.node.cpulist import format_cpu_list, parse_cpu_list, read_number, read_text
 from knltrain.node.finding import Finding
 from knltrain.node.memory import keep_freed_memory
@@ -136,7 +136,9 @@ def affinity(machine: Machine) -> Finding:
             "one launcher: torchrun, mpiexec or srun",
         )
     try:
-        place = place_of(ranks, node, whole, environ={})
+        # Of a copy of another node nobody can say what a launcher there had.
+        together = before_pinning(ranks, node) if machine.root == Path("/") else whole
+        place = place_of(ranks, node, together, environ={})
     except KnltrainError as error:
         cause, _, remedy = str(error).partition("; ")
         return Finding("affinity", "error", cause, "training refuses to start on fewer cores than planned", remedy)

@@ -158,19 +158,38 @@ def _name_of_job(environ: Mapping[str, str], ranks: Ranks) -> str:
     """What all ranks of one node have in common, with no other job there and no earlier one."""
     if _says_rank(environ, ranks, "slurm") and "SLURM_JOB_ID" in environ:
         return "-".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    # The launcher's process there (mpiexec's proxy), above what may stand between it and this rank: a shell, numactl, a
-    # container's runtime, each with this rank's variables. Its start time sets it apart from an earlier one of the same
-    # number.
-    process = os.getppid()
     try:
-        while _says_rank(_environment_of(process), ranks):
-            process = int(_fields_of(process)[1])
+        process = _process_of_launcher(ranks)
+        # Its start time sets it apart from an earlier one of the same number.
         return f"{process}-{_fields_of(process)[19]}"
     except OSError:
         raise ConfigError(
             f"rank {ranks.rank} of {ranks.size} does not see the process of {ranks.launcher} that started it, as in a "
             "container of its own; export MASTER_ADDR=127.0.0.1 and MASTER_PORT, a free port, for all ranks"
         ) from None
+
+
+def cpus_of_launcher(ranks: Ranks) -> frozenset[int]:
+    """What the launcher's process on this node may run on, and hands down unless it pins; none where it is not seen."""
+    try:
+        return frozenset(os.sched_getaffinity(_process_of_launcher(ranks)))
+    except OSError:
+        return frozenset()
+
+
+def _process_of_launcher(ranks: Ranks) -> int:
+    """The launcher's process on this node: of mpiexec, its proxy.
+
+    It is above what may stand between it and this rank: a shell, numactl, a container's runtime, each with this rank's
+    variables.
+
+    Raises:
+        OSError: it is not seen from here.
+    """
+    process = os.getppid()
+    while _says_rank(_environment_of(process), ranks):
+        process = int(_fields_of(process)[1])
+    return process
 
 
 def _says_rank(environ: Mapping[str, str], ranks: Ranks, *launchers: str) -> bool:

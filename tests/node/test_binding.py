@@ -1,6 +1,7 @@
 """Ranks take their places; a rank that is given less than its share says by whom."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -99,6 +100,30 @@ def test_a_user_who_confines_a_process_is_obeyed(xeon):
     assert shares == [(0, 1), (2, 3)]
 
 
+@pytest.mark.parametrize("launcher", ["hydra", "openmpi"])
+def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeon, monkeypatch):
+    """As torchrun's do: `taskset -c 0-31 mpiexec` has pinned nobody."""
+    monkeypatch.setattr(binding, "read_node", functools.partial(read_node, xeon))
+
+    def compute(mine, launchers, local_rank, local_size=2):
+        monkeypatch.setattr(binding, "cpus_of_launcher", lambda _: frozenset(launchers))
+        ranks, node = rank(launcher, local_rank, local_size), read_node(xeon, allowed=set(mine))
+        return place_of(ranks, node, binding.before_pinning(ranks, node), environ={})
+
+    mask = (*range(16), *range(28, 44))
+    both = [compute(mask, mask, local_rank).plan for local_rank in (0, 1)]
+    assert [{*plan.compute, *plan.comm} for plan in both] == [set(range(16)), set(range(28, 44))]
+    four = [compute(range(16), range(16), local_rank, 4).plan for local_rank in range(4)]
+    assert sorted(cpu for plan in four for cpu in (*plan.compute, *plan.comm)) == list(range(16))
+    assert "may run on 16 of 112 CPUs" in compute(range(16), range(16), 1).warnings[0]
+    # What a launcher pins within such a mask is a rank's own.
+    half = compute(range(8, 16), range(16), 1)
+    assert ({*half.plan.compute, *half.plan.comm}, half.warnings) == (set(range(8, 16)), ())
+    for mine, launchers in (([5], range(112)), ([5], [5]), ([5], ())):  # pinned; one core for two ranks; not seen
+        with pytest.raises(KnltrainError, match="pinned rank 0 to 1 core"):
+            compute(mine, launchers, 0)
+
+
 def test_a_place_is_taken_before_torch_and_read_back(monkeypatch):
     code = """
 import os, sys
@@ -183,14 +208,17 @@ def test_the_command_refuses_with_one_line(knltrain, tmp_path):
         pytest.skip("needs two cores that nobody has taken")
     environment = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"}
     arguments = ("train", "--recipe", "quickstart", "--data", "/nowhere", "--out", tmp_path / "run")
-    os.sched_setaffinity(0, {cpus[0]})
-    result = knltrain(*arguments, **environment)
+    result = knltrain(*arguments, cpus={cpus[0]}, **environment)
     assert result.returncode == 1
     (line,) = result.stderr.strip().splitlines()
     assert f"openmpi pinned rank 0 to 1 core (CPUs {cpus[0]})" in line
-    result = knltrain(*arguments, "--no-strict-affinity", **environment)
+    result = knltrain(*arguments, "--no-strict-affinity", cpus={cpus[0]}, **environment)
     assert "warning: openmpi pinned rank 0" in result.stderr
     assert "/nowhere" in result.stderr.splitlines()[-1], "it went on to what is wrong next"
+    os.sched_setaffinity(0, {cpus[0]})
+    result = knltrain(*arguments, **environment)
+    assert f"warning: this process may run on 1 of {len(cpus)} CPUs" in result.stderr
+    assert "/nowhere" in result.stderr.splitlines()[-1], "the process that started it was confined, and pinned nobody"
 
 
 def test_a_place_is_json_types(xeon):
