@@ -64,7 +64,7 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KnltrainError(f"{path} --version: {error}") from None
     if "Intel(R) MPI" in answer.stdout:
-        return Mpiexec(path, "intel", environment)
+        return Mpiexec(path, "intel", {**environment, **_of_a_slurm_job(environ)})
     if "HYDRA" in answer.stdout:
         return Mpiexec(path, "mpich", {})
     if "OpenRTE" in answer.stdout or "Open MPI" in answer.stdout:
@@ -88,6 +88,12 @@ def _of_a_python_environment(path: Path, environ: Mapping[str, str]) -> dict[str
     return {name: value for name, value in wanted.items() if not environ.get(name)} | {
         "LD_LIBRARY_PATH": ":".join(dict.fromkeys(search))
     }
+
+
+def _of_a_slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
+    """What Intel MPI has to be told in a Slurm job, whose tasks per node it otherwise may take for what -ppn says."""
+    name = "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT"
+    return {name: "0"} if "SLURM_JOB_ID" in environ and not environ.get(name) else {}
 
 
 def count_ranks(ranks: int | None, per_node: int | None, num_nodes: int, planned_per_node: int) -> tuple[int, int]:

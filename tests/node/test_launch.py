@@ -60,6 +60,12 @@ def test_the_environments_comes_first_and_is_told_where_its_parts_are(bare):
     assert set(find_mpiexec(own).environment) == {"LD_LIBRARY_PATH"}
 
 
+def test_in_a_slurm_job_intel_mpi_is_told_that_ppn_counts(bare):
+    job = {"PATH": f"{bare('site', VERSIONS['intel']).parent}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+    assert find_mpiexec(job).environment == {"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"}
+    assert find_mpiexec({**job, "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "1"}).environment == {}, "the user's word"
+
+
 def test_none_and_an_unknown_one_are_one_line_with_the_remedy(bare):
     with pytest.raises(KnltrainError, match=r"pip install 'impi-rt.*MPI module"):
         find_mpiexec({"PATH": "/nowhere"})
