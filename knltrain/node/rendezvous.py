@@ -19,6 +19,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -112,12 +113,11 @@ def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
     with contextlib.ExitStack() as until_chosen:
         offer = ""
         if ranks.rank == 0:
-            # On all of them, until the others have tried: it accepts nobody.
-            listener = until_chosen.enter_context(socket.create_server(("", 0), backlog=1024))
+            port = until_chosen.enter_context(_answering())  # until the others have tried
             addresses = [address for _, address in own_addresses()]
             named = [address for address in _resolve(socket.gethostname()) if address in addresses]
             first = list(dict.fromkeys([*named, *addresses]))[:_MOST_ADDRESSES]
-            offer = json.dumps([socket.gethostname()[:64], _stack(), listener.getsockname()[1], first])
+            offer = json.dumps([socket.gethostname()[:64], _stack(), port, first])
         host, stack, port, offered = json.loads(exchange.share(ranks.rank, offer)(0))
         # Ranks of one network stack reach the first over loopback, and have no interface to tell.
         together = stack == _stack()
@@ -140,6 +140,26 @@ def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
             address = towards or address
             listen = (address, port)
     return Meeting(f"tcp://{address}:{port}", address, interface_towards(towards) if towards else loopback(), listen)
+
+
+@contextlib.contextmanager
+def _answering() -> Iterator[int]:
+    """Holds a port on all interfaces that takes whoever connects, and closes the connection at once."""
+    with socket.create_server(("", 0), backlog=1024) as listener:
+
+        def take() -> None:
+            # Left in the queue, connections fill it: some kernels hold 129, and whoever comes after finds nobody.
+            with contextlib.suppress(OSError):
+                while True:
+                    listener.accept()[0].close()
+
+        thread = threading.Thread(target=take, name="rendezvous", daemon=True)
+        thread.start()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)  # ends the wait in accept, which would keep the port
+            thread.join()
 
 
 def own_addresses() -> list[tuple[str, str]]:

@@ -167,6 +167,17 @@ def test_ranks_that_come_by_several_addresses_find_the_first_at_all_of_them(mana
     assert (first.address, first.listen) == ("127.0.0.1", None)
 
 
+def test_more_ranks_come_than_wait_in_the_first_ones_queue(manager, two_nodes, monkeypatch):
+    two_nodes[False] = [("ib0", "127.0.0.2")]
+    create = socket.create_server
+    monkeypatch.setattr(socket, "create_server", lambda address, backlog: create(address, backlog=1))
+    monkeypatch.setattr(rendezvous, "_PROBE_TIMEOUT_S", 3)  # who comes at the same moment tries again after one
+    first, *others = run(manager(5), [0, 1, 1, 1, 1])
+    assert [one.address for one in others] == ["127.0.0.2"] * 4
+    create(first.listen).close()  # it is free again
+    assert not [thread for thread in threading.enumerate() if thread.name == "rendezvous"]
+
+
 def test_no_address_that_answers_is_an_error_that_lists_them(manager, two_nodes):
     two_nodes[False] = [("docker0", "127.0.0.9")]
     two_nodes[True] = [("docker0", "127.0.0.9")]
