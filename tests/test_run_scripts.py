@@ -68,12 +68,13 @@ def test_xeon_phi(script):
 @pytest.mark.parametrize("code", [0, 1, 75])
 def test_sweep(code, script, tmp_path):
     """Each task of the array trains a run of its own."""
-    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_ID": "19"}
+    job = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_CPUS_ON_NODE": "8", "SLURM_JOB_ID": "19",
+           "SLURM_ARRAY_JOB_ID": "19"}  # fmt: skip
     result, started = script("sweep.sbatch", "--recipe", "x", "--data", "a b", srun=f"exit {code}",
                              SLURM_ARRAY_TASK_ID="4", **job)  # fmt: skip
     assert result.returncode == code
     assert started[0] == "srun --cpus-per-task=8 --cpu-bind=none knltrain sweep --recipe x --data a b --task 4"
-    assert started[1:] == (["scontrol requeue 19"] if code == 75 else [])
+    assert started[1:] == (["scontrol requeue 19_4"] if code == 75 else [])
     alone, _ = script("sweep.sbatch", "--recipe", "x", **job)
     assert alone.returncode == 1
     assert "give sbatch --array" in alone.stderr
@@ -88,3 +89,5 @@ def test_slurm(code, script, tmp_path):
     assert result.returncode == code
     assert started[0] == ("srun --cpus-per-task=68 --cpu-bind=none --kill-on-bad-exit=1 knltrain train --recipe x")
     assert started[1:] == (["scontrol requeue 17"] if code == 75 else [])
+    _, started = script("slurm.sbatch", srun=f"exit {code}", SLURM_ARRAY_JOB_ID="17", SLURM_ARRAY_TASK_ID="3", **job)
+    assert ("scontrol requeue 17_3" in started) == (code == 75)
