@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import re
+import resource
 import socket
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -35,6 +36,17 @@ _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo, oneCCL and the store say of a peer that is gone.
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
+
+
+def _allow_open_files() -> None:
+    """Raises the limit of open files as far as this process may.
+
+    With several hundred ranks, those that rank 0 has for its store and gloo's for every other rank are more than the
+    1,024 that are usual.
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a sandbox; the start says what is missing
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 class Group:
@@ -70,6 +82,7 @@ class Group:
         self._roll_call: RollCall | None = None
         if ranks.size == 1:
             return
+        _allow_open_files()
         meeting = meet(ranks)
         told = meeting.export()
         self.interface = meeting.interface

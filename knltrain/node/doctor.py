@@ -26,6 +26,8 @@ _STEP_MB = {"bf16": 2923, "fp32": 5538}
 # What Docker gives where nobody asks for more; oneCCL and Intel MPI want more between ranks of a node.
 _LITTLE_SHARED_MB = 64
 _SHARED_A_RANK_MB = 256
+# Some for each of a thousand ranks.
+_FEW_OPEN_FILES = 4096
 _MUCH_SWAP_MB = 256
 _ANCESTORS = 32
 
@@ -389,6 +391,20 @@ def shared_memory(machine: Machine) -> Finding:
     return Finding("shared-memory", "ok", cause)
 
 
+def open_files(machine: Machine) -> Finding:
+    """How many files a process may have open: each rank has connections to all others, and rank 0 twice as many."""
+    match = re.search(r"^Max open files +\S+ +(\d+)", read_text(machine.root / "proc/self/limits"), re.MULTILINE)
+    if match and int(match[1]) < _FEW_OPEN_FILES:
+        return Finding(
+            "open-files",
+            "warning",
+            f"a process may have {int(match[1]):,} files open (hard limit)",
+            "runs of several hundred ranks do not start: too many open files",
+            "a higher nofile in /etc/security/limits.conf, LimitNOFILE= of slurmd, docker --ulimit nofile=65536",
+        )
+    return Finding("open-files", "ok", f"at most {int(match[1]):,} a process" if match else "no limit is known")
+
+
 def clock(machine: Machine) -> Finding:
     """What governs the processors' frequency."""
     governors: dict[str, int] = {}
@@ -434,5 +450,6 @@ CHECKS: dict[str, Callable[[Machine], Finding]] = {
     "huge-pages": huge_pages,
     "malloc": malloc,
     "shared-memory": shared_memory,
+    "open-files": open_files,
     "clock": clock,
 }

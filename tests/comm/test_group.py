@@ -26,6 +26,18 @@ except KnltrainError as error:
 open(f"{folder}/rank{ranks.rank}.json", "w").write(json.dumps(said))
 """
 
+OPEN_FILES = """
+import json, sys
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
+from knltrain.comm.group import Group
+from knltrain.node.ranks import discover
+ranks = discover()
+setrlimit(RLIMIT_NOFILE, (256, getrlimit(RLIMIT_NOFILE)[1]))
+with Group(ranks, "gloo"):
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+open(f"{sys.argv[1]}/rank{ranks.rank}.json", "w").write(json.dumps({"soft": soft, "hard": hard}))
+"""
+
 CONNECT = """
 import json, sys
 from datetime import timedelta
@@ -84,6 +96,12 @@ def test_different_numbers_of_workers_are_refused_by_all(exported, tmp_path):
         assert "CCL_WORKER_COUNT differs (unset on" in said["error"]
     for said in run(GROUP, tmp_path, "gloo", 0, json.dumps(exported)):
         assert said["sum"] == [3.0]
+
+
+def test_every_rank_may_open_as_many_files_as_the_system_lets_it(tmp_path):
+    """Each has two connections to every other, and a few hundred of these are more than the usual limit."""
+    for said in run(OPEN_FILES, tmp_path):
+        assert said["soft"] == said["hard"]
 
 
 def test_what_oneccl_would_wait_for_without_an_end_ends_after_the_time_out(needs_oneccl, tmp_path):

@@ -219,6 +219,14 @@ def test_shared_memory(small, monkeypatch, total, free, severity):
     assert found("shared-memory", small).remedy == "chmod 1777 /dev/shm"
 
 
+@pytest.mark.parametrize("hard, severity", [(4096, "ok"), (4095, "warning"), ("unlimited", "ok")])
+def test_open_files(small, hard, severity):
+    """The soft limit is raised by every rank."""
+    write(small, "proc/self/limits", f"Max processes             9                    9                    processes\n"
+          f"Max open files            1024                 {hard:<20} files")  # fmt: skip
+    assert kind("open-files", small) == severity
+
+
 def frequency(root, cpu, **files):
     for name, value in files.items():
         write(root, f"sys/devices/system/cpu/cpu{cpu}/cpufreq/{name}", value)
