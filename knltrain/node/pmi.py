@@ -11,6 +11,7 @@ import atexit
 import contextlib
 import ctypes
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -37,7 +38,11 @@ class Pmi:
             self._socket = socket.socket(fileno=os.dup(fd))
         except OSError as error:
             raise KnltrainError(f"PMI_FD={fd}: {error.strerror}; mpiexec's connection is gone") from None
-        self._socket.settimeout(timeout)
+        # A time-out of the socket's own would keep it from blocking, and with it the descriptor that an MPI library in
+        # this process talks over: both are one open file.
+        self._timeout = timeout
+        self._readable = select.poll()
+        self._readable.register(self._socket, select.POLLIN)
         self._pending = b""
         self._phase = 0
         try:
@@ -85,13 +90,12 @@ class Pmi:
         try:
             self._socket.sendall(question.encode() + b"\n")
             while b"\n" not in self._pending:
+                if not self._readable.poll(self._timeout * 1000):
+                    raise KnltrainError(f"no answer from mpiexec (PMI) in {self._timeout:g} s: a rank has not started")
                 received = self._socket.recv(65536)
                 if not received:
                     raise KnltrainError("mpiexec closed its connection (PMI); another rank has ended")
                 self._pending += received
-        except TimeoutError:
-            seconds = self._socket.gettimeout()
-            raise KnltrainError(f"no answer from mpiexec (PMI) in {seconds:g} s: a rank has not started") from None
         except OSError as error:
             raise KnltrainError(f"mpiexec's connection (PMI) failed: {error.strerror}; a rank has ended") from None
         line, _, self._pending = self._pending.partition(b"\n")
