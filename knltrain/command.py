@@ -18,6 +18,7 @@ import click
 from knltrain import config as configuration
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError, one_line
+from knltrain.node.ranks import rank_as_told
 from knltrain.recipes import RECIPES
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
@@ -67,7 +68,7 @@ def _show_warning(
 
 def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong, and which rank says so, and ends the process."""
-    rank = os.environ.get("RANK") or os.environ.get("PMI_RANK") or os.environ.get("OMPI_COMM_WORLD_RANK")
+    rank = rank_as_told()
     click.echo(f"knltrain: {f'rank {one_line(rank)}: ' if rank else ''}{one_line(message)}", err=True)
     if rank and "torch" in sys.modules:
         # Threads of libraries would meet an interpreter that ends, and abort: only what was registered for it is done.

@@ -107,6 +107,18 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     return replace(inner, init_method=_meeting_point(environ, inner))
 
 
+def rank_as_told(environ: Mapping[str, str] | None = None) -> str:
+    """Which rank the innermost launcher says this process is, whatever else it says; empty where there is none.
+
+    A single task of Slurm's is none: a job that takes no ranks is started so too.
+    """
+    environ = os.environ if environ is None else environ
+    for name, rank, size, *_ in _LAUNCHERS:
+        if environ.get(rank) and (name != "slurm" or environ.get(size, "1") != "1"):
+            return environ[rank]
+    return ""
+
+
 def _read(
     environ: Mapping[str, str], name: str, rank_key: str, size_key: str, local_rank_key: str, local_size_key: str
 ) -> Ranks:

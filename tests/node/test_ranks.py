@@ -3,7 +3,7 @@ import os
 import pytest
 
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import discover, expand_counts, expand_hosts
+from knltrain.node.ranks import discover, expand_counts, expand_hosts, rank_as_told
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -63,6 +63,14 @@ def test_what_a_script_repeats_of_its_launcher_is_the_launchers():
 def test_the_innermost_launcher_counts():
     assert discover({**SLURM, **OPENMPI}).launcher == "openmpi"
     assert discover({**SLURM, **TORCHRUN}).launcher == "torchrun"
+
+
+def test_errors_name_the_rank_under_each_launcher(knltrain):
+    told = [rank_as_told(one) for one in ({}, TORCHRUN, HYDRA, OPENMPI, SLURM, ONE_TASK, {"SLURM_PROCID": "0"})]
+    assert told == ["", "3", "1", "1", "1", "", ""]
+    assert rank_as_told({**SLURM, **TORCHRUN}) == "3"
+    result = knltrain("launch", **SLURM)
+    assert result.stderr.startswith("knltrain: rank 1: ")
 
 
 def test_a_batch_script_is_not_a_rank():
