@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+from knltrain.node.rendezvous import START_TIMEOUT_S
 
 SHARED_MEMORY = Path("/dev/shm")
 _NAME = re.compile(r"([1-9][0-9]*):[0-9]+:[0-9]+", re.ASCII)
@@ -24,10 +27,16 @@ def remove_own_segments() -> None:
 
 
 def remove_dead_segments() -> None:
-    """Removes what this user's processes that are no more have left."""
+    """Removes what this user's processes that are no more have left.
+
+    A container that shares /dev/shm and not the process ids has files of processes that are not seen from here. Other
+    ranks look for them by name while they start; of what is older, only the name goes, and the mapping stays.
+    """
+    started = time.time() - START_TIMEOUT_S
     for process, path in _segments():
         with contextlib.suppress(OSError, OverflowError):
-            if path.lstat().st_uid == os.geteuid() and not _is_there(process):
+            found = path.lstat()
+            if found.st_uid == os.geteuid() and found.st_mtime < started and not _is_there(process):
                 _remove(path)
 
 

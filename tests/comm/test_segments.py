@@ -11,6 +11,7 @@ from comm.ranks import outputs, start_ranks, wait_for
 from knltrain.comm import segments
 from knltrain.comm.backend import choose_backend
 from knltrain.node.ranks import Ranks
+from knltrain.node.rendezvous import START_TIMEOUT_S
 
 # Joins, says so, and then ends as it is told, or stays. Rank 0 fails by waiting in vain for rank 1.
 RANK = """
@@ -47,6 +48,12 @@ def gone():
     return process.pid
 
 
+def age(*paths):
+    """Makes files as old as those of a run whose ranks have all found each other."""
+    for path in paths:
+        os.utime(path, (0, time.time() - START_TIMEOUT_S - 1))
+
+
 def test_only_files_of_this_users_dead_processes_are_removed(gone, tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "SHARED_MEMORY", tmp_path)
     dead = [f"{gone}:0:0", f"{gone}:12:3"]
@@ -56,6 +63,9 @@ def test_only_files_of_this_users_dead_processes_are_removed(gone, tmp_path, mon
         (tmp_path / name).touch()
     (tmp_path / f"{gone}:7:7").mkdir()
     segments.remove_dead_segments()
+    assert set(dead) <= set(os.listdir(tmp_path)), "new: of a rank in another container, perhaps, that starts"
+    age(*tmp_path.iterdir())
+    segments.remove_dead_segments()
     assert sorted(os.listdir(tmp_path)) == sorted([*others, f"{gone}:7:7"])
     segments.remove_own_segments()
     assert sorted(os.listdir(tmp_path)) == sorted([*others[1:], f"{gone}:7:7"])
@@ -64,6 +74,7 @@ def test_only_files_of_this_users_dead_processes_are_removed(gone, tmp_path, mon
 def test_another_users_files_stay(gone, tmp_path, monkeypatch):
     monkeypatch.setattr(segments, "SHARED_MEMORY", tmp_path)
     (tmp_path / f"{gone}:0:0").touch()
+    age(tmp_path / f"{gone}:0:0")
     monkeypatch.setattr(segments.os, "geteuid", lambda: os.getuid() + 1)
     segments.remove_dead_segments()
     assert os.listdir(tmp_path) == [f"{gone}:0:0"]
@@ -118,5 +129,6 @@ def test_the_next_start_removes_what_killed_ranks_left(start):
         process.send_signal(signal.SIGKILL)
     wait_for(killed, 30)
     assert len(left(killed)) == 2
+    age(*(segments.SHARED_MEMORY / name for name in left(killed)))
     assert wait_for(start("leave"), 60) == [0, 0]
     assert left(killed) == []
