@@ -268,6 +268,9 @@ def train(
         with running_on(place.plan.comm):  # where the threads that it makes then stay
             group = cleanup.enter_context(Group(ranks, config.comm.backend, place.plan.comm))
         cleanup.enter_context(group.names_lost_ranks())
+        # Of auto, each node makes what is best there.
+        group.refuse_differences("precision", precision, "give one that all can have: --precision fp32")
+        group.refuse_differences("engine", engine_name, "give one that all can have: --engine NAME")
         if group.is_first:
             resume.guard_out(config, out, allow_change)
             refuse_unbuildable(config)  # before the data is read

@@ -37,6 +37,8 @@ _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
 
+_LONGEST_WORD = 32
+
 
 def _allow_open_files() -> None:
     """Raises the limit of open files as far as this process may.
@@ -200,6 +202,25 @@ class Group:
         message = torch.tensor(data or [0] * int(length), dtype=torch.uint8)
         dist.broadcast(message, 0, group=self.channel)
         return os.fsdecode(bytes(message.tolist()))
+
+    def refuse_differences(self, what: str, chosen: str, remedy: str) -> None:
+        """Sees that every rank has chosen the same. All ranks call it at once.
+
+        Args:
+            what: it is that was chosen, for people.
+            chosen: by this rank; some bytes.
+            remedy: for people.
+
+        Raises:
+            ConfigError: ranks have chosen differently; on all of them alike.
+        """
+        rows = self.gather(torch.tensor(list(chosen.encode().ljust(_LONGEST_WORD)), dtype=torch.uint8)).tolist()
+        said = [bytes(row).decode().rstrip() for row in rows]
+        if len(set(said)) > 1:
+            each = " and ".join(
+                f"{word} on rank {said.index(word)} ({self.hosts[said.index(word)]})" for word in dict.fromkeys(said)
+            )
+            raise ConfigError(f"ranks have chosen different {what}s, {each}; {remedy}")
 
     @contextlib.contextmanager
     def names_lost_ranks(self) -> Iterator[None]:

@@ -1,6 +1,8 @@
 """What ranks agree on before the first collective, which oneCCL would wait for without an end."""
 
 import json
+import re
+import socket
 
 import pytest
 from comm.ranks import outputs, results, start_ranks, wait_for
@@ -36,6 +38,24 @@ setrlimit(RLIMIT_NOFILE, (256, getrlimit(RLIMIT_NOFILE)[1]))
 with Group(ranks, "gloo"):
     soft, hard = getrlimit(RLIMIT_NOFILE)
 open(f"{sys.argv[1]}/rank{ranks.rank}.json", "w").write(json.dumps({"soft": soft, "hard": hard}))
+"""
+
+CHOOSE = """
+import json, sys
+from knltrain import train as trainer
+from knltrain.config import RunConfig, override
+from knltrain.console import Console
+from knltrain.errors import ConfigError
+from knltrain.node.ranks import discover
+folder, differs = sys.argv[1:]
+rank = discover().rank
+chosen = {"precision": ("fp32", "bf16"), "engine": ("fused", "eager")}
+trainer.choose_precision = lambda *_, **__: chosen["precision"][rank if differs == "precision" else 0]
+trainer.choose_engine = lambda *_, **__: chosen["engine"][rank if differs == "engine" else 0]
+try:
+    trainer.train(override(RunConfig(), {"out": f"{folder}/run", "comm.backend": "gloo"}), Console(silent=True))
+except ConfigError as error:
+    open(f"{folder}/rank{rank}.json", "w").write(json.dumps({"error": str(error)}))
 """
 
 CONNECT = """
@@ -102,6 +122,17 @@ def test_every_rank_may_open_as_many_files_as_the_system_lets_it(tmp_path):
     """Each has two connections to every other, and a few hundred of these are more than the usual limit."""
     for said in run(OPEN_FILES, tmp_path):
         assert said["soft"] == said["hard"]
+
+
+@pytest.mark.parametrize("choice, words", [
+    ("precision", "different precisions, fp32 on rank 0 ({0}) and bf16 on rank 1 ({0}); give.* --precision fp32"),
+    ("engine", "different engines, fused on rank 0 ({0}) and eager on rank 1 ({0}); give.* --engine NAME"),
+])  # fmt: skip
+def test_ranks_that_auto_gives_different_things_are_refused(choice, words, tmp_path):
+    """As on nodes of two processors; what would come of it is a sum over gradients of two types."""
+    words = words.replace("(", r"\(").replace(")", r"\)").format(socket.gethostname())
+    for said in run(CHOOSE, tmp_path, choice):
+        assert re.search(words, said["error"])
 
 
 def test_what_oneccl_would_wait_for_without_an_end_ends_after_the_time_out(needs_oneccl, tmp_path):
