@@ -1,10 +1,13 @@
-"""Reading files that somebody else has put there, whatever they are."""
+"""Reading files that somebody else has put there, whatever they are, and writing those that others may be reading."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -24,6 +27,22 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
         file.close()
         raise OSError(errno.EINVAL, "not a file", str(path))
     return file
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file under a name of its own that gets the name ``path`` when it is whole, and is deleted if it never is.
+
+    It may be read by whom the umask lets, unlike those of ``tempfile``.
+    """
+    aside = path.with_name(f"{path.name}-{secrets.token_hex(8)}.part")
+    try:
+        with open(aside, "xb") as file:
+            yield file
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def _without_waiting(path: str, flags: int) -> int:

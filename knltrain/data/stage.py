@@ -14,6 +14,7 @@ from pathlib import Path
 from knltrain.data.folder import DataError
 from knltrain.data.manifest import NAME, read_manifest
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import replacing
 
 _BLOCK = 1 << 24
 # Between two looks at whether all nodes are ready, and two lines about it.
@@ -61,9 +62,10 @@ def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda 
         for file in missing:
             (target / file).parent.mkdir(exist_ok=True)
             done = _copy(root / file, target / file, files[file][1], done, lambda at: progress(at, total))
-        aside = target / f"{NAME}.part"
-        aside.write_bytes(text)
-        os.replace(aside, target / NAME)
+        # The other ranks of the node call this when the copy is there: what all of them read is not written again.
+        if not (target / NAME).exists() or (target / NAME).read_bytes() != text:
+            with replacing(target / NAME) as meta:
+                meta.write(text)
     except OSError as error:
         raise KnltrainError(f"--stage {into}: {error.filename or target}: {error.strerror}") from None
     return target

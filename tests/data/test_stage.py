@@ -45,6 +45,28 @@ def test_is_kept_and_completed(prepared, tmp_path):
     assert files(copy) == whole
 
 
+def test_what_is_whole_is_not_written_again(prepared, tmp_path):
+    """All ranks of a node come for it at once, and read it while others come."""
+    meta = stage(prepared, tmp_path) / "meta.json"
+    first = meta.stat()
+    stage(prepared, tmp_path)
+    assert (meta.stat().st_ino, meta.stat().st_mtime_ns) == (first.st_ino, first.st_mtime_ns)
+    meta.write_bytes(b"{")
+    copies, start = [], threading.Barrier(8)
+
+    def come():
+        start.wait(30)
+        copies.append((stage(prepared, tmp_path) / "meta.json").read_bytes())
+
+    threads = [threading.Thread(target=come) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert copies == [(prepared / "meta.json").read_bytes()] * 8
+    assert not list(tmp_path.rglob("*.part"))
+
+
 def test_what_was_not_prepared_is_refused(image_folder, tmp_path):
     with pytest.raises(ConfigError, match="prepare it first"):
         stage(image_folder, tmp_path)
