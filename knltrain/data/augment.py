@@ -86,9 +86,9 @@ def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.f
 
 def centre_box(side: int, *, resize: int, size: int) -> NDArray[np.float64]:
     """The box of :func:`centre_crop` in a square image of ``side`` pixels: top, left, height and width."""
-    scale = side / resize
-    first = round((resize - size) / 2) * scale
-    return np.array([first, first, size * scale, size * scale])
+    first = float(round((resize - size) / 2))
+    box: NDArray[np.float64] = _scaled(np.array([[first, first]]), size, side / resize)[0]
+    return box
 
 
 def training_boxes(
@@ -112,8 +112,20 @@ def training_boxes(
     else:
         pad = augment.pad if augment.name == "pad-crop-flip" else 0
         corners = np.floor(draws[:, [2, 1]] * (config.resize + 2 * pad - size + 1)) - pad
-        boxes = np.concatenate([corners, np.full((len(draws), 2), float(size))], axis=1) * (side / config.resize)
+        boxes = _scaled(corners, size, side / config.resize)
     return boxes, draws[:, 0] < _FLIPPED
+
+
+def _scaled(corners: NDArray[np.float64], size: int, scale: float) -> NDArray[np.float64]:
+    """Top, left, height and width of square boxes in the image decoded at another size, as :meth:`Box.scaled` rounds.
+
+    Args:
+        corners: N x 2: top and left.
+        size: height and width of all.
+        scale: of the other size.
+    """
+    begin, end = (np.round(edges * scale, 6) for edges in (corners, corners + size))
+    return np.concatenate([begin, end - begin], axis=1)
 
 
 def cut(image: Pixels, box: Box, size: int) -> Pixels:

@@ -286,7 +286,10 @@ class Loader:
         crop_flip_normalize_at(
             np.array([part.ctypes.data for part in parts]),
             np.array([part.shape[:2] for part in parts]),
-            torch.tensor([(box.top, box.left, box.bottom - box.top, box.right - box.left) for box in boxes]).double(),
+            torch.tensor(
+                [(box.top, box.left, box.bottom - box.top, box.right - box.left) for box in boxes],
+                dtype=torch.float64,  # in float32 a box that ends on the image's border may end behind it
+            ),
             flips,
             out,
         )

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from prepared import SIZE, jpeg, prepare, webdataset
 
 from knltrain.config import AugmentConfig, RunConfig
@@ -23,7 +24,7 @@ from knltrain.data.manifest import NAME
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError
-from knltrain.ops.crops import normalize
+from knltrain.ops.crops import MEAN, STD, normalize
 
 
 def batches(root, config, *, rank=0, ranks=1, workers=2, steps=3, part="train"):
@@ -84,6 +85,31 @@ def test_boxes_of_many_are_the_boxes_of_each(name):
         expected = (box.top, box.left, box.bottom - box.top, box.right - box.left)
         np.testing.assert_allclose(got, expected, atol=2e-6)
         assert flip == box.flip
+
+
+@pytest.mark.parametrize("resize, size", [(36, 32), (30, 24)])
+def test_a_box_that_ends_on_the_border_sees_no_black(tmp_path, resize, size):
+    """White pictures, in files and packed. A border passed by a rounding error would darken the crop's last pixels."""
+    for index in range(16):
+        (tmp_path / "in/train/a").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (48, 48), "white").save(tmp_path / f"in/train/a/{index}.png")
+    prepare(tmp_path / "in", tmp_path / "raw", size=48, workers=1)
+    config = RunConfig(image_size=size, augment=AugmentConfig(name="crop-flip", resize=resize))
+    white = torch.tensor([(1 - mean) / std for mean, std in zip(MEAN, STD, strict=True)])[:, None, None]
+    for root in (tmp_path / "in", tmp_path / "raw"):
+        for images, _ in batches(root, config):
+            torch.testing.assert_close(images, white.expand_as(images), atol=1e-4, rtol=0)
+
+
+def test_no_box_ends_behind_the_border_by_a_rounding_error():
+    corner = np.full((1, augment.NUM_DRAWS), 1 - 2**-40)  # the last that can be drawn
+    for side in range(32, 300, 8):
+        for resize in range(24, side + 1):
+            config = RunConfig(image_size=24, augment=AugmentConfig(name="crop-flip", resize=resize))
+            (box,), _ = augment.training_boxes(config, side, corner)
+            assert box[0] + box[2] == box[1] + box[3] == side
+            box = augment.centre_box(side, resize=resize, size=resize)
+            assert box[0] + box[2] == box[1] + box[3] == side
 
 
 @pytest.mark.parametrize("size, resize", [(24, 32), (32, 32), (24, 28)])
