@@ -123,7 +123,9 @@ class EncodedImage:
             with self._open() as image:
                 width, height = image.size
                 self.suffix = (image.format or "").lower()
-            self._orientation = self._read_orientation()
+            # Pillow turns a TIFF itself as it decodes it, and the size that it has said is the turned one's.
+            if self.suffix != "tiff":
+                self._orientation = self._read_orientation()
         if height * width > _MOST_PIXELS:
             raise DecodeError(f"{width:,} x {height:,} pixels are more than the {_MOST_PIXELS:,} that are decoded")
         self.height, self.width = (width, height) if self._orientation in _SIDEWAYS else (height, width)

@@ -90,7 +90,7 @@ def test_one_bit_and_sixteen_bit_grey():
     close(decode(encoded(deep, "PNG")), np.repeat(picture()[:, :, :1], 3, 2), 1)
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "TIFF", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_undone(kind, orientation):
     turns = {
@@ -101,7 +101,8 @@ def test_exif_orientation_is_undone(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(turns[orientation](picture())))
-    close(decode(encoded(stored, kind, exif=exif, **({"quality": 95} if kind == "JPEG" else {}))), picture(), 3)
+    options = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    close(decode(encoded(stored, kind, exif=exif, **options)), picture(), 3)
 
 
 def test_damaged_exif_does_not_hide_the_picture():
