@@ -28,6 +28,9 @@ _MOST_SCANS = 500
 _LARGEST_FILE = 1 << 30
 # Not all that Pillow knows: it hands some formats to other programs (EPS to Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of large pictures, transparent palettes, damaged tags: all are handled, or refused with a DecodeError. Once and for
+# the process: catch_warnings, in threads beside each other, may leave everybody's filters as one of them set them.
+warnings.filterwarnings("ignore", module=r"PIL\.(Image|\w+ImagePlugin)$")
 
 
 class DecodeError(ValueError):
@@ -199,16 +202,13 @@ class EncodedImage:
 
     def _open(self) -> Image.Image:
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of a large picture, and of damage that may turn out to be none
-                return Image.open(io.BytesIO(self._data), formats=_FORMATS)
+            return Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Exception as error:  # Pillow's plugins raise whatever their parser raises
             raise DecodeError(_reason(error)) from None
 
     def _read_orientation(self) -> int:
         try:
-            with warnings.catch_warnings(), self._open() as image:
-                warnings.simplefilter("ignore")  # of damaged tags
+            with self._open() as image:
                 orientation = image.getexif().get(_ORIENTATION, 1)
         except Exception:  # a damaged tag directory says nothing about the picture
             return 1
@@ -216,8 +216,7 @@ class EncodedImage:
 
     def _pillow(self) -> Pixels:
         try:
-            with warnings.catch_warnings(), self._open() as image:
-                warnings.simplefilter("ignore")  # of a transparent palette, of a large picture: both are handled
+            with self._open() as image:
                 if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
                     # Sixteen-bit grey: Pillow's own conversion cuts off at 255 instead of scaling.
                     grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)

@@ -114,6 +114,35 @@ def test_damaged_exif_does_not_hide_the_picture():
     close(decode(bytes(data)), picture(), 3)
 
 
+def test_what_pillow_warns_of_is_not_heard_and_what_others_warn_of_is(tmp_path):
+    """Threads may not change the process's filters, which others' warnings go through."""
+    exif = Image.Exif()
+    exif[0x010E] = "x" * 100  # a description, of which the end is missing
+    palette = Image.fromarray(picture()).quantize(64)
+    files = {
+        "tags.webp": encoded(Image.fromarray(picture()), "WEBP", exif=exif.tobytes()[:-90]),
+        "palette.png": encoded(palette, "PNG", transparency=bytes([0] * 64)),
+        "large.png": encoded(Image.new("1", (9500, 9500)), "PNG"),
+    }
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    program = """
+import pathlib, sys, warnings
+from knltrain.data.decode import EncodedImage
+def changed(*_, **__): raise AssertionError("the filters are the process's")
+warnings.catch_warnings = warnings.simplefilter = warnings.filterwarnings = changed
+for path in map(pathlib.Path, sys.argv[1:]):
+    image = EncodedImage(path.read_bytes())
+    if path.stem != "large": image.pixels()
+warnings.warn("of somebody else")
+"""
+    command = [sys.executable, "-W", "always", "-c", program, *(str(tmp_path / name) for name in files)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    heard = [line.rpartition("Warning: ")[2] for line in run.stderr.splitlines() if "Warning: " in line]
+    assert heard == ["of somebody else"]
+
+
 def test_suffix_does_not_matter_and_bytes_do():
     """ImageNet's training set holds a PNG that is called .JPEG."""
     close(decode(encoded(Image.fromarray(picture()), "PNG")), picture(), 0.01)
