@@ -75,26 +75,31 @@ def refuse_unbuildable(config: RunConfig) -> None:
     """Builds the network a configuration names without its memory, so that one that cannot be is refused early.
 
     Raises:
-        ConfigError: as :func:`build_model`.
+        ConfigError: as :func:`build_model`, or it does not take images of a size that they will have.
     """
     if config.model.startswith("torchvision:"):
         _import_torchvision(config.model)  # under a device that is not the processor it does not import
     with torch.device("meta"):
         model = model_of(config, num_classes=1)
+        weights = [weight.shape for weight in model.parameters()]
+        _refuse_size(model, config, "image-size")
         for size in config.schedule.image_sizes:
-            _refuse_size(model, config.at_size(size))
+            other = model_of(config.at_size(size), num_classes=1)
+            if [weight.shape for weight in other.parameters()] != weights:
+                raise ConfigError(f"schedule.image-sizes: the weights of {config.model} are made for one image-size")
+            _refuse_size(other, config.at_size(size), "schedule.image-sizes")
 
 
-def _refuse_size(model: nn.Module, config: RunConfig) -> None:
-    """Refuses images of a size at which the network has other weights, or none."""
-    other = model_of(config, num_classes=1)
-    if [weight.shape for weight in model.parameters()] != [weight.shape for weight in other.parameters()]:
-        raise ConfigError(f"schedule.image-sizes: the weights of {config.model} are made for one image-size")
+def _refuse_size(model: nn.Module, config: RunConfig, field: str) -> None:
+    """Refuses images of a size that a network without memory does not take."""
     try:
-        other.eval()(torch.empty(1, 3, config.image_size, config.image_size))
+        model.eval()(torch.empty(1, 3, config.image_size, config.image_size))
+    except NotImplementedError:
+        pass  # an operation that needs values to know shapes: whether it takes them, the first step will tell
     except (RuntimeError, ValueError, AssertionError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
-            f"schedule.image-sizes {config.image_size}: {config.model} does not take them: {str(error).splitlines()[0]}"
+            f"{field} {config.image_size}: {config.model} does not take such images ({reason}); give another size"
         ) from None
 
 

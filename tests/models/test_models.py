@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from knltrain import models
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
-from knltrain.models import build_model, model_of
+from knltrain.models import build_model, model_of, refuse_unbuildable
 from knltrain.models.alexnet import LocalResponseNorm
 
 # The counts of Caffe's bvlc_alexnet and of torchvision's resnet50; alexnet_bn has 2 x (96 + 256 + 384 + 384) more.
@@ -171,3 +172,26 @@ def test_models_come_channels_last():
     weight = model.features.conv2.weight
     assert weight.is_contiguous(memory_format=torch.channels_last)
     assert not weight.is_contiguous()
+
+
+class Pooled(nn.Sequential):
+    """Halves 14 pixels four times, which is once too often; so does torchvision's AlexNet with images of 32."""
+
+    def __init__(self, *, num_classes, image_size):
+        super().__init__(nn.Conv2d(3, 4, 3), *(nn.MaxPool2d(2) for _ in range(4)))
+
+
+class ValuesWanted(nn.Conv2d):
+    def __init__(self, *, num_classes, image_size):
+        super().__init__(3, num_classes, 1)
+
+    def forward(self, x):
+        raise NotImplementedError("no kernel for the meta device")
+
+
+def test_images_that_a_network_does_not_take_are_refused_before_any_are_read(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "pooled", Pooled)
+    monkeypatch.setitem(models.MODELS, "values", ValuesWanted)
+    refuse_unbuildable(RunConfig(model="values", image_size=32))
+    with pytest.raises(ConfigError, match=r"^image-size 16: pooled does not take such .*\(.*\); give another size$"):
+        refuse_unbuildable(RunConfig(model="pooled", image_size=16))
