@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from knltrain.data.augment import Pixels, centre, short_side
-from knltrain.data.decode import DecodeError, EncodedImage, read_image
+from knltrain.data.decode import DecodeError, EncodedImage, read_image, refuse_large
 from knltrain.data.folder import SUFFIXES
 from knltrain.files import open_regular
 
@@ -51,8 +51,13 @@ def read(path: str, offset: int, size: int) -> bytes:
 
 
 def scaled(image: EncodedImage, size: int) -> Pixels:
-    """Decodes with the short side at ``size`` pixels, antialiased."""
+    """Decodes with the short side at ``size`` pixels, antialiased.
+
+    Raises:
+        DecodeError: the file is damaged, or the long side would be too long.
+    """
     height, width = short_side(image.height, image.width, size)
+    refuse_large(height, width, " after scaling")
     # Twice as large at least, so that the filter below decides what is seen.
     pixels = image.pixels(2 * height, 2 * width)
     if pixels.shape[:2] != (height, width):

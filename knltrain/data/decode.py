@@ -37,6 +37,16 @@ class DecodeError(ValueError):
     """The bytes are no image, or not a whole one."""
 
 
+def refuse_large(height: int, width: int, how: str = "") -> None:
+    """Refuses more pixels than an image may have, as its header says or ``how`` they came about.
+
+    Raises:
+        DecodeError: there are more than 134 million.
+    """
+    if height * width > _MOST_PIXELS:
+        raise DecodeError(f"{width:,} x {height:,} pixels{how} are more than the {_MOST_PIXELS:,} that are decoded")
+
+
 @functools.cache
 def decoder_of_parts() -> Any | None:
     """The native class that decodes parts of JPEGs, or None where it was not built or finds no libjpeg-turbo.
@@ -129,8 +139,7 @@ class EncodedImage:
             # Pillow turns a TIFF itself as it decodes it, and the size that it has said is the turned one's.
             if self.suffix != "tiff":
                 self._orientation = self._read_orientation()
-        if height * width > _MOST_PIXELS:
-            raise DecodeError(f"{width:,} x {height:,} pixels are more than the {_MOST_PIXELS:,} that are decoded")
+        refuse_large(height, width)
         self.height, self.width = (width, height) if self._orientation in _SIDEWAYS else (height, width)
 
     def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:

@@ -19,7 +19,7 @@ from torch import Tensor
 from knltrain.config import RunConfig
 from knltrain.data import augment, order
 from knltrain.data.augment import Box, Pixels
-from knltrain.data.decode import DecodeError
+from knltrain.data.decode import DecodeError, refuse_large
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
 from knltrain.node.binding import prefer_memory
@@ -329,7 +329,9 @@ class Loader:
         size, resize = config.image_size, config.resize
         image = self._dataset.image(sample)
         if draws is None:
-            if (image.height, image.width) == augment.short_side(image.height, image.width, resize):
+            scaled = augment.short_side(image.height, image.width, resize)
+            refuse_large(*scaled, " after scaling")
+            if (image.height, image.width) == scaled:
                 return image.around(augment.centre(image.height, image.width, size), size)
             return augment.centre_crop(image.pixels(), resize=resize, size=size), Box(0, 0, size, size)
         box = augment.training_box(config, image.height, image.width, draws)

@@ -1,5 +1,6 @@
 """Data sets that are damaged, or made to do harm: refused in one line, without a wait and with nothing touched."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -14,13 +15,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import write_jpeg
 from PIL import Image
 from prepared import jpeg, prepare, webdataset
 
+from knltrain.config import AugmentConfig, RunConfig
+from knltrain.data.convert import to_square
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import DecodeError, EncodedImage
 from knltrain.data.folder import DataError, Folder
+from knltrain.data.loader import Loader
 from knltrain.data.stage import stage
 from knltrain.errors import ConfigError, KnltrainError
 
@@ -189,6 +194,24 @@ def test_other_formats_are_held_to_the_same():
         Image.new("1", (13000, 13000)).save(buffer, kind)
         with pytest.raises(DecodeError, match="13,000 x 13,000 pixels are more than"):
             EncodedImage(buffer.getvalue())
+
+
+def test_a_thin_picture_is_not_scaled_to_billions_of_pixels(folder):
+    """Its pixels are few until its short side is as long as the others' short sides."""
+    Image.new("RGB", (100_000, 1)).save(folder / "train" / "a" / "1.png")
+    reason = "4,000,000 x 40 pixels after scaling are more than"
+    with pytest.raises(DecodeError, match=reason):
+        to_square((folder / "train" / "a" / "1.png").read_bytes(), 40)
+    for on_bad in ("fail", "skip"):
+        config = RunConfig(image_size=32, on_bad=on_bad, augment=AugmentConfig(name="none", resize=40))
+        loader = Loader(open_folder(folder, "train"), config, dtype=torch.float32, workers=1)
+        with contextlib.closing(loader):
+            if on_bad == "fail":
+                with pytest.raises(DataError, match=rf"a/1\.png: {reason}"):
+                    next(loader.evaluation(batch=2, rank=0, world_size=1))
+            else:
+                (batch,) = loader.evaluation(batch=2, rank=0, world_size=1)
+                assert torch.equal(batch.images[0], batch.images[1])
 
 
 def test_a_jpeg_of_endless_scans_is_not_decoded():
