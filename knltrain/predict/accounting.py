@@ -9,6 +9,7 @@ from typing import Any
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.predict.layers import layers_of
+from knltrain.predict.run import classes_for
 from knltrain.recipes import IMAGENET_IMAGES
 from knltrain.schedule import timetable, total_steps
 
@@ -48,7 +49,7 @@ def accounting(
     """
     if nodes < 1:
         raise ConfigError(f"{nodes} nodes: give 1 or more")
-    layers = layers_of(model, image_size=image_size)
+    layers = layers_of(model, image_size=image_size, num_classes=classes_for(model))
     elements = sum(layer.num_parameters for layer in layers)
     flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
     sent = 2 * (nodes - 1) / nodes * elements * itemsize
@@ -97,7 +98,7 @@ def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> l
             images=images,
             itemsize=2 if config.comm.dtype == "bf16" else 4,
         )
-        layers = layers_of(config.model, image_size=phase.image_size)
+        layers = layers_of(config.model, image_size=phase.image_size, num_classes=classes_for(config.model))
         flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
         rows.append(
             {

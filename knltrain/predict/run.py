@@ -24,14 +24,20 @@ _CHECKPOINT_BYTES = {"lars": 8, "sgd": 8, "lamb": 12}  # weights and moments in 
 # The moving average's: read, read weights, write; and what it adds to a checkpoint.
 _AVERAGE_BYTES, _AVERAGE_CHECKPOINT_BYTES = 12, 4
 _SLOWEST_FACTOR, _MOST_STEPS = 1e-6, 1e15
-# Images of train and val: of CIFAR-10, which the networks for small images are trained on, and of ImageNet.
+# Images of train and val: of CIFAR-10, which the networks for small images are trained on, and of ImageNet. Classes.
 _CIFAR_MODELS = ("alexnet_bn_small", "resnet20")
 _CIFAR, _IMAGENET = (50_000, 10_000), (IMAGENET_IMAGES, 50_000)
+_CIFAR_CLASSES, _IMAGENET_CLASSES = 10, 1000
 
 
 def images_for(model: str) -> tuple[int, int]:
     """Images of train and val that a network is usually trained on and evaluated with."""
     return _CIFAR if model in _CIFAR_MODELS else _IMAGENET
+
+
+def classes_for(model: str) -> int:
+    """Classes of what :func:`images_for` counts."""
+    return _CIFAR_CLASSES if model in _CIFAR_MODELS else _IMAGENET_CLASSES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -298,7 +304,7 @@ def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
             for time in times
         ], optimizer_s * factor
     config, precision = job.config, job.precision
-    layers = layers_of(config.model, image_size=config.image_size)
+    layers = layers_of(config.model, image_size=config.image_size, num_classes=classes_for(config.model))
     rate = _rate(job.system, config.model, precision)
     efficiency, cores = _efficiency(job.system, rate)
     factor = node.ranks.value * cores / computing / efficiency
@@ -352,6 +358,7 @@ def _efficiency(system: System, rate: Rate | None) -> tuple[float, int]:
         assert system.node.efficiency is not None
         return system.node.efficiency.value, system.node.cores.value
     try:
+        # Of any network with a thousand classes, as the noise has that bench measures on.
         layers = layers_of(rate.models[0], image_size=rate.image_size)
     except ConfigError as error:
         raise ConfigError(f"{system.name}: a rate of it: {error}") from None

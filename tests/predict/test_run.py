@@ -9,6 +9,7 @@ from foreseen import ALEXNET, GOOD, RESNET, job, replaced
 
 from knltrain.config import CommConfig, RunConfig, override
 from knltrain.errors import ConfigError
+from knltrain.models import build_model
 from knltrain.predict.accounting import accounting, course
 from knltrain.predict.layers import layers_of
 from knltrain.predict.run import fabric_of, predict, share
@@ -172,6 +173,21 @@ def test_small_images_are_cifars(recipe, epochs):
     config = RECIPES[recipe].config()
     system = parse(GOOD, "two.toml")
     assert predict(job(config, system, nodes=1)).steps == round(epochs * 50_000 / 2048)
+
+
+@pytest.mark.parametrize("recipe", ["cifar-2k", "cifar-resnet20-2k", "cifar-2k-resizing"])
+def test_networks_for_small_images_have_cifars_classes(recipe):
+    """Their last layer is much of what the ranks exchange."""
+    config = RECIPES[recipe].config()
+    model = build_model(config.model, num_classes=10, image_size=config.image_size)
+    elements = sum(parameter.numel() for parameter in model.parameters())
+    assert predict(job(config, parse(GOOD, "two.toml"), nodes=2)).gradient_bytes == 4 * elements
+    rows = accounting(config.model, image_size=config.image_size, epochs=1, nodes=2, batches=[512], images=512)
+    assert rows[0]["terabytes"] == pytest.approx(4 * elements / 1e12)
+    layers = layers_of(config.model, image_size=config.image_size, num_classes=10)
+    flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
+    last = course(config, nodes=2, images=50_000)[-1]
+    assert last["flops"] == last["images"] * flops
 
 
 def test_accounting_is_the_published_table():
