@@ -26,6 +26,8 @@ _MOST_PIXELS = 1 << 27
 # A progressive JPEG has some ten scans, each of which passes over the whole image.
 _MOST_SCANS = 500
 _LARGEST_FILE = 1 << 30
+# What opening says of a name that is no image's, but a pipe's, a socket's, a link's to itself.
+_NO_FILE = (errno.EINVAL, errno.EFBIG, errno.ENXIO, errno.ELOOP)
 # Not all that Pillow knows: it hands some formats to other programs (EPS to Ghostscript).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of large pictures, transparent palettes, damaged tags: all are handled, or refused with a DecodeError. Once and for
@@ -35,6 +37,11 @@ warnings.filterwarnings("ignore", module=r"PIL\.(Image|\w+ImagePlugin)$")
 
 class DecodeError(ValueError):
     """The bytes are no image, or not a whole one."""
+
+
+def is_bad(error: DecodeError | OSError) -> bool:
+    """Whether an image is at fault. Other errors are of the disk, the network or the process, and may pass."""
+    return isinstance(error, DecodeError) or error.errno in _NO_FILE
 
 
 def refuse_large(height: int, width: int, how: str = "") -> None:

@@ -10,7 +10,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.decode import DecodeError, EncodedImage, read_image
+from knltrain.data.decode import DecodeError, EncodedImage, is_bad, read_image
 from knltrain.errors import KnltrainError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -85,10 +85,11 @@ class Folder:
         """Decodes ``count`` images, evenly spread; raises DataError for a bad one."""
         check_some(self, count)
 
-    def bad(self, index: int, error: Exception) -> DataError:
+    def bad(self, index: int, error: DecodeError | OSError) -> DataError:
         """The error of an image that cannot be used."""
         reason = error.strerror if isinstance(error, OSError) else error
-        return DataError(f"{self.name(index)}: {reason}; replace or remove this image, or pass --on-bad skip")
+        remedy = "replace or remove this image, or pass --on-bad skip" if is_bad(error) else "see that it can be read"
+        return DataError(f"{self.name(index)}: {reason}; {remedy}")
 
     def close(self) -> None:
         """No file stays open between images."""
@@ -102,7 +103,7 @@ class Images(Protocol):
     def image(self, index: int) -> EncodedImage:
         """Opens one image."""
 
-    def bad(self, index: int, error: Exception) -> DataError:
+    def bad(self, index: int, error: DecodeError | OSError) -> DataError:
         """The error of an image that cannot be used."""
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from knltrain.config import RunConfig
 from knltrain.data import augment, order
 from knltrain.data.augment import Box, Pixels
-from knltrain.data.decode import DecodeError, refuse_large
+from knltrain.data.decode import DecodeError, is_bad, refuse_large
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
 from knltrain.node.binding import prefer_memory
@@ -63,7 +63,7 @@ class Dataset(Protocol):
     def check(self, count: int) -> None:
         """Decodes some images and raises DataError for a bad one."""
 
-    def bad(self, index: int, error: Exception) -> DataError:
+    def bad(self, index: int, error: DecodeError | OSError) -> DataError:
         """The error of an image that cannot be used: where it is, and what to do."""
 
     def close(self) -> None:
@@ -318,7 +318,7 @@ class Loader:
             try:
                 return *self._around(sample, item.draws, config), sample
             except (DecodeError, OSError) as error:
-                if config.on_bad == "fail":
+                if config.on_bad == "fail" or not is_bad(error):
                     raise self._dataset.bad(sample, error) from None
                 self._bad.add(sample)
                 if len(self._bad) == len(self._dataset):

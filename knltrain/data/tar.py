@@ -16,7 +16,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.decode import DecodeError, EncodedImage, is_bad
 from knltrain.data.folder import SUFFIXES, DataError, check_some
 from knltrain.data.manifest import NAME, read_manifest
 from knltrain.files import open_regular
@@ -165,10 +165,11 @@ class Tar:
         """Decodes ``count`` images, evenly spread; raises DataError for a bad one."""
         check_some(self, count)
 
-    def bad(self, index: int, error: Exception) -> DataError:
+    def bad(self, index: int, error: DecodeError | OSError) -> DataError:
         """The error of an image that cannot be used."""
         reason = error.strerror if isinstance(error, OSError) else error
-        return DataError(f"{self.name(index)}: {reason}; copy the shard again, or pass --on-bad skip")
+        remedy = "copy the shard again, or pass --on-bad skip" if is_bad(error) else "see that the shard can be read"
+        return DataError(f"{self.name(index)}: {reason}; {remedy}")
 
     def close(self) -> None:
         """Closes the shards."""

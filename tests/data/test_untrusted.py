@@ -1,6 +1,7 @@
 """Data sets that are damaged, or made to do harm: refused in one line, without a wait and with nothing touched."""
 
 import contextlib
+import errno
 import gzip
 import io
 import json
@@ -23,10 +24,11 @@ from prepared import jpeg, prepare, webdataset
 from knltrain.config import AugmentConfig, RunConfig
 from knltrain.data.convert import to_square
 from knltrain.data.datasets import open_folder
-from knltrain.data.decode import DecodeError, EncodedImage
+from knltrain.data.decode import DecodeError, EncodedImage, read_image
 from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader
 from knltrain.data.stage import stage
+from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError, KnltrainError
 
 
@@ -68,7 +70,8 @@ def test_what_is_named_like_an_image_and_is_no_file_is_a_bad_image(folder, kind)
     part = Folder(folder / "train")
     assert len(part) == (1 if kind == "folder" else 2)  # a link to a folder is a folder, and not entered
     if len(part) == 2:
-        with pytest.raises(DataError, match=r"1\.jpg: .*--on-bad skip"):
+        advice = "see that it can be read" if kind == "nowhere" else ".*--on-bad skip"
+        with pytest.raises(DataError, match=rf"1\.jpg: .*{advice}"):
             part.check(2)
 
 
@@ -85,6 +88,48 @@ def test_what_is_no_file_is_no_shard_either(tmp_path, kind):
 def test_prepare_lists_what_is_no_file(folder, kind):
     special(kind, folder / "train" / "a" / "1.jpg")
     assert prepare(folder, folder.parent / f"{folder.name}-raw", workers=1, on_bad="skip")["rejected"] == 1
+
+
+def evaluated(dataset):
+    """Labels of the images that evaluation sees, and how many were replaced, where bad ones are skipped."""
+    config = RunConfig(image_size=16, on_bad="skip", augment=AugmentConfig(resize=16))
+    loader = Loader(dataset, config, dtype=torch.float32, workers=1)
+    with contextlib.closing(loader):
+        labels = torch.cat([batch.labels for batch in loader.evaluation(batch=4, rank=0, world_size=1)])
+        return labels.tolist(), loader.skipped
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket", "device", "loop"])
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_skipped_where_that_is_asked_for(folder, kind):
+    special(kind, folder / "train" / "a" / "1.jpg")
+    assert evaluated(Folder(folder / "train")) == ([0, 0], 1)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES, errno.EMFILE, errno.ENOENT])
+def test_what_ails_the_disk_or_the_network_is_never_skipped(folder, monkeypatch, number):
+    """The images are good, and would be replaced by others without a word to say which."""
+    write_jpeg(folder / "train" / "a" / "1.jpg", 20, 20, 1)
+    webdataset(folder / "tar" / "train-0.tar", [(f"{n}.{k}", d) for n in range(2) for k, d in
+                                                (("jpg", jpeg(n)), ("cls", b"0"))])  # fmt: skip
+    folder_part, tar = Folder(folder / "train"), Tar(folder / "tar", "train")
+
+    def failing_once(read):
+        errors = [OSError(number, os.strerror(number))]
+
+        def fail(*arguments):
+            if errors:
+                raise errors.pop()
+            return read(*arguments)
+
+        return fail
+
+    monkeypatch.setattr("knltrain.data.folder.read_image", failing_once(read_image))
+    monkeypatch.setattr(tar, "_pread", failing_once(tar._pread))
+    for part, where in ((folder_part, r"a/0\.jpg"), (tar, r"train-0\.tar: 0\.jpg")):
+        with pytest.raises(DataError, match=rf"{where}: {os.strerror(number)}; see that .* can be read$"):
+            evaluated(part)
+        assert evaluated(part) == ([0, 0], 0)
 
 
 def test_files_that_are_too_large_vanish_or_shrink_are_bad_images(folder, monkeypatch):
