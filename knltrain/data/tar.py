@@ -23,7 +23,7 @@ from knltrain.files import open_regular
 from knltrain.node.cache import cache_folder
 
 # Part of an index's name: indexes made by other rules are not read.
-_VERSION = 1
+_VERSION = 2
 MOST_CLASSES = 1 << 20
 _LONGEST_LABEL = 64  # bytes of a .cls file; what is longer is no number
 
@@ -105,7 +105,7 @@ class Tar:
         part: ``train`` or ``val``.
 
     Raises:
-        DataError: a shard is missing, damaged, or holds an image without its class.
+        DataError: a shard is missing, damaged, or holds an image without its class, or two in one sample.
     """
 
     def __init__(self, root: Path, part: str) -> None:
@@ -295,6 +295,11 @@ def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
                 yield image, label
             key, image, label = f"{folder}/{stem}", None, None
         if f".{extension.lower()}" in SUFFIXES:
+            if image is not None:
+                raise DataError(
+                    f"{file.name}: {image.name} and {member.name} are two images of one sample; leave one out, or give "
+                    "them names that differ before the first dot"
+                )
             image = member
         elif extension == "cls":
             text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)

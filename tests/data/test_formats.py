@@ -186,6 +186,8 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, own_cache):
     ([("a.jpg", b"x")], r"a\.jpg has no \.cls"),
     ([("a.jpg", b"x"), ("a.cls", b"dog")], "no class number"),
     ([("a.cls", b"1")], "no images"),
+    ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.png", b"y")], r"train-0\.tar: a\.jpg and a\.png are two images of one"),
+    ([("a.jpg", b"x"), ("a.jpg", b"y"), ("a.cls", b"1")], r"a\.jpg and a\.jpg are two"),
 ])  # fmt: skip
 def test_tars_that_are_no_data(tmp_path, files, message):
     webdataset(tmp_path / "train-0.tar", files)

@@ -347,7 +347,7 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path):
     prepare(tmp_path / "src", tmp_path / "out" / "raw", workers=1)
     prepare(tmp_path / "src", tmp_path / "out" / "tar", format="tar", workers=1)
     new = {path.relative_to(tmp_path).as_posix() for path in set(tmp_path.rglob("*")) - set(before)}
-    assert {path for path in new if not path.startswith("out")} == {"src/train-index-v1.npz"}
+    assert {path for path in new if not path.startswith("out")} == {"src/train-index-v2.npz"}
     with tarfile.open(tmp_path / "out" / "tar" / "train-00000.tar") as tar:
         assert {name.partition(".")[0] for name in tar.getnames()} == {f"train-{place:08}" for place in range(4)}
 
