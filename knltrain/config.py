@@ -264,6 +264,12 @@ class RunConfig:
                 f"schedule.image-sizes {max(self.schedule.image_sizes)} is larger than image-size {self.image_size}, "
                 "which is what training ends with and what is evaluated"
             )
+        smallest = self._resize_at(min((self.image_size, *self.schedule.image_sizes)))
+        if self.augment.name == "pad-crop-flip" and self.augment.pad > smallest:
+            raise ConfigError(
+                f"augment.pad {self.augment.pad} is more than the {smallest} pixels of the images that it is put "
+                f"around: crops of nothing but black; give --augment.pad {smallest} or less"
+            )
         schedule, epochs = self.schedule, f"{self.epochs:g} epochs"
         if schedule.batch_epochs and schedule.batch_epochs[-1] >= self.epochs:
             raise ConfigError(
@@ -294,13 +300,16 @@ class RunConfig:
 
     def at_size(self, image_size: int) -> RunConfig:
         """The same with images of another size in pixels, out of images that are scaled as much more or less."""
-        resize = round(self.resize * image_size / self.image_size)
         return dataclasses.replace(
             self,
             image_size=image_size,
             schedule=dataclasses.replace(self.schedule, image_sizes=(), image_size_epochs=()),
-            augment=dataclasses.replace(self.augment, resize=resize),
+            augment=dataclasses.replace(self.augment, resize=self._resize_at(image_size)),
         )
+
+    def _resize_at(self, image_size: int) -> int:
+        """:attr:`resize` for images of another size."""
+        return round(self.resize * image_size / self.image_size)
 
     @property
     def resize(self) -> int:

@@ -3,12 +3,16 @@ import json
 import os
 import re
 
+import numpy as np
 import pytest
+import torch
 
 from knltrain import config as configuration
 from knltrain.config import CommConfig, RunConfig, ScheduleConfig, override
+from knltrain.data.augment import NUM_DRAWS, training_box, training_boxes
 from knltrain.effect import without_effect
 from knltrain.errors import ConfigError
+from knltrain.ops.crops import crop_flip_normalize
 from knltrain.recipes import RECIPES
 
 
@@ -107,6 +111,29 @@ def test_crops_larger_than_the_resized_image_are_refused():
     with pytest.raises(ConfigError, match=r"augment\.resize 256 is smaller than image-size 288.*--augment\.resize 329"):
         override(RECIPES["resnet50-8k"].config(), {"image_size": 288})
     assert override(RECIPES["resnet50-8k"].config(), {"image_size": 288, "augment.resize": 329}).resize == 329
+
+
+@pytest.mark.parametrize(
+    "fields, most",
+    [({}, 32), ({"augment.resize": 40}, 40),
+     ({"schedule.image_sizes": [16], "schedule.image_size_epochs": [1], "augment.resize": 40}, 20)],
+)  # fmt: skip
+def test_a_border_wider_than_the_image_is_refused_and_one_as_wide_is_drawn(fields, most):
+    fields = {"image_size": 32, "augment.name": "pad-crop-flip", **fields}
+    with pytest.raises(ConfigError, match=f"augment.pad {most + 1} is more than the {most} pixels .* {most} or less"):
+        override(RunConfig(), {**fields, "augment.pad": most + 1})
+    config = override(RunConfig(), {**fields, "augment.pad": most})
+    for size in (32, *config.schedule.image_sizes):
+        draws = np.array([[0, x, x] + [0] * (NUM_DRAWS - 3) for x in (0, 1 - 2**-40)])  # the outermost corners
+        boxes, flips = training_boxes(config.at_size(size), 48, draws)
+        out = torch.empty(2, 3, size, size).contiguous(memory_format=torch.channels_last)
+        crop_flip_normalize(
+            torch.zeros(2, 48, 48, 3, dtype=torch.uint8), torch.from_numpy(boxes), torch.from_numpy(flips), out
+        )
+    first, last = (training_box(config.at_size(size), 37, 90, row) for row in draws)  # of the smallest
+    assert (first.top, last.bottom) == (-37, 2 * 37)
+    assert first.left >= -90
+    assert last.right <= 2 * 90
 
 
 @pytest.mark.parametrize(
