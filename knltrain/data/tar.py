@@ -6,7 +6,6 @@ import errno
 import os
 import re
 import tarfile
-import tempfile
 import threading
 from collections.abc import Iterator
 from hashlib import sha256
@@ -19,7 +18,7 @@ from numpy.typing import NDArray
 from knltrain.data.decode import DecodeError, EncodedImage, is_bad
 from knltrain.data.folder import SUFFIXES, DataError, check_some
 from knltrain.data.manifest import NAME, read_manifest
-from knltrain.files import open_regular
+from knltrain.files import open_regular, replacing
 from knltrain.node.cache import cache_folder
 
 # Part of an index's name: indexes made by other rules are not read.
@@ -256,13 +255,8 @@ def _write_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64], 
     made_ns = np.int64(max(stamp[:, 1].max(), 0))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.stem, suffix=".part", delete=False) as file:
-            try:
-                np.savez(file, names=names, stamp=stamp, made_ns=made_ns, **index._asdict())
-                os.replace(file.name, path)
-            except BaseException:
-                os.unlink(file.name)
-                raise
+        with replacing(path) as file:
+            np.savez(file, names=names, stamp=stamp, made_ns=made_ns, **index._asdict())
     except OSError:
         return False
     return True

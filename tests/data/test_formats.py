@@ -174,6 +174,18 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
 
 
+def test_the_index_may_be_read_by_whom_the_shards_may(tmp_path):
+    """Whoever trains first on a shared folder makes it for all."""
+    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
+    before = os.umask(0o027)
+    try:
+        Tar(tmp_path, "train")
+    finally:
+        os.umask(before)
+    (index,) = set(tmp_path.iterdir()) - {tmp_path / "train-0.tar"}
+    assert index.stat().st_mode & 0o777 == 0o640
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, own_cache):
     webdataset(tmp_path / "in/train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
