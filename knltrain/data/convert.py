@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from knltrain.data.augment import Pixels, centre, short_side
-from knltrain.data.decode import DecodeError, EncodedImage, read_image, refuse_large
+from knltrain.data.decode import DecodeError, EncodedImage, read_image, refuse_large, refuse_long
 from knltrain.data.folder import SUFFIXES
 from knltrain.files import open_regular
 
@@ -41,10 +41,11 @@ def read(path: str, offset: int, size: int) -> bytes:
     """A part of a file; size -1 is all of it.
 
     Raises:
-        OSError: it cannot be read, or is no file.
+        OSError: it cannot be read, is no file, or is more than 1 GiB.
     """
     if size < 0:
         return read_image(path)
+    refuse_long(size, path)
     with open_regular(path) as file:
         file.seek(offset)
         return file.read(size)

@@ -69,6 +69,16 @@ def decoder_of_parts() -> Any | None:
     return module.Jpeg if any(module.use_libjpeg(path) == "" for path in sorted(loaded)) else None
 
 
+def refuse_long(num_bytes: int, path: str | Path) -> None:
+    """Refuses an image's bytes before they are read, if they are more than 1 GiB.
+
+    Raises:
+        OSError: they are.
+    """
+    if num_bytes > _LARGEST_FILE:
+        raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE:,} bytes", str(path))
+
+
 def read_image(path: str | Path) -> bytes:
     """The bytes of an image's file.
 
@@ -76,8 +86,7 @@ def read_image(path: str | Path) -> bytes:
         OSError: it cannot be read, or is no file, or one of more than 1 GiB.
     """
     with open_regular(path, buffering=0) as file:
-        if os.fstat(file.fileno()).st_size > _LARGEST_FILE:
-            raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE:,} bytes", str(path))
+        refuse_long(os.fstat(file.fileno()).st_size, path)
         return file.read()
 
 

@@ -15,7 +15,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.decode import DecodeError, EncodedImage, is_bad
+from knltrain.data.decode import DecodeError, EncodedImage, is_bad, refuse_long
 from knltrain.data.folder import SUFFIXES, DataError, check_some
 from knltrain.data.manifest import NAME, read_manifest
 from knltrain.files import open_regular, replacing
@@ -152,10 +152,11 @@ class Tar:
 
         Raises:
             DecodeError: it is none, or the shard is cut short.
-            OSError: the shard cannot be read.
+            OSError: the shard cannot be read, or the image is more than 1 GiB.
         """
-        size = int(self._index.size[index])
-        data = self._pread(int(self._index.shard[index]), size, int(self._index.offset[index]))
+        path, offset, size = self.where(index)
+        refuse_long(size, path)
+        data = self._pread(int(self._index.shard[index]), size, offset)
         if len(data) < size:
             raise DecodeError("the shard is cut short here")
         return EncodedImage(data)

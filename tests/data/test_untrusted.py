@@ -22,7 +22,7 @@ from PIL import Image
 from prepared import jpeg, prepare, webdataset
 
 from knltrain.config import AugmentConfig, RunConfig
-from knltrain.data.convert import to_square
+from knltrain.data.convert import read, to_square
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import DecodeError, EncodedImage, read_image
 from knltrain.data.folder import DataError, Folder
@@ -140,6 +140,21 @@ def test_files_that_are_too_large_vanish_or_shrink_are_bad_images(folder, monkey
         change()
         with pytest.raises(DataError, match=r"0\.jpg: "):
             part.check(1)
+
+
+def test_images_of_any_length_are_refused_before_they_are_read(folder, monkeypatch):
+    """A gigabyte is the most, in a file of its own, in a shard, and for what prepare reads of either."""
+    webdataset(folder / "train-0.tar", [("1.jpg", jpeg(0)), ("1.cls", b"0")])
+    parts = Folder(folder / "train"), Tar(folder, "train")
+    for part in parts:
+        part.check(1)
+        read(*part.where(0))
+    monkeypatch.setattr("knltrain.data.decode._LARGEST_FILE", 100)
+    for part in parts:
+        with pytest.raises(DataError, match=r"\.jpg: more than 100 bytes; .*--on-bad skip"):
+            part.check(1)
+        with pytest.raises(OSError, match="more than 100 bytes"):
+            read(*part.where(0))
 
 
 def test_names_are_what_people_make_them(tmp_path):
