@@ -159,7 +159,7 @@ def evaluate_checkpoint(
             start = time.perf_counter()
             accuracy = evaluate(model, precision, loader, group, batch=128)
             seconds = time.perf_counter() - start
-        (skipped,) = group.sum(loader.skipped)
+        skipped = loader.skipped(group.sum)
     if skipped:
         console.warn(replaced(skipped))
     assert accuracy is not None  # nothing asks it to stop
@@ -167,7 +167,7 @@ def evaluate_checkpoint(
         "checkpoint": str(path),
         "data": config.data,
         **accuracy._asdict(),
-        "skipped_images": int(skipped),
+        "skipped_images": skipped,
         "images_per_s": accuracy.images / seconds,
         "precision": precision,
         "world_size": ranks.size,

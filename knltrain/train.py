@@ -396,10 +396,11 @@ def train(
                 )
             console.line(f"back at step {run.progress.step:,}, with {run.progress.lr_factor:g} times the learning rate")
         wall_s = progress.wall_s + time.perf_counter() - started
-        skipped, *taken = group.sum(train_loader.skipped + val_loader.skipped, *run.neighbours.taken())
+        taken = group.sum(*run.neighbours.taken())
+        skipped = train_loader.skipped(group.sum) + val_loader.skipped(group.sum)
         if skipped:
             console.warn(replaced(skipped))
-        summary = summarize(run, plan, wall_s, int(skipped), Taken(*taken), finished=finished) if group.is_first else {}
+        summary = summarize(run, plan, wall_s, skipped, Taken(*taken), finished=finished) if group.is_first else {}
         if finished:
             group.barrier()
         else:

@@ -140,9 +140,6 @@ class _Here(Executor):
 class Loader:
     """Decodes, augments and normalises the images of a data set.
 
-    Attributes:
-        skipped: images that were replaced by the next good one, where ``on_bad`` is ``skip``.
-
     Args:
         dataset: where images come from; closed with the loader.
         config: names the augmentation and the size.
@@ -194,9 +191,19 @@ class Loader:
         """Images of the data set."""
         return len(self._dataset)
 
-    @property
-    def skipped(self) -> int:
-        return len(self._bad)
+    def skipped(self, total: Callable[..., list[float]]) -> int:
+        """Counts the images that the next good ones replaced on any rank, where ``on_bad`` is ``skip``; each once.
+
+        All ranks call it at once.
+
+        Args:
+            total: sums numbers over all ranks.
+        """
+        (found,) = total(len(self._bad))
+        if not found:
+            return 0
+        # In another epoch a bad image is another rank's: the numbers of images cannot be added up.
+        return sum(count > 0 for count in total(*(index in self._bad for index in range(len(self)))))
 
     def training(self, share: Share, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).

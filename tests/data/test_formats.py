@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -245,6 +246,13 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
     loader.close()
 
 
+def told_by(loader):
+    """The numbers that a rank tells the others of what it skipped."""
+    told = []
+    loader.skipped(lambda *values: told.append(values) or [1.0] * len(values))
+    return told
+
+
 def test_skipped_images_are_the_next_good_ones_at_any_rank_layout(tmp_path):
     files = [(f"{i}.{s}", d) for i in range(12) for s, d in (("jpg", jpeg(i)), ("cls", str(i).encode()))]
     for bad in (3, 4, 11):
@@ -253,12 +261,15 @@ def test_skipped_images_are_the_next_good_ones_at_any_rank_layout(tmp_path):
     config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip", augment=AugmentConfig(name="crop-flip"))
     seen = []
     for ranks in (1, 2, 4):
-        parts = []
+        parts, said = [], []
         for rank in range(ranks):
             loader = Loader(open_part(config, "train"), config, dtype=torch.float32, workers=2)
             parts += list(loader.training(Share(12, 12 // ranks, rank, ranks), 0, 1))
-            assert ranks > 1 or loader.skipped == 3
+            said.append(told_by(loader))
             loader.close()
+        numbers, which = ([sum(column) for column in zip(*values, strict=True)] for values in zip(*said, strict=True))
+        assert numbers == [3 if ranks == 1 else 4], "two ranks met one of them"
+        assert loader.skipped(Mock(side_effect=[numbers, which])) == 3
         seen.append((torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts])))
     for images, labels in seen[1:]:
         assert torch.equal(images, seen[0][0])
