@@ -255,7 +255,8 @@ NB_MODULE(_kernels, m) {
         [](const Addresses &weights, const Addresses &gradients, const Addresses &buffers, const Addresses &copies,
            Address squares, const std::vector<int64_t> &sizes, const std::vector<bool> &gradient_is_bf16,
            const Numbers &lr, const Numbers &momentum, const Numbers &weight_decay, const Numbers &trust_coefficient,
-           const Numbers &eps, const std::vector<bool> &adapt, const std::vector<bool> &clip, int tasks) {
+           const Numbers &eps, const std::vector<bool> &adapt, const std::vector<bool> &clip,
+           const std::vector<bool> &nesterov, int tasks) {
             OwnedList list;
             for (size_t i = 0; i < weights.size(); ++i) {
                 Parameter p{};
@@ -265,7 +266,7 @@ NB_MODULE(_kernels, m) {
                 p.size = sizes[i], p.gradient_is_bf16 = gradient_is_bf16[i];
                 p.lr = lr[i], p.momentum = momentum[i], p.weight_decay = weight_decay[i];
                 p.trust_coefficient = trust_coefficient[i], p.eps = eps[i];
-                p.adapt = adapt[i], p.clip = clip[i];
+                p.adapt = adapt[i], p.clip = clip[i], p.nesterov = nesterov[i];
                 list.add(p);
             }
             list.run(chosen->lars_step, tasks);

@@ -71,7 +71,8 @@ double update(const Parameter &p, const G *gradient, int64_t begin, int64_t coun
         const vec g = fma(decay, w, load_first(gradient + at, n));
         vec v = momentum * load_first(buffer + at, n);
         v = momentum_is_step ? fma(scale, g, v) : v + g;
-        const vec step = momentum_is_step ? v : scale * (nesterov ? fma(momentum, v, g) : v);
+        const vec ahead = nesterov ? fma(momentum, v, momentum_is_step ? scale * g : g) : v;
+        const vec step = momentum_is_step ? ahead : scale * ahead;
         const vec moved = w - step;
         store_first(buffer + at, v, n);
         store_first(weight + at, moved, n);

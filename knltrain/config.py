@@ -47,10 +47,12 @@ Precision = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "fused", "eager", "compile", "ipex"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
-    "lars": ("paper", "mlperf", "larc"),
+    "lars": ("paper", "mlperf", "larc", "nesterov"),
     "lamb": ("paper", "mlperf"),
     "sgd": ("heavy-ball", "nesterov"),
 }
+# The variants of LARS and LAMB that neither adapt nor decay batch norm and biases.
+WEIGHTS_ONLY = ("mlperf", "nesterov")
 
 
 def _field(default: Any, help: str) -> Any:
@@ -63,7 +65,7 @@ class OptimConfig:
 
     name: OptimizerName = _field("lars", "optimizer; each has variants of its own")
     variant: VariantName = _field(
-        "paper", "paper, mlperf and larc are of lars, paper and mlperf of lamb, heavy-ball and nesterov of sgd"
+        "paper", "of lars: paper, mlperf, larc, nesterov; of lamb: paper, mlperf; of sgd: heavy-ball, nesterov"
     )
     lr: Positive = _field(1.0, "peak learning rate; with lr-scaling linear, per 256 images of global batch")
     lr_scaling: Literal["none", "linear"] = _field("none", "linear: the peak is lr x global batch / 256")

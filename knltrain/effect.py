@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from knltrain.config import RunConfig
+from knltrain.config import WEIGHTS_ONLY, RunConfig
 
 # What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
 _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
@@ -12,7 +12,10 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
     "optim.eps": ("optim.name lars or lamb", lambda c: c.optim.name != "sgd"),
     "optim.beta2": ("optim.name lamb", lambda c: c.optim.name == "lamb"),
-    "optim.decay_on": ("another optim.variant than mlperf", lambda c: c.optim.variant != "mlperf"),
+    "optim.decay_on": (
+        f"optim.name sgd, or another optim.variant than {' and '.join(WEIGHTS_ONLY)}",
+        lambda c: c.optim.name == "sgd" or c.optim.variant not in WEIGHTS_ONLY,
+    ),
     "schedule.warmup_lr": ("schedule.warmup-epochs", lambda c: c.schedule.warmup_epochs > 0),
     "schedule.power": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),
     "schedule.end_lr": ("a poly schedule", lambda c: c.schedule.name.startswith("poly")),

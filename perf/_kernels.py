@@ -70,7 +70,7 @@ def _ours(params: list[nn.Parameter]) -> Callable[[], object]:
     squares = torch.full((len(weights),), torch.nan, dtype=torch.float64)
     numbers: dict[str, Any] = {name: [value] * len(weights) for name, value in _SETTINGS.items()}
     numbers |= {"trust_coefficient": [_TRUST] * len(weights), "eps": [0.0] * len(weights)}
-    numbers |= {"adapt": [True] * len(weights), "clip": [False] * len(weights)}
+    numbers |= {"adapt": [True] * len(weights), "clip": [False] * len(weights), "nesterov": [False] * len(weights)}
     return lambda: lars_step(weights, grads, buffers, copies, squares, **numbers)
 
 

@@ -79,7 +79,7 @@ def test_nothing_else_changes():
         ("force_bf16", "perhaps", ["true or false"]),
         ("glabal_batch", "1", ["unknown field", "global_batch"]),
         ("optim.nesterov", "1", ["unknown field"]),
-        ("optim.variant", "nesterov", ["lars has no variant", "paper, mlperf, larc"]),
+        ("optim.variant", "heavy-ball", ["lars has no variant", "paper, mlperf, larc, nesterov"]),
         ("seed", "-1", ["seed"]),
         ("epochs", "inf", ["epochs"]),
     ],

@@ -27,14 +27,16 @@ def lars_step(
     eps: list[float],
     adapt: list[bool],
     clip: list[bool],
+    nesterov: list[bool],
 ) -> None:
     """Updates parameters and momentum buffers in place; each tensor is a layer of its own, with its own numbers.
 
     With w a parameter, g its gradient and v its momentum buffer::
 
         rate = lr * lam          lam = trust_coefficient |w| / (|g| + weight_decay |w| + eps)
-        v    = momentum v + rate (g + weight_decay w)
-        w    = w - v
+        s    = rate (g + weight_decay w)
+        v    = momentum v + s
+        w    = w - v                     or, with nesterov, w - (s + momentum v)
 
     which is Algorithm 1 of You, Gitman and Ginsburg (arXiv 1708.03888): learning rate and trust ratio act inside the
     momentum buffer, and weight decay acts in the denominator as well as in the step. With ``clip`` (LARC) the decay is
@@ -55,6 +57,7 @@ def lars_step(
         eps: added to the denominator.
         adapt: whether the trust ratio is used.
         clip: LARC.
+        nesterov: look ahead along the buffer.
 
     Raises:
         ValueError: a wrong type, shape or device.
@@ -72,6 +75,7 @@ def lars_step(
         eps,
         adapt,
         clip,
+        nesterov,
     )
 
 
@@ -183,8 +187,9 @@ def _lars(
     eps: list[float],
     adapt: list[bool],
     clip: list[bool],
+    nesterov: list[bool],
 ) -> None:
-    numbers = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip)
+    numbers = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip, nesterov)
     _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, numbers)
     check("squares", squares, (torch.float64,), (len(params),))
     module = kernels()
@@ -213,10 +218,12 @@ def _lars(
                 )
                 rate = (rate if lam > rate else lam) if clip[index] else rate * lam
                 rate = _LARGEST if rate > _LARGEST else rate
-        buffer.mul_(momentum[index]).add_(grad, alpha=rate)
-        if weight_decay[index]:
-            buffer.add_(param, alpha=rate * weight_decay[index])
-        param.sub_(buffer)
+        full = torch.add(grad, param, alpha=weight_decay[index]) if weight_decay[index] else grad
+        buffer.mul_(momentum[index]).add_(full, alpha=rate)
+        if nesterov[index]:
+            param.sub_(full, alpha=rate).sub_(buffer, alpha=momentum[index])
+        else:
+            param.sub_(buffer)
     squares.fill_(torch.nan)
     _copy(params, copies)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from knltrain.config import OptimConfig
+from knltrain.config import WEIGHTS_ONLY, OptimConfig
 from knltrain.optim.base import MasterOptimizer
 from knltrain.optim.groups import parameter_groups
 from knltrain.optim.lamb import LAMB
@@ -27,11 +27,12 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
             momentum=config.momentum,
             nesterov=config.variant == "nesterov",
         )
+    weights_only = config.variant in WEIGHTS_ONLY
     groups = parameter_groups(
         model,
         weight_decay=config.weight_decay,
-        decay_on="weights" if config.variant == "mlperf" else config.decay_on,
-        adapt_on="weights" if config.variant == "mlperf" else "all",
+        decay_on="weights" if weights_only else config.decay_on,
+        adapt_on="weights" if weights_only else "all",
     )
     if config.name == "lamb":
         return LAMB(groups, lr=config.lr, betas=(config.momentum, config.beta2), eps=config.eps)
@@ -43,4 +44,5 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
         trust_coefficient=config.trust_coefficient,
         eps=config.eps,
         clip=config.variant == "larc",
+        nesterov=config.variant == "nesterov",
     )

@@ -22,7 +22,8 @@ class LARS(MasterOptimizer):
     * ``paper``: every parameter adapted, the default here;
     * ``mlperf``: groups of batch norm and biases get ``adapt=False`` and ``weight_decay=0``
       (see :func:`knltrain.optim.groups.parameter_groups`);
-    * ``larc``: ``clip=True``.
+    * ``larc``: ``clip=True``;
+    * ``nesterov``: ``mlperf`` with ``nesterov=True``, which MLPerf's reference and optax offer too.
 
     Args:
         params: parameters or groups. A group may set ``adapt``, ``clip`` and every number below for itself.
@@ -33,6 +34,7 @@ class LARS(MasterOptimizer):
         eps: added to the trust ratio's denominator.
         adapt: scale by the trust ratio; without it this is SGD with the learning rate inside the momentum buffer.
         clip: never exceed ``lr`` (LARC).
+        nesterov: look ahead along the buffer.
         maximize: not offered; refused.
 
     Raises:
@@ -53,6 +55,7 @@ class LARS(MasterOptimizer):
         eps: float = 0.0,
         adapt: bool = True,
         clip: bool = False,
+        nesterov: bool = False,
         maximize: bool = False,
     ) -> None:
         for name, value in (("lr", lr), ("weight_decay", weight_decay), ("eps", eps)):
@@ -72,6 +75,7 @@ class LARS(MasterOptimizer):
             "eps": eps,
             "adapt": adapt,
             "clip": clip,
+            "nesterov": nesterov,
         }
         super().__init__(params, defaults)
         # Of each parameter: its version after the last update, and the sum of its squares.
@@ -124,6 +128,7 @@ class LARS(MasterOptimizer):
             eps=[group["eps"] for group in groups],
             adapt=[group["adapt"] for group in groups],
             clip=[group["clip"] for group in groups],
+            nesterov=[group["nesterov"] for group in groups],
         )
         self._squares = {
             parameter: (parameter._version, square) for parameter, square in zip(params, squares.tolist(), strict=True)

@@ -11,7 +11,14 @@ from knltrain.optim import LARS
 
 # One number, less and more than a vector, more than one chunk of 16384, a channels-last kernel.
 SHAPES = [(1,), (3, 5), (16,), (33,), (16384,), (16385,), (70, 300), (8, 16, 3, 3)]
-VARIANTS = {"paper": (True, False), "larc": (True, True), "plain": (False, False)}
+# Whether layers are adapted, rates clipped, and the buffer looked along.
+VARIANTS = {
+    "paper": (True, False, False),
+    "larc": (True, True, False),
+    "plain": (False, False, False),
+    "nesterov": (True, False, True),
+    "plain nesterov": (False, False, True),
+}
 
 
 def weights_of(generator, shapes=SHAPES, scale=1.0):
@@ -24,7 +31,7 @@ def like(tensors, dtype=None, fill=None):
             for t in tensors]  # fmt: skip
 
 
-def settings(count, *, lr=0.3, adapt=True, clip=False, eps=1e-8):
+def settings(count, *, lr=0.3, adapt=True, clip=False, nesterov=False, eps=1e-8):
     return {
         "lr": [lr] * count,
         "momentum": [0.9] * count,
@@ -33,18 +40,20 @@ def settings(count, *, lr=0.3, adapt=True, clip=False, eps=1e-8):
         "eps": [eps] * count,
         "adapt": [adapt] * count,
         "clip": [clip] * count,
+        "nesterov": [nesterov] * count,
     }
 
 
-def lars_in_float64(w, g, v, *, lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip):
+def lars_in_float64(w, g, v, *, lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip, nesterov):
     w, g, v = w.double(), g.double(), v.double()
     w_norm, g_norm = float(w.norm()), float(g.norm())
     rate = lr
     if adapt and w_norm != 0 and g_norm != 0:
         ratio = trust_coefficient * w_norm / (g_norm + (0 if clip else weight_decay * w_norm) + eps)
         rate = min(lr, ratio) if clip else lr * ratio
-    v = momentum * v + rate * (g + weight_decay * w)
-    return w - v, v
+    own = rate * (g + weight_decay * w)
+    v = momentum * v + own
+    return w - (own + momentum * v if nesterov else v), v
 
 
 def unknown(count):
@@ -54,14 +63,14 @@ def unknown(count):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_lars_follows_float64(each_isa, generator, variant, dtype):
-    adapt, clip = VARIANTS[variant]
+    adapt, clip, nesterov = VARIANTS[variant]
     weights, grads = weights_of(generator), [g.to(dtype) for g in weights_of(generator, scale=0.1)]
     weights[1].zero_()  # a norm of zero: the learning rate itself
     grads[3].zero_()
     buffers = weights_of(generator, scale=0.01)
     before = [v.clone() for v in buffers]
     copies = like(weights, torch.bfloat16)
-    numbers = settings(len(weights), adapt=adapt, clip=clip)
+    numbers = settings(len(weights), adapt=adapt, clip=clip, nesterov=nesterov)
     expected = [
         lars_in_float64(w, g, v, **{name: value[0] for name, value in numbers.items()})
         for w, g, v in zip(weights, grads, buffers, strict=True)

@@ -1,3 +1,4 @@
+import pytest
 from torch import nn
 
 from knltrain.config import OptimConfig
@@ -26,9 +27,11 @@ def test_shared_and_frozen_parameters_are_listed_once_and_not_at_all():
     assert [id(p) for p in biases["params"]] == [id(first.bias)]
 
 
-def test_mlperf_neither_adapts_nor_decays_norms_and_biases():
+@pytest.mark.parametrize("variant", ["mlperf", "nesterov"])
+def test_mlperf_and_nesterov_neither_adapt_nor_decay_norms_and_biases(variant):
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4))
-    optimizer = build_optimizer(model, OptimConfig(variant="mlperf", weight_decay=0.1))
+    optimizer = build_optimizer(model, OptimConfig(variant=variant, weight_decay=0.1))
+    assert all(group["nesterov"] == (variant == "nesterov") for group in optimizer.param_groups)
     by_kind = {group["kind"]: (group["adapt"], group["weight_decay"]) for group in optimizer.param_groups}
     assert by_kind == {"weight": (True, 0.1), "norm": (False, 0.0), "bias": (False, 0.0)}
     assert len(optimizer.param_groups[1]["params"]) == 6

@@ -1,6 +1,7 @@
 """LARS against independent float64 formulas, timm and optax."""
 
 import copy
+import itertools
 import math
 
 import numpy as np
@@ -36,7 +37,7 @@ def gradients(step, seed=1):
 
 
 def reference(variant, *, wd=5e-4, eta=0.01, momentum=0.9, eps=0.0, rate=rates, plain=()):
-    """The published formulas, one weight at a time, in float64. ``plain`` lists tensors mlperf leaves alone."""
+    """The published formulas, one weight at a time, in float64. ``plain``: what mlperf and nesterov leave alone."""
     weights = start()
     velocity = [np.zeros_like(w) for w in weights]
     for step in range(STEPS):
@@ -46,7 +47,7 @@ def reference(variant, *, wd=5e-4, eta=0.01, momentum=0.9, eps=0.0, rate=rates, 
             w_norm = math.sqrt(float((w * w).sum()))
             g_norm = math.sqrt(float((g * g).sum()))
             decay = wd
-            if variant == "mlperf" and i in plain:
+            if variant in ("mlperf", "nesterov") and i in plain:
                 local, decay = lr, 0.0
             elif w_norm == 0 or g_norm == 0:
                 local = lr
@@ -54,8 +55,9 @@ def reference(variant, *, wd=5e-4, eta=0.01, momentum=0.9, eps=0.0, rate=rates, 
                 local = min(lr, eta * w_norm / (g_norm + eps))
             else:
                 local = lr * eta * w_norm / (g_norm + wd * w_norm + eps)
-            velocity[i] = momentum * velocity[i] + local * (g + decay * w)
-            weights[i] = w - velocity[i]
+            step_now = local * (g + decay * w)
+            velocity[i] = momentum * velocity[i] + step_now
+            weights[i] = w - (step_now + momentum * velocity[i] if variant == "nesterov" else velocity[i])
     return weights
 
 
@@ -74,13 +76,14 @@ def parameters(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 2e-5)])
-@pytest.mark.parametrize("variant", ["paper", "mlperf", "larc"])
+@pytest.mark.parametrize("variant", ["paper", "mlperf", "larc", "nesterov"])
 @pytest.mark.parametrize("eps", [0.0, 1e-3])
 def test_follows_the_published_formula(variant, eps, dtype, tolerance):
     params = parameters(dtype)
     plain = (1, 3)
-    options = {"weight_decay": 5e-4, "trust_coefficient": 0.01, "eps": eps, "clip": variant == "larc"}
-    if variant == "mlperf":
+    options = {"weight_decay": 5e-4, "trust_coefficient": 0.01, "eps": eps}
+    options |= {"clip": variant == "larc", "nesterov": variant == "nesterov"}
+    if variant in ("mlperf", "nesterov"):
         groups = [
             {"params": [params[i] for i in range(5) if i not in plain]},
             {"params": [params[i] for i in plain], "adapt": False, "weight_decay": 0.0},
@@ -95,8 +98,8 @@ def test_follows_the_published_formula(variant, eps, dtype, tolerance):
 
 def test_the_variants_differ():
     """Otherwise the test above could not tell them apart."""
-    results = [reference(v, plain=(1, 3)) for v in ("paper", "mlperf", "larc")]
-    for first, second in ((0, 1), (0, 2), (1, 2)):
+    results = [reference(v, plain=(1, 3)) for v in ("paper", "mlperf", "larc", "nesterov")]
+    for first, second in itertools.combinations(range(4), 2):
         distances = [np.abs(a - b).max() for a, b in zip(results[first], results[second], strict=True)]
         assert max(distances) > 1e-3
 
@@ -119,7 +122,8 @@ def test_equals_timm_at_a_constant_rate(clip):
         np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-12)
 
 
-def test_equals_optax_without_decay():
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_equals_optax_without_decay(nesterov):
     """optax takes the norm of gradient and decay together, which is the same where there is no decay.
 
     Its rate acts inside the buffer, as ours does, so the rate may change.
@@ -131,14 +135,16 @@ def test_equals_optax_without_decay():
     with jax.enable_x64(True):
         theirs = [jnp.asarray(w) for w in start()]
         transform = optax.lars(
-            lambda count: rates(int(count)), weight_decay=0.0, trust_coefficient=0.01, eps=0.0, momentum=0.9
-        )
+            lambda count: rates(int(count)), weight_decay=0.0, trust_coefficient=0.01, eps=0.0, momentum=0.9,
+            nesterov=nesterov,
+        )  # fmt: skip
         state = transform.init(theirs)
         for step in range(STEPS):
             updates, state = transform.update([jnp.asarray(g) for g in gradients(step)], state, theirs)
             theirs = optax.apply_updates(theirs, updates)
         ours = parameters()
-        for got, expected in zip(run(LARS(ours, 1.0, trust_coefficient=0.01), ours), theirs, strict=True):
+        optimizer = LARS(ours, 1.0, trust_coefficient=0.01, nesterov=nesterov)
+        for got, expected in zip(run(optimizer, ours), theirs, strict=True):
             np.testing.assert_allclose(got, np.asarray(expected), rtol=1e-9, atol=1e-12)
 
 

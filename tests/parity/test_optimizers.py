@@ -106,8 +106,8 @@ def test_lars_and_timms(rate, momentum, decay, clip):
     assert_together(ours, theirs, train(ours, mine, 1.0, rate), train(theirs, other, 1.0, rate))
 
 
-@pytest.mark.parametrize("momentum", [0.9, 0.0])
-def test_lars_and_optaxs(momentum):
+@pytest.mark.parametrize("momentum, nesterov", [(0.9, False), (0.9, True), (0.0, False)])
+def test_lars_and_optaxs(momentum, nesterov):
     """optax takes the norm of gradient and decay together: the same without decay. The rate may change."""
     optax = pytest.importorskip("optax")
     import jax
@@ -115,9 +115,11 @@ def test_lars_and_optaxs(momentum):
     with jax.enable_x64(True):
         ours, theirs = network(), network()
         transform = optax.lars(
-            lambda count: changing(int(count)), weight_decay=0.0, trust_coefficient=0.01, eps=0.0, momentum=momentum
-        )
-        losses = train(ours, LARS(ours.parameters(), momentum=momentum, trust_coefficient=0.01), 1.0, changing)
+            lambda count: changing(int(count)), weight_decay=0.0, trust_coefficient=0.01, eps=0.0, momentum=momentum,
+            nesterov=nesterov,
+        )  # fmt: skip
+        mine = LARS(ours.parameters(), momentum=momentum, trust_coefficient=0.01, nesterov=nesterov)
+        losses = train(ours, mine, 1.0, changing)
         assert_together(ours, theirs, losses, train_with_optax(theirs, transform))
 
 

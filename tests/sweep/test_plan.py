@@ -64,7 +64,7 @@ def test_the_command_of_a_sweep_says_what_it_is(tmp_path):
         ({"batches": (0,)}, "global_batch: 0 will not do"),
         ({"seeds": (-1,), "search_seeds": (-1,)}, "seed: -1 will not do"),
         ({"search_seeds": (0, 3)}, "--search-seeds 3 is not one of --seeds 0,1,2"),
-        ({"fields": {"optim.variant": "nesterov"}}, "lars has no variant 'nesterov'"),
+        ({"fields": {"optim.variant": "heavy-ball"}}, "lars has no variant 'heavy-ball'"),
     ],
 )
 def test_what_cannot_be_is_refused_at_once(changes, words):
