@@ -4,7 +4,8 @@
 #   make_environment FOLDER REQUIREMENT...
 #
 # The requirements, pyproject.toml and the kernels are remembered in FOLDER; as long as they stay as they are, a second
-# call does nothing. Prints what it does.
+# call does nothing, and one with other extras of `-e '.[…]'` installs those without building the kernels again.
+# Prints what it does.
 
 make_environment() {
     local folder=$1
@@ -18,14 +19,28 @@ make_environment() {
         echo "making the virtual environment $folder"
         "$python" -m venv "$folder"
     fi
-    local wanted stamp
-    wanted=$(cat pyproject.toml; cat kernels/* | cksum; printf '%s\n' "$@")
+    local source stamp
+    source=$(cat pyproject.toml; cat kernels/* | cksum)
     stamp=$folder/.installed-$(printf '%s' "$*" | cksum | cut -d' ' -f1)
-    if [ -f "$stamp" ] && [ "$wanted" = "$(cat "$stamp")" ]; then
+    if [ -f "$stamp" ] && [ "$source" = "$(cat "$stamp")" ]; then
         echo "$folder is up to date: nothing to install"
         return 0
     fi
+    local requirements=()
+    if [ -f "$folder/.built" ] && [ "$source" = "$(cat "$folder/.built")" ]; then
+        local word
+        for word in "$@"; do
+            case $word in
+            -e) ;;
+            .*) requirements+=("knltrain${word#.}") ;;
+            *) requirements+=("$word") ;;
+            esac
+        done
+    else
+        rm -f "$folder"/.installed-* "$folder/.built"
+        requirements=("$@")
+    fi
     echo "installing $* into $folder; PyTorch is large, this takes a few minutes the first time"
-    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "$@"
-    printf '%s\n' "$wanted" >"$stamp"
+    "$folder/bin/python" -m pip install --quiet --disable-pip-version-check "${requirements[@]}"
+    printf '%s\n' "$source" | tee "$folder/.built" >"$stamp"
 }

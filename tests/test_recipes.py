@@ -41,6 +41,7 @@ OWN = {
     "cifar-resnet20-2k-goyal": ("resnet20", 2048, 30, 1.6, 2, 1e-4, "sgd/nesterov"),
     "cifar-resnet20-8k": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "lars/mlperf"),
     "cifar-resnet20-8k-goyal": ("resnet20", 8192, 30, 6.4, 2, 1e-4, "sgd/nesterov"),
+    "cifar-2k-nesterov": ("alexnet_bn_small", 2048, 15, 0.8, 2, 5e-4, "lars/nesterov"),
     "cifar-2k-lamb": ("alexnet_bn_small", 2048, 15, 0.02, 2, 0.01, "lamb/mlperf"),
     "cifar-2k-ema": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
     "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),

@@ -36,6 +36,32 @@ def script(tmp_path):
     return run
 
 
+def test_an_environment_is_made_once_and_its_kernels_built_once(tmp_path):
+    """Other extras are installed into it without a build, and other kernels are built."""
+    shutil.copytree(RUN, tmp_path / "run")
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    (tmp_path / "env" / "bin").mkdir(parents=True)
+    python, log = tmp_path / "env" / "bin" / "python", tmp_path / "log"
+    python.write_text(f'#!/bin/sh\necho "$@" >>{log}\n')
+    python.chmod(0o755)
+
+    def make(kernel, *requirements):
+        (tmp_path / "kernels" / "one.cpp").write_text(kernel)
+        log.write_text("")
+        subprocess.run(["bash", "-euc", '. run/environment.sh; make_environment "$@"', "-", "env", *requirements],
+                       cwd=tmp_path, check=True, capture_output=True, timeout=60)  # fmt: skip
+        return [line.removeprefix("-m pip install --quiet --disable-pip-version-check ")
+                for line in log.read_text().splitlines()]  # fmt: skip
+
+    assert make("1", "-e", ".[intel]") == ["-e .[intel]"]
+    assert make("1", "-e", ".[intel]") == []
+    assert make("1", "torch==2", "-e", ".[intel,test]") == ["torch==2 knltrain[intel,test]"]
+    assert make("2", "-e", ".[intel]") == ["-e .[intel]"]
+    assert make("2", "torch==2", "-e", ".[intel,test]") == ["torch==2 knltrain[intel,test]"]
+    assert make("2", "torch==2", "-e", ".[intel,test]") == []
+
+
 def test_single_node(script):
     two = 'case "$*" in *json*) printf \'"local_rank": 0\\n"local_rank": 1\\n\';; esac'
     result, started = script("single_node.sh", "--recipe", "a b", plan=two)

@@ -88,25 +88,36 @@ def test_ranks_over_mpi_are_one_too(alone, image_folder, tmp_path):
     assert "oneCCL obeys what was exported: CCL_ATL_TRANSPORT=mpi" in result.stdout
 
 
+# A rate so low that a rank alone sees all images with the same weights.
+QUIET = ["--optim.lr", "1e-6", "--optim.weight-decay", "0"]
+
+
+@pytest.fixture(scope="module")
+def signal_and_scatter(image_folder, tmp_path_factory):
+    """Of the gradient of 16 images, from those of one rank that sees them in two steps, and in one."""
+    norms = {}
+    for batch, steps in ((8, 2), (16, 1)):
+        out = tmp_path_factory.mktemp("noise") / "run"
+        result = start([sys.executable, "-m"], image_folder, out, *QUIET, "--global-batch", str(batch), "--max-steps",
+                       str(steps))  # fmt: skip
+        assert result.returncode == 0, result.stderr
+        rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
+        assert "noise_scale" not in rows[0]
+        norms[batch] = [row["grad_norm"] for row in rows]
+    return estimate(8, sum(norm**2 for norm in norms[8]) / 2, 16, norms[16][0] ** 2)
+
+
 @pytest.mark.parametrize("backend, wire", [("gloo", "fp32"), ("gloo", "bf16"), ("ccl", "fp32")])
-def test_the_noise_scale_compares_a_rank_with_all(backend, wire, image_folder, tmp_path):
-    """Of eight images each; the rate is so low that a rank alone sees them in two steps with the same weights."""
+def test_the_noise_scale_compares_a_rank_with_all(backend, wire, signal_and_scatter, image_folder, tmp_path):
+    """Of eight images each."""
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("no oneCCL in this environment")
-    quiet = ["--optim.lr", "1e-6", "--max-steps", "2", "--optim.weight-decay", "0"]
-    norms = {}
-    for name, command, more in (
-        ("eight", [sys.executable, "-m"], ["--global-batch", "8"]),
-        ("sixteen", [sys.executable, "-m"], ["--global-batch", "16", "--max-steps", "1"]),
-        ("two", TORCHRUN, ["--global-batch", "16", "--local-batch", "4", "--max-steps", "1",
-                           "--comm.backend", backend, "--comm.dtype", wire]),
-    ):  # fmt: skip
-        result = start(command, image_folder, tmp_path / name, *quiet, *more)
-        assert result.returncode == 0, result.stderr
-        rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
-        assert ("noise_scale" in rows[0]) == (name == "two")
-        norms[name] = [row["grad_norm"] for row in rows]
-    signal, scatter = estimate(8, sum(norm**2 for norm in norms["eight"]) / 2, 16, norms["sixteen"][0] ** 2)
+    result = start(TORCHRUN, image_folder, tmp_path / "two", *QUIET, "--global-batch", "16", "--local-batch", "4",
+                   "--max-steps", "1", "--comm.backend", backend, "--comm.dtype", wire)  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    (row,) = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
+    assert "noise_scale" in row
+    signal, scatter = signal_and_scatter
     (state,) = (tmp_path / "two" / "checkpoints").glob("*/state.json")
     kept = json.loads(state.read_text())
     rel = 0.02 if wire == "bf16" else 1e-3

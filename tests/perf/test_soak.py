@@ -18,7 +18,7 @@ def soak(tmp_path, *arguments):
 def test_a_run_is_watched_and_asked_to_end(image_folder, tmp_path):
     run = ["--recipe", "cifar-256", "--data", image_folder, "--image-size", 32, "--augment.resize", 32,
            "--global-batch", 16, "--epochs", 10000]  # fmt: skip
-    result = soak(tmp_path, "--minutes", 0.7, "--", *run)
+    result = soak(tmp_path, "--minutes", 0.4, "--", *run)
     assert result.returncode == 0, result.stderr
     seen = json.loads(result.stdout.splitlines()[-1])
     assert json.loads((tmp_path / "out" / "soak.json").read_text()) == seen
