@@ -160,9 +160,7 @@ def refuse_missing_parts(asked: str) -> None:
             )
 
 
-def build_engine(
-    name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer, *, shapes_vary: bool = False
-) -> Engine:
+def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer) -> Engine:
     """Prepares a model and its optimizer for training.
 
     Args:
@@ -170,7 +168,6 @@ def build_engine(
         precision: as :func:`choose_precision` resolved it.
         model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
-        shapes_vary: batches change in size or in the size of their images.
     """
     model.train()
     masters = {}
@@ -180,9 +177,9 @@ def build_engine(
             masters = _use_working_copies(model, optimizer)
     elif name == "compile":
         remove_cut_libraries()
-        # In place, so that names in state dicts stay as they are. Where shapes vary, each is compiled by itself: the
-        # second would give code for any shape, but not in a run that goes on with the second, and so other bits.
-        model.compile(dynamic=False if shapes_vary else None)
+        # In place, so that names in state dicts stay as they are. Each shape is compiled by itself: the second would
+        # give code for any shape, but not in a run that goes on with it, or with an evaluation, and so other bits.
+        model.compile(dynamic=False)
     elif name == "ipex":
         model, optimizer = _ipex_optimize(model, optimizer, DTYPES[precision])
     return Engine(name, precision, model, optimizer, masters)

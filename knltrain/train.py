@@ -316,7 +316,7 @@ def train(
             if config.ema_decay:
                 average = WeightAverage(model, config.ema_decay)
                 start.restore_average(average.model, group)
-            engine = build_engine(engine_name, precision, model, optimizer, shapes_vary=len(course.phases) > 1)
+            engine = build_engine(engine_name, precision, model, optimizer)
             watch = Watch(config, out, group, engine, course, shares, train_set, console.warn)
             return engine, progress, watch, average, origin
 
