@@ -136,9 +136,10 @@ def evaluate_checkpoint(
         group = Group(ranks, cpus=place.plan.comm)
     with group, group.names_lost_ranks():
         path = _agreed(path, group, console)
-        if of_a_file := path.is_file():
+        of_a_file = path.is_file()
+        if of_a_file and group.world_size > 1:  # alone there is nothing to compare
             weights.refuse_different(str(path), checksum(str(path)), group)
-        else:
+        if not of_a_file:
             state = checkpoint.read_state(path)
             config, classes = as_trained(config, state), state["classes"]
         dataset = open_part(config, "val")
