@@ -26,3 +26,7 @@ class KnltrainError(Exception):
 
 class ConfigError(KnltrainError):
     """What was asked for is not possible. The command line prints the message alone and exits with 2."""
+
+
+class SharedError(KnltrainError):
+    """The run cannot go on, and all ranks raise this at the same step for the same reason: they end together."""

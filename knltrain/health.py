@@ -22,7 +22,7 @@ from knltrain.config import RunConfig
 from knltrain.data.loader import Dataset, Share
 from knltrain.data.order import samples
 from knltrain.engine import Engine
-from knltrain.errors import KnltrainError
+from knltrain.errors import SharedError
 from knltrain.ops.native import isa
 from knltrain.schedule import Timetable
 
@@ -102,14 +102,14 @@ class Watch:
 
         Raises:
             RewindError: the run is to go back to its last checkpoint.
-            KnltrainError: it is to end. What it stood on is in OUT/failed.
+            SharedError: it is to end. What it stood on is in OUT/failed.
         """
         health = self._config.health
         if math.isfinite(mean_loss) and math.isfinite(norm):
             above = progress.steps_above_chance + 1 if mean_loss > self._diverged else 0
             above = above if self._timetable.epoch(progress.step) >= self._quiet_epochs else 0
             if health.divergence_steps and above >= health.divergence_steps:
-                raise KnltrainError(self._diverged_at(progress.step + 1, mean_loss, lr))
+                raise SharedError(self._diverged_at(progress.step + 1, mean_loss, lr))
             return dataclasses.replace(progress, skipped_in_a_row=0, steps_above_chance=above)
         skips = health.policy == "skip" and progress.skipped_in_a_row < health.max_skips
         rewinds = health.policy == "rewind" and progress.rewinds < health.max_rewinds
@@ -124,7 +124,7 @@ class Watch:
             )
         if rewinds:
             raise RewindError(f"{why}, {where}")
-        raise KnltrainError(f"{why}; {where}. {self._advice(progress)}; checkpoints in {self._out} are good")
+        raise SharedError(f"{why}; {where}. {self._advice(progress)}; checkpoints in {self._out} are good")
 
     def compare_weights(self, step: int, *, before_checkpoint: bool) -> None:
         """Every so many steps and before checkpoints: are all ranks' weights the same, to the last bit, and numbers?
@@ -133,13 +133,13 @@ class Watch:
         weights at every step; so the weights are enough. Batch norm's running statistics differ by design.
 
         Raises:
-            KnltrainError: they are not. Nothing has been written since they were.
+            SharedError: they are not. Nothing has been written since they were.
         """
         every = self._config.health.compare_every
         if before_checkpoint:
             bad = [name for name, weight in self._engine.weights().items() if not _finite(weight)]
             if self._group.sum(len(bad)) != [0]:
-                raise KnltrainError(
+                raise SharedError(
                     f"step {step} has made weights that are no numbers ({bad[0] if bad else 'on another rank'}) out of "
                     f"numbers: {self._advice(None)}; checkpoints in {self._out} are good"
                 )
@@ -147,7 +147,7 @@ class Watch:
             weights = self._engine.weights()
             rows = self._group.gather(fingerprint(weights.values()))
             if not (rows == rows[0]).all():
-                raise KnltrainError(self._who_differs(step, rows, list(weights)))
+                raise SharedError(self._who_differs(step, rows, list(weights)))
 
     def _diverged_at(self, step: int, loss: float, lr: float) -> str:
         count = self._config.health.divergence_steps

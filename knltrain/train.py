@@ -29,7 +29,7 @@ from knltrain.data.loader import Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
-from knltrain.errors import ConfigError, KnltrainError
+from knltrain.errors import ConfigError, KnltrainError, SharedError
 from knltrain.evaluate import evaluate
 from knltrain.health import RewindError, Watch
 from knltrain.metrics import MetricsLog, write_json
@@ -380,6 +380,13 @@ def train(
                 ) as bar:
                     finished = loop(run, log, bar, stop)
                 break
+            except SharedError:
+                # A launcher ends the others with the first that ends: a checkpoint under way is to be whole by then.
+                if run.writer:
+                    run.writer.finish()
+                with contextlib.suppress(RuntimeError):  # that it took too long is no news beside the error
+                    group.barrier()
+                raise
             except RewindError as error:
                 console.warn(str(error))
             before = run.progress

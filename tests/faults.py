@@ -1,9 +1,10 @@
-"""What goes wrong in a machine, made to go wrong: a loss, a gradient or a weight of one rank at one step.
+"""What goes wrong in a machine, made to go wrong: a loss, a gradient or a weight of one rank at one step, or a disk.
 
 ``python tests/faults.py train …`` is the command with the faults that FAULTS names, as ``loss:5:1 weight:8:0``.
 """
 
 import os
+import time
 import types
 
 LAYER = "features.conv3.weight"  # which gradient and which weight
@@ -13,7 +14,8 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
     """Has the computation of ``step``, counted from 1, go wrong on a rank, as often as it comes there up to ``times``.
 
     Args:
-        kind: ``loss`` and ``gradient`` are no numbers then, and of ``weight`` one bit flips after the step.
+        kind: ``loss`` and ``gradient`` are no numbers then, of ``weight`` one bit flips after the step, and ``disk``
+            takes seconds to write the checkpoint of the step.
         step: which.
         rank: where.
         times: how often.
@@ -21,6 +23,7 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
     """
     from knltrain import health
     from knltrain import train as trainer
+    from knltrain.checkpoint import writer
 
     at = {"step": -1, "rank": -1, "left": times}
 
@@ -70,6 +73,14 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
             compare(watch, done, **options)
 
         patch(health.Watch, "compare_weights", after_a_flip)
+    elif kind == "disk":
+        write = writer.write
+
+        def slowly(snapshot, folder):
+            time.sleep(5.0 * folder.name.endswith(f"-{step:08}"))
+            write(snapshot, folder)
+
+        patch(writer, "write", slowly)
     else:
         raise ValueError(kind)
 
