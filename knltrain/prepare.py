@@ -6,6 +6,7 @@ manifest, written last, says that the folder is whole.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -101,6 +102,7 @@ def prepare(
     Raises:
         ConfigError: what was asked for is not possible.
         DataError: ``src`` cannot be read; with ``fail``, images of it cannot be decoded.
+        KnltrainError: a disk, or this machine's memory, failed; the same call goes on.
     """
     if format == "raw" and size == 0:
         raise ConfigError("--size 0 with --format raw: its images all have one size; take --format tar, or a size")
@@ -117,7 +119,7 @@ def prepare(
         console.line(f"{dst} is whole{without}; knltrain prepare --verify {dst} compares its checksums")
         return _summary(done, dst, 0, 0.0)
     dst.mkdir(parents=True, exist_ok=True)
-    with _pool(workers) as pool, Journal(dst) as journal:
+    with _goes_on(dst), _pool(workers) as pool, Journal(dst) as journal:
         images_a_shard = journal.begin(settings, lambda: _images_a_shard(pool, sources, format, size))
         plan = _Plan(sources, format, images_a_shard)
         if on_bad == "fail":
@@ -136,17 +138,8 @@ def prepare(
             console.line(f"going on after {before:,} of {total:,} images")
         with ImageProgress(console, first=before, total=total) as progress:
             writer = _write_squares if format == "raw" else _write_tars
-            try:
-                for job, record in writer(plan, left, dst, size, pool, workers, progress):
-                    journal.add(job.file, record)
-            except BrokenProcessPool:
-                raise KnltrainError(
-                    "a worker process was ended; was there memory enough? The same command goes on"
-                ) from None
-            except OSError as error:
-                raise KnltrainError(
-                    f"{error.filename or dst}: {error.strerror}; what is finished stays, the same command goes on"
-                ) from None
+            for job, record in writer(plan, left, dst, size, pool, workers, progress):
+                journal.add(job.file, record)
         rejected = _list_rejected(plan, journal, dst)
         if rejected and on_bad == "fail":
             raise DataError(
@@ -228,6 +221,19 @@ def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
     source = max(sources.values(), key=lambda source: len(source.labels))
     chosen = np.unique(np.linspace(0, len(source.labels) - 1, _SAMPLE).astype(int)).tolist()
     return [source.where(sample) for sample in chosen]
+
+
+@contextlib.contextmanager
+def _goes_on(dst: Path) -> Iterator[None]:
+    """Says of what fails for now that nothing is lost."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise KnltrainError("a worker process was ended; was there memory enough? The same command goes on") from None
+    except OSError as error:
+        raise KnltrainError(
+            f"{error.filename or dst}: {error.strerror or error}; what is finished stays, the same command goes on"
+        ) from None
 
 
 def _images_a_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], format: Format, size: int) -> int:

@@ -13,7 +13,7 @@ import simplejpeg
 from PIL import Image
 
 from knltrain.data.augment import Pixels, centre, short_side
-from knltrain.data.decode import DecodeError, EncodedImage, read_image, refuse_large, refuse_long
+from knltrain.data.decode import DecodeError, EncodedImage, is_bad, read_image, refuse_large, refuse_long
 from knltrain.data.folder import SUFFIXES
 from knltrain.files import open_regular
 
@@ -112,6 +112,9 @@ def squares_into(path: str, first: int, images: list[tuple[str, int, int]], size
 
     Returns:
         For each why it is not there, or None.
+
+    Raises:
+        OSError: one cannot be read now, which may pass, or the disk takes no more.
     """
     reasons: list[str | None] = []
     file = os.open(path, os.O_WRONLY)
@@ -121,7 +124,7 @@ def squares_into(path: str, first: int, images: list[tuple[str, int, int]], size
             try:
                 square = np.ascontiguousarray(to_square(read(source, offset, length), size))
             except (DecodeError, OSError) as error:
-                reason = _reason(error)
+                reason = _why_bad(error, source)
             else:
                 _write_all(file, square.data.cast("B"), first + place * size * size * 3)
             reasons.append(reason)
@@ -165,13 +168,17 @@ def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int)
 
 
 def jpegs(images: list[tuple[str, int, int]], size: int) -> list[Encoded | str]:
-    """Encodes images; where that cannot be, the reason."""
+    """Encodes images; where that cannot be, the reason.
+
+    Raises:
+        OSError: one cannot be read now, which may pass.
+    """
     done: list[Encoded | str] = []
     for source, offset, length in images:
         try:
             done.append(to_jpeg(read(source, offset, length), size))
         except (DecodeError, OSError) as error:
-            done.append(_reason(error))
+            done.append(_why_bad(error, source))
     return done
 
 
@@ -190,5 +197,14 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _reason(error: Exception) -> str:
-    return (isinstance(error, OSError) and error.strerror) or str(error)
+def _why_bad(error: DecodeError | OSError, path: str) -> str:
+    """Why an image is left out.
+
+    Raises:
+        OSError: it is not the image that is at fault; its name is ``path``.
+    """
+    if isinstance(error, DecodeError):
+        return str(error)
+    if not is_bad(error):
+        raise OSError(error.errno, error.strerror, path) from None
+    return error.strerror

@@ -184,6 +184,27 @@ def spoilt(image_folder, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["raw", "tar"])
+def test_an_image_that_cannot_be_read_now_is_not_skipped(image_folder, tmp_path, small_shards, format):
+    """A storage that fails for an hour must not cost a data set its images."""
+    src, away = tmp_path / "src", tmp_path / "away.jpg"
+    shutil.copytree(image_folder, src)
+    image = src / "train/class1/004.jpg"
+    image.rename(away)
+    image.symlink_to(away.with_name("not mounted"))
+    for on_bad in ("fail", "skip"):
+        with pytest.raises(KnltrainError, match=r"class1/004\.jpg: No such file.*the same command goes on"):
+            prepare(src, tmp_path / "out", format=format, on_bad=on_bad)
+    image.unlink()
+    away.rename(image)
+    assert prepare(src, tmp_path / "out", format=format, on_bad="skip")["rejected"] == 0
+    prepare(image_folder, tmp_path / "expected", format=format)
+    same = contents(tmp_path / "expected")
+    assert contents(tmp_path / "out").keys() == same.keys()
+    shards = [name for name in same if name.endswith((".npy", ".tar"))]
+    assert shards and all((tmp_path / "out" / name).read_bytes() == same[name] for name in shards)
+
+
+@pytest.mark.parametrize("format", ["raw", "tar"])
 def test_bad_images_are_listed_and_skipped(spoilt, image_folder, tmp_path, small_shards, format):
     out = tmp_path / "out"
     with pytest.raises(DataError, match=r"3 of 61 images.*--on-bad skip"):
