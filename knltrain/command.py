@@ -67,9 +67,13 @@ def _show_warning(
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Says what is wrong, and which rank says so, and ends the process."""
+    """Says what is wrong, and which rank says so, and ends the process; of several ranks, all."""
     rank = rank_as_told()
     click.echo(f"knltrain: {f'rank {one_line(rank)}: ' if rank else ''}{one_line(message)}", err=True)
+    if rank:
+        from knltrain.node.pmi import end_the_job
+
+        end_the_job(code)  # the others may be waiting for this one
     if rank and "torch" in sys.modules:
         # Threads of libraries would meet an interpreter that ends, and abort: only what was registered for it is done.
         atexit._run_exitfuncs()

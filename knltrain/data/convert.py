@@ -207,4 +207,4 @@ def _why_bad(error: DecodeError | OSError, path: str) -> str:
         return str(error)
     if not is_bad(error):
         raise OSError(error.errno, error.strerror, path) from None
-    return error.strerror
+    return error.strerror or str(error)

@@ -112,18 +112,23 @@ _CLEANUP_S = 15
 _SEE_TO_IT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
 
 
-def end_the_job() -> None:
+def end_the_job(code: int = 1) -> None:
     """Has Hydra's mpiexec, if that started this rank, end all ranks of the job.
 
-    By itself it waits for a rank that is stopped.
+    By itself it waits for a rank that is stopped, and for those that wait for this one.
+
+    Args:
+        code: that mpiexec exits with.
     """
     global _ending
+    if _ending:
+        return
     with contextlib.suppress(KeyError, ValueError, OSError):
         fd = int(os.environ["PMI_FD"])
         sys.stdout.flush()
         sys.stderr.flush()
         time.sleep(_SAID_S)
-        os.write(fd, b"cmd=abort exitcode=1\n")
+        os.write(fd, f"cmd=abort exitcode={code}\n".encode())
         _ending = True
 
 

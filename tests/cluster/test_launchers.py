@@ -46,6 +46,15 @@ def test_ranks_under_srun_train_what_one_trains(way, slurm, alone, image_folder,
     assert_same_training(out, alone)
 
 
+@pytest.mark.parametrize("launcher", ["Intel MPI", "MPICH", "Open MPI"])
+def test_a_rank_that_refuses_ends_those_that_wait_for_it(launcher, image_folder, tmp_path):
+    good = [*command(launcher, 1), "train", *SMALL, *GLOO, "--data", image_folder, "--out", tmp_path / "run"]
+    result = start([*good, ":", "-n", 1, *KNLTRAIN, "train", "--recipe", "nosuch"], timeout=60)
+    assert "knltrain: rank 1: no recipe 'nosuch'" in result.stderr
+    assert result.returncode == 2
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def check(stdout, out, ranks, known_as):
     summary = json.loads(stdout.strip().splitlines()[-1])
     assert (summary["world_size"], summary["steps"], summary["finished"]) == (ranks, 3, True)
