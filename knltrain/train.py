@@ -7,9 +7,9 @@ import dataclasses
 import hashlib
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from knltrain.comm.statistics import averaged_running_statistics, gather_running
 from knltrain.config import RunConfig
 from knltrain.console import Console, StepProgress
 from knltrain.data.datasets import open_data
-from knltrain.data.loader import Loader, replaced
+from knltrain.data.loader import Dataset, Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
 from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
@@ -37,6 +37,7 @@ from knltrain.models import model_of, refuse_unbuildable
 from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, resident_mb
 from knltrain.node.neighbours import Neighbours, Taken
+from knltrain.node.ranks import Ranks
 from knltrain.noise import NoiseScale
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
@@ -46,6 +47,8 @@ from knltrain.schedule import timetable
 from knltrain.signals import StopRequest
 from knltrain.weights import initialize
 
+# What is trained, and where its weights came from.
+_Built: TypeAlias = tuple[Engine, checkpoint.Progress, Watch, WeightAverage | None, dict[str, Any] | None]
 # Separates the random numbers of dropout from those of the data, which use 0 and 1.
 _DROPOUT = 2
 
@@ -274,25 +277,11 @@ def train(
         if group.is_first:
             resume.guard_out(config, out, allow_change)
             refuse_unbuildable(config)  # before the data is read
-        staged = config
-        if config.stage:
-            here = stage_on_every_node(
-                Path(config.data),
-                Path(config.stage),
-                group.sum,
-                console.line,
-                local_rank=ranks.local_rank,
-                stop_requested=lambda: stop.requested,
-            )
-            if here is None:
-                end_together(group, stop)
-                return {}, False
-            staged = dataclasses.replace(config, data=str(here))
-        if not group.is_first:
-            group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
-        train_set, val_set = open_data(staged)
-        if group.is_first:
-            group.barrier()
+        data = open_together(config, ranks, group, console, stop)
+        if data is None:
+            end_together(group, stop)
+            return {}, False
+        train_set, val_set = data
         course = timetable(config, len(train_set))
         shares = shares_of(config, course, ranks.rank, ranks.size)
         labels_sha256 = hashlib.sha256(train_set.labels.tobytes()).hexdigest()
@@ -303,9 +292,7 @@ def train(
                 "precision": precision, "backend": group.backend.name if group.backend else "none",
                 "torch": torch.__version__}  # fmt: skip
 
-        def build(
-            start: resume.Start,
-        ) -> tuple[Engine, checkpoint.Progress, Watch, WeightAverage | None, dict[str, Any] | None]:
+        def build(start: resume.Start) -> _Built:
             torch.manual_seed(config.seed)
             model = model_of(config, len(train_set.classes))
             origin = initialize(model, config, out, group, console, resumed=start.folder is not None)
@@ -356,13 +343,11 @@ def train(
                 )
             console.line(f"nothing left to train: {out} holds this run, finished")
             return (summary_of(run, plan) if group.is_first else {}), True
-        log = None
         if group.is_first:
             record = {"config": configuration.as_dict(config), "plan": plan, "init_from": origin, **provenance(node),
                       "changes": start.changes, "data": {"train": len(train_set), "val": len(val_set),
                                                          "classes": len(train_set.classes)}}  # fmt: skip
             write_json(out / "config.json", record)
-            log = cleanup.enter_context(MetricsLog(out, progress.step, progress.evaluated_step, console.warn))
             run.writer = cleanup.enter_context(
                 checkpoint.CheckpointWriter(
                     out,
@@ -373,35 +358,7 @@ def train(
                 )
             )
         started = time.perf_counter()
-        while True:
-            try:
-                with StepProgress(
-                    console, first=run.progress.step, total=course.total_steps, epochs=config.epochs
-                ) as bar:
-                    finished = loop(run, log, bar, stop)
-                break
-            except SharedError:
-                # A launcher ends the others with the first that ends: a checkpoint under way is to be whole by then.
-                if run.writer:
-                    run.writer.finish()
-                with contextlib.suppress(RuntimeError):  # that it took too long is no news beside the error
-                    group.barrier()
-                raise
-            except RewindError as error:
-                console.warn(str(error))
-            before = run.progress
-            if run.writer:
-                run.writer.finish()
-            start = start.or_newer(run.saved, group)
-            run.engine, run.progress, run.watch, run.average, _ = build(start)
-            run.progress = dataclasses.replace(
-                run.progress, rewinds=before.rewinds + 1, lr_factor=before.lr_factor * config.health.rewind_factor
-            )
-            if group.is_first:
-                log = cleanup.enter_context(
-                    MetricsLog(out, run.progress.step, run.progress.evaluated_step, console.warn)
-                )
-            console.line(f"back at step {run.progress.step:,}, with {run.progress.lr_factor:g} times the learning rate")
+        finished = loop_and_rewind(run, start, build, console, stop)
         wall_s = progress.wall_s + time.perf_counter() - started
         taken = group.sum(*run.neighbours.taken())
         skipped = train_loader.skipped(group.sum) + val_loader.skipped(group.sum)
@@ -413,6 +370,78 @@ def train(
         else:
             end_together(group, stop)
     return summary, finished
+
+
+def open_together(
+    config: RunConfig, ranks: Ranks, group: Group, console: Console, stop: StopRequest
+) -> tuple[Dataset, Dataset] | None:
+    """The training and the validation set on every rank, from the node's own copy if asked for.
+
+    Returns:
+        None if a signal came while the data was copied.
+
+    Raises:
+        KnltrainError: the data cannot be read, or copied.
+    """
+    if config.stage:
+        here = stage_on_every_node(
+            Path(config.data),
+            Path(config.stage),
+            group.sum,
+            console.line,
+            local_rank=ranks.local_rank,
+            stop_requested=lambda: stop.requested,
+        )
+        if here is None:
+            return None
+        config = dataclasses.replace(config, data=str(here))
+    if not group.is_first:
+        group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
+    data = open_data(config)
+    if group.is_first:
+        group.barrier()
+    return data
+
+
+def loop_and_rewind(
+    run: Run, start: resume.Start, build: Callable[[resume.Start], _Built], console: Console, stop: StopRequest
+) -> bool:
+    """Trains, and goes back to the last checkpoint where the watch says so; returns what :func:`loop` does.
+
+    Args:
+        run: brought up to date when it goes back.
+        start: what it began with.
+        build: makes what is trained, as it is in a checkpoint.
+        console: where to speak.
+        stop: where a signal is noted.
+    """
+    while True:
+        before = run.progress
+        try:
+            with contextlib.ExitStack() as shown:
+                log = None
+                if run.group.is_first:
+                    log = shown.enter_context(MetricsLog(run.out, before.step, before.evaluated_step, console.warn))
+                total = run.timetable.total_steps
+                bar = StepProgress(console, first=before.step, total=total, epochs=run.config.epochs)
+                return loop(run, log, shown.enter_context(bar), stop)
+        except SharedError:
+            # A launcher ends the others with the first that ends: a checkpoint under way is to be whole by then.
+            if run.writer:
+                run.writer.finish()
+            with contextlib.suppress(RuntimeError):  # that it took too long is no news beside the error
+                run.group.barrier()
+            raise
+        except RewindError as error:
+            console.warn(str(error))
+        before = run.progress
+        if run.writer:
+            run.writer.finish()
+        start = start.or_newer(run.saved, run.group)
+        run.engine, run.progress, run.watch, run.average, _ = build(start)
+        lr_factor = before.lr_factor * run.config.health.rewind_factor
+        run.progress = dataclasses.replace(run.progress, rewinds=before.rewinds + 1, lr_factor=lr_factor)
+        console.line(f"back at step {run.progress.step:,}, with {lr_factor:g} times the learning rate")
 
 
 def end_together(group: Group, stop: StopRequest) -> None:
