@@ -319,7 +319,7 @@ def train(
                 "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set),
                 "labels_sha256": labels_sha256, "made": made,
                 "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
-        neighbours = Neighbours({*place.plan.compute, *place.plan.comm, *place.plan.decode})
+        neighbours = Neighbours(place.plan.cpus, spare=place.plan.spare)
         run = Run(
             config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, neighbours,
             watch, average,

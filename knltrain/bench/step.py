@@ -168,7 +168,8 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
         if config.data:
             result["input_images_per_s"] = step.input_alone(steps)
         result["warmup_s"] = step.warm_up()
-        neighbours = Neighbours(step.node.cpus)
+        cpus, cores = len(step.node.cpus), len(step.node.cores)
+        neighbours = Neighbours(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
         times = [step() for _ in range(steps)]
         taken = neighbours.taken()
     if problem := neighbours.describe(taken):

@@ -9,7 +9,9 @@ The rules, in order; ``knltrain plan`` draws what comes of them:
    fewer than 8. One in 16 rounded, 1 to 4, gives what was recommended for Caffe on these processors: 4 of a Xeon Phi's
    68 cores, 2 of a Xeon's 28 (https://github.com/intel/caffe/issues/218). All ranks keep as many as the smallest, since
    the library is told one number.
-3. One compute thread on each of the other cores, or ``OMP_NUM_THREADS`` of them.
+3. One compute thread on each of the other cores. Where ``OMP_NUM_THREADS`` or the control group's quota of CPU time
+   makes it fewer, the kernel chooses among the cores: which of them another run or container is on, a plan does not
+   know, and a second one would come to the same.
 4. Decoders run on the second hardware thread of each compute core. Where cores have one, or none is free, they share
    all of the rank's cores but the communication's: confined to fewer they would be what the run waits for.
 5. Memory comes from the domain that touches it first, which is the rank's own, since its threads are there; a rank
@@ -60,7 +62,7 @@ class RankPlan:
         domains: the NUMA domains its cores are in.
         cores: how many it has.
         threads: compute threads.
-        compute: logical CPUs they run on.
+        compute: logical CPUs they run on, one each; where they are more, wherever it is free.
         comm: logical CPUs of the communication library's workers.
         decode: logical CPUs of the decoders.
         memory: where its memory comes from.
@@ -74,6 +76,17 @@ class RankPlan:
     comm: tuple[int, ...]
     decode: tuple[int, ...]
     memory: MemoryPolicy
+
+    @property
+    def cpus(self) -> frozenset[int]:
+        """All logical CPUs that something of the rank runs on."""
+        return frozenset((*self.compute, *self.comm, *self.decode))
+
+    @property
+    def spare(self) -> int:
+        """How many of them others may take without a thread having to wait."""
+        free = max(0, len(self.compute) - self.threads)
+        return free * len({*self.compute, *self.decode}) // len(self.compute)
 
 
 @dataclass(frozen=True)
@@ -115,7 +128,8 @@ def asked_threads(environ: Mapping[str, str]) -> int | None:
 def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | None = None) -> int:
     """Returns the number of compute threads of one of several equal ranks, all of whose cores compute.
 
-    ``OMP_NUM_THREADS`` is obeyed. A rank whose launcher left it the whole machine takes its share of the cores.
+    ``OMP_NUM_THREADS`` is obeyed. A rank whose launcher left it the whole machine takes its share of the cores, and no
+    more than the control group's quota of CPU time lets run.
 
     Args:
         node: what this process may use.
@@ -129,7 +143,8 @@ def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | N
     if asked:
         return asked
     pinned = len(node.cpus) * local_size <= len(node.group_cpus)
-    return max(1, len(node.cores) if pinned else len(node.cores) // local_size)
+    share = max(1, len(node.cores) if pinned else len(node.cores) // local_size)
+    return min(share, _within_quota(node, local_size) or share)
 
 
 def comm_cores(cores: int, world_size: int) -> int:
@@ -162,22 +177,22 @@ def plan_node(
     if count < 1:
         raise ConfigError(f"{count} ranks per node: give 1 or more")
     shares = _shares(node, count)
-    quota = _within_quota(node, shares)
+    allowed = _within_quota(node, count)
     smallest = min(len(cores) for cores in shares)
-    comm = comm_cores(smallest, world_size or count)
+    comm = comm_cores(min(smallest, allowed or smallest), world_size or count)
     if asked:
         comm = min(comm, max(0, smallest - asked))
     home = {core: domain.number for domain in node.domains for core in domain.cores}
     on = [tuple(sorted({home[core] for core in cores})) for cores in shares]
     ranks = tuple(
-        _rank(local_rank, cores, on[local_rank], comm, asked, _memory(node, on, local_rank))
+        _rank(local_rank, cores, on[local_rank], comm, asked, allowed, _memory(node, on, local_rank))
         for local_rank, cores in enumerate(shares)
     )
-    busy = {cpu for rank in ranks for cpu in (*rank.compute, *rank.comm, *rank.decode)}
+    busy = frozenset[int]().union(*(rank.cpus for rank in ranks))
     idle = tuple(core for core in node.cores if not busy & set(core))
     origin = "one rank per NUMA domain by rule" if ranks_per_node is None else "number of ranks asked for"
     origin += "; threads as OMP_NUM_THREADS says" if asked else "; threads by rule"
-    return Plan(ranks, idle, tuple(_notes(node, ranks, quota=quota, asked=asked)), origin)
+    return Plan(ranks, idle, tuple(_notes(node, ranks, allowed=allowed, asked=asked)), origin)
 
 
 def _shares(node: Node, count: int) -> list[Cores]:
@@ -200,33 +215,35 @@ def _parts(cores: Cores, count: int) -> list[Cores]:
     return [cores[first:stop] for first, stop in pairwise(accumulate(sizes, initial=0))]
 
 
-def _within_quota(node: Node, shares: list[Cores]) -> bool:
-    """Shortens the shares where the control group would put more threads to sleep; returns whether it does."""
+def _within_quota(node: Node, count: int) -> int | None:
+    """How many threads of a rank the control group does not put to sleep; None where it lets all cores compute."""
     if node.cpu_quota is None or node.cpu_quota >= len(node.cores):
-        return False
-    most = max(1, int(node.cpu_quota) // len(shares))
-    shares[:] = [cores[:most] for cores in shares]
-    return True
+        return None
+    return max(1, int(node.cpu_quota) // count)
 
 
 def _rank(
-    local_rank: int, cores: Cores, domains: tuple[int, ...], comm: int, asked: int | None, memory: MemoryPolicy
+    local_rank: int,
+    cores: Cores,
+    domains: tuple[int, ...],
+    comm: int,
+    asked: int | None,
+    allowed: int | None,
+    memory: MemoryPolicy,
 ) -> RankPlan:
     computing, communicating = cores[: len(cores) - comm], cores[len(cores) - comm :]
     deepest = max(len(core) for core in computing)
-    # First threads of all cores, then second ones: that is how many threads take CPUs, fewer or more than cores.
+    # First threads of all cores, then second ones: that is how threads take CPUs, where they are more than cores.
     slots = [core[depth] for depth in range(deepest) for core in computing if depth < len(core)]
-    compute = tuple(slots[: asked or len(computing)])
-    used = [core for core in computing if core[0] in compute]
-    spare = [core[0] for core in computing if core[0] not in compute]
-    siblings = [core[1] for core in used if len(core) > 1 and core[1] not in compute]
-    alone = len(siblings) == len(used)
-    decode = (*siblings, *spare) if alone else (*compute, *siblings, *spare)
+    compute = tuple(slots[: max(asked or 0, len(computing))])
+    siblings = [core[1] for core in computing if len(core) > 1 and core[1] not in compute]
+    alone = len(siblings) == len(computing)
+    decode = tuple(siblings) if alone else (*compute, *siblings)
     return RankPlan(
         local_rank=local_rank,
         domains=domains,
         cores=len(cores),
-        threads=asked or len(compute),
+        threads=asked or min(len(compute), max(1, (allowed or len(cores)) - comm)),
         compute=compute,
         comm=tuple(core[0] for core in communicating),
         decode=decode,
@@ -247,13 +264,13 @@ def _memory(node: Node, on: list[tuple[int, ...]], local_rank: int) -> MemoryPol
     return MemoryPolicy("prefer", nodes, f"prefers {where} until it is full")
 
 
-def _notes(node: Node, ranks: tuple[RankPlan, ...], *, quota: bool, asked: int | None) -> list[str]:
+def _notes(node: Node, ranks: tuple[RankPlan, ...], *, allowed: int | None, asked: int | None) -> list[str]:
     notes = []
     if len(node.group_cpus) < node.online:
         notes.append(f"the control group leaves {len(node.group_cpus)} of this node's {node.online} CPUs")
     if len(node.cpus) < len(node.group_cpus):
         notes.append(f"this process may run on {len(node.cpus)} of {len(node.group_cpus)} CPUs")
-    if quota:
+    if allowed:
         notes.append(f"the control group allows {node.cpu_quota:g} CPUs' time; more threads would be put to sleep")
     if len(ranks) > len(node.cores):
         notes.append(f"{len(ranks)} ranks on {len(node.cores)} cores: ranks share cores, and the run is slow")

@@ -148,7 +148,7 @@ def place_of(
     planned = plan_node(whole, ranks.local_size, world_size=ranks.size, environ=environ)
     share = planned.ranks[ranks.local_rank]
     together = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > share.cores
-    if together and {*share.compute, *share.comm, *share.decode} <= set(node.cpus):
+    if together and share.cpus <= set(node.cpus):
         # Pinned with others, to a package perhaps, which holds what the plan has for this rank.
         return Place(node, ranks, share, _worth_a_warning(planned))
     given = (

@@ -229,8 +229,8 @@ def cpu_limit(machine: Machine) -> Finding:
         "cpu-limit",
         "warning",
         f"the control group allows {quota:g} CPUs' time on {cores} cores",
-        f"training uses the first {max(1, int(quota))} of {cores} cores, as another container with a quota does; "
-        "decoders are put to sleep in every period",
+        f"training computes with {max(1, int(quota))} threads, which the kernel moves about on {cores} cores; "
+        "decoders put them to sleep in every period",
         "whole CPUs for the container: docker --cpuset-cpus in place of --cpus, Kubernetes' static CPU manager",
     )
 

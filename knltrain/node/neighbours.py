@@ -24,7 +24,7 @@ class Taken(NamedTuple):
     """CPUs' worth of time that this process did not have, though it was spent.
 
     Attributes:
-        others: on other processes.
+        others: on other processes, beyond what this one has to spare.
         stolen: on other virtual machines, by the hypervisor.
     """
 
@@ -54,10 +54,11 @@ class Neighbours:
     Args:
         cpus: logical CPUs, of all threads of this process.
         stat: the kernel's count of what each CPU did.
+        spare: how many of them others may take without a thread having to wait.
     """
 
-    def __init__(self, cpus: Collection[int], stat: Path = Path("/proc/stat")) -> None:
-        self._cpus, self._stat = frozenset(cpus), stat
+    def __init__(self, cpus: Collection[int], stat: Path = Path("/proc/stat"), *, spare: int = 0) -> None:
+        self._cpus, self._stat, self._spare = frozenset(cpus), stat, spare
         self._first = self._last = self._sample()
         self._said = False
 
@@ -82,9 +83,10 @@ class Neighbours:
             went.append(f"{taken.stolen:.1f} went to other machines of the hypervisor")
         if not went:
             return ""
+        more = f", beyond the {self._spare} that it has no thread for," if self._spare else ""
         return (
-            f"of this rank's {len(self._cpus)} CPUs ({format_cpu_list(self._cpus)}) {' and '.join(went)}: every step "
-            "waits for its slowest thread"
+            f"of this rank's {len(self._cpus)} CPUs ({format_cpu_list(self._cpus)}){more} {' and '.join(went)}: every "
+            "step waits for its slowest thread"
         )
 
     def _sample(self) -> _Sample | None:
@@ -104,12 +106,11 @@ class Neighbours:
         own = time.process_time() + reaped.children_user + reaped.children_system + _of_children("self") / tick
         return _Sample(time.monotonic(), own, busy / tick, stolen / tick)
 
-    @staticmethod
-    def _between(before: _Sample | None, after: _Sample | None) -> Taken:
+    def _between(self, before: _Sample | None, after: _Sample | None) -> Taken:
         if before is None or after is None or after.wall <= before.wall:
             return Taken()
         wall, own, busy, stolen = (now - then for now, then in zip(after, before, strict=True))
-        return Taken(max(0.0, (busy - own) / wall), max(0.0, stolen / wall))
+        return Taken(max(0.0, (busy - own) / wall - self._spare), max(0.0, stolen / wall))
 
 
 def _of_children(process: str) -> int:

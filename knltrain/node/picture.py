@@ -90,7 +90,7 @@ def communication(plan: Plan) -> dict[str, str]:
 
 def as_mpiexec(plan: Plan) -> str:
     """Arguments of Hydra's mpiexec: ranks per node, and for Intel MPI a mask of CPUs for each rank."""
-    masks = ",".join(hex(sum(1 << cpu for cpu in set(_all(rank)))) for rank in plan.ranks)
+    masks = ",".join(hex(sum(1 << cpu for cpu in rank.cpus)) for rank in plan.ranks)
     return f"-ppn {len(plan.ranks)} -genv I_MPI_PIN_DOMAIN [{masks}]"
 
 
@@ -124,7 +124,7 @@ def _head(node: Node) -> Iterator[str]:
 def _drawing(cores: Cores, plan: Plan) -> Iterator[str]:
     owner: dict[int, list[int]] = {}
     for rank in plan.ranks:
-        for cpu in set(_all(rank)):
+        for cpu in rank.cpus:
             owner.setdefault(cpu, []).append(rank.local_rank)
     lines = -(-len(cores) // _COLUMNS)
     per_line = -(-len(cores) // lines)
@@ -162,12 +162,9 @@ def _mark(cpu: int, plan: Plan) -> str:
 def _in_words(rank: RankPlan) -> str:
     comm = f", communication on {format_cpu_list(rank.comm)}" if rank.comm else ""
     where = "the same" if set(rank.decode) == set(rank.compute) else format_cpu_list(rank.decode)
-    threads = f"{rank.threads} thread{'s' if rank.threads > 1 else ''} on {format_cpu_list(rank.compute)}"
+    on = "on any of" if rank.threads < len(rank.compute) else "on"
+    threads = f"{rank.threads} thread{'s' if rank.threads > 1 else ''} {on} {format_cpu_list(rank.compute)}"
     return f"{threads}{comm}, decoders on {where}; memory: {rank.memory.reason}"
-
-
-def _all(rank: RankPlan) -> tuple[int, ...]:
-    return (*rank.compute, *rank.comm, *rank.decode)
 
 
 def _cpus(cores: Cores) -> str:

@@ -147,7 +147,8 @@ def test_a_single_thread_a_core_leaves_the_decoders_the_whole_rank(machine):
 
 def test_a_users_number_of_threads():
     (rank,) = plan_node(node(8), 1, environ={"OMP_NUM_THREADS": "3"}).ranks
-    assert (rank.threads, rank.compute, rank.decode) == (3, (0, 1, 2), (0, 1, 2, 3, 4, 5, 6, 7))
+    assert (rank.threads, rank.compute, rank.decode) == (3, tuple(range(8)), tuple(range(8)))
+    assert rank.spare == 5
     (rank,) = plan_node(node(8, threads=2), 1, environ={"OMP_NUM_THREADS": "12"}).ranks
     assert rank.compute == (*range(8), *range(8, 12))
     assert set(range(12, 16)) <= set(rank.decode)
@@ -156,9 +157,27 @@ def test_a_users_number_of_threads():
     assert "more than the 2 CPUs" in plan.notes[0]
     # What communicates gives way.
     (rank,) = plan_node(node(16), 1, world_size=2, environ={"OMP_NUM_THREADS": "16"}).ranks
-    assert (rank.threads, rank.comm) == (16, ())
+    assert (rank.threads, rank.comm, rank.spare) == (16, (), 0)
     ranks = plan_node(node(8), 2, environ={"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}).ranks
     assert [rank.threads for rank in ranks] == [4, 4]
+
+
+def test_fewer_threads_than_cores_are_pinned_to_none_of_them():
+    """A second run, or container, would be pinned to the same first cores."""
+    limited = dataclasses.replace(node(16, threads=2), cpu_quota=8.0)
+    asked = plan_node(node(16, threads=2), 1, environ={"OMP_NUM_THREADS": "8"})
+    for plan in (asked, plan_node(limited, 1, environ={})):
+        (rank,) = plan.ranks
+        assert (rank.threads, rank.cores, rank.compute) == (8, 16, tuple(range(16)))
+        assert rank.decode == tuple(range(16, 32)), "the second thread of each core"
+        assert (rank.spare, plan.idle) == (16, ())
+        assert "8 threads on any of 0-15" in " ".join(picture.as_text(limited, plan).split())
+    # Ranks keep to their part of the node, and what the workers of the library take is not there for threads.
+    two = plan_node(limited, 2, environ={"OMP_NUM_THREADS": "3"}).ranks
+    assert [(rank.threads, rank.compute) for rank in two] == [(3, tuple(range(8))), (3, tuple(range(8, 16)))]
+    (rank,) = plan_node(limited, 1, world_size=2, environ={}).ranks
+    assert (rank.threads, rank.comm) == (7, (15,))
+    assert threads_per_rank(limited, 1, {}) == 8
 
 
 def test_fast_memory_is_preferred_where_a_rank_gets_enough_of_it(machine):
@@ -175,8 +194,7 @@ def test_fast_memory_is_preferred_where_a_rank_gets_enough_of_it(machine):
 
 def test_no_more_threads_than_the_control_groups_quota(tmp_path):
     plan = plan_node(read_node(trees.container(tmp_path)), 1, environ={})
-    assert plan.ranks[0].threads == 3
-    assert len(plan.idle) == 3
+    assert (plan.ranks[0].threads, len(plan.ranks[0].compute)) == (3, 6)
     assert any("3.5 CPUs' time" in note for note in plan.notes)
     assert any("leaves 6 of this node's 64 CPUs" in note for note in plan.notes)
 

@@ -142,7 +142,7 @@ def test_cpu_limit(tmp_path):
     finding = found("cpu-limit", trees.container(tmp_path))
     assert finding.severity == "warning"
     assert "3.5 CPUs' time on 6 cores" in finding.cause
-    assert "the first 3 of 6 cores, as another container" in finding.symptom
+    assert "3 threads, which the kernel moves about on 6 cores" in finding.symptom
     write(tmp_path, "sys/fs/cgroup/pods/one/cpu.max", "600000 100000")
     assert kind("cpu-limit", tmp_path) == "ok"
 

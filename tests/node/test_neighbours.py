@@ -60,6 +60,18 @@ def test_what_is_not_this_process_s_is_others(machine):
     assert watch.taken() == pytest.approx((0.25, 0.1))
 
 
+def test_what_a_run_has_no_thread_for_is_the_others(machine):
+    """With fewer threads than cores, which the kernel moves out of each other's way."""
+    watch = Neighbours({0, 1, 2, 3}, machine.path, spare=2)
+    machine.goes_on(40, own=80, busy=dict.fromkeys(range(4), 40))
+    assert watch.taken() == pytest.approx((0, 0))
+    assert watch.problem() == ""
+    machine.goes_on(40, own=40, busy=dict.fromkeys(range(4), 40))
+    assert watch.problem().startswith(
+        "of this rank's 4 CPUs (0-3), beyond the 2 that it has no thread for, 1.0 went to other processes"
+    )
+
+
 def test_a_problem_is_that_of_half_a_minute_and_is_said_once(machine):
     watch = Neighbours({2, 3}, machine.path)
     machine.goes_on(20, own=20, busy={2: 20, 3: 20})
