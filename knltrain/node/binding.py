@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import os
 import platform
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -144,9 +145,14 @@ def place_of(
     """
     if ranks.launcher not in _UNPINNED or node.cpus == whole.cpus:
         plan = plan_node(node, ranks.local_size, world_size=ranks.size, environ=environ)
-        return Place(node, ranks, plan.ranks[ranks.local_rank], _worth_a_warning(plan))
+        beyond = beyond_allocation(node, os.environ if environ is None else environ)
+        warnings = (*_worth_a_warning(plan), *([beyond] if beyond else []))
+        return Place(node, ranks, plan.ranks[ranks.local_rank], warnings)
     planned = plan_node(whole, ranks.local_size, world_size=ranks.size, environ=environ)
     share = planned.ranks[ranks.local_rank]
+    # Of a part of a node, the control group may well have the whole.
+    of_job = min(_cpus_of_job(os.environ if environ is None else environ), default=len(whole.cpus))
+    its_part = ranks.launcher == "slurm" and len(node.cpus) >= max(1, of_job // ranks.local_size)
     together = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > share.cores
     if together and share.cpus <= set(node.cpus):
         # Pinned with others, to a package perhaps, which holds what the plan has for this rank.
@@ -157,7 +163,7 @@ def place_of(
     problem = ""
     if together:
         problem = f"{given} together with other ranks, and its share of this node is {format_cpu_list(share.compute)}"
-    elif len(node.cores) < share.cores:
+    elif len(node.cores) < share.cores and not its_part:
         problem = f"{given}, and its share of this node is {_cores(share.cores)}"
     enough = not together and len(node.cores) >= min(rank.cores for rank in planned.ranks)
     remedy = f"start with {_UNPINNED[ranks.launcher]}, so that ranks place themselves"
@@ -166,6 +172,28 @@ def place_of(
     own = plan_node(node, 1, world_size=ranks.size, environ=environ).ranks[0]
     own = dataclasses.replace(own, local_rank=ranks.local_rank)
     return Place(node, ranks, own, (f"{problem}; {remedy}",) if problem else ())
+
+
+def beyond_allocation(node: Node, environ: Mapping[str, str]) -> str:
+    """Says that Slurm does not confine a job to its part of the node, with a remedy; empty where that is not so.
+
+    Slurm counts cores or hardware threads, and the nodes of a job may differ: only what is too little by any count is
+    taken for a part.
+    """
+    given = max(_cpus_of_job(environ), default=len(node.cores))
+    if given >= len(node.cores):
+        return ""
+    return (
+        f"Slurm gave this job {given} CPUs of this node and does not confine it to them: it takes all "
+        f"{_cores(len(node.cores))}, those of other jobs too; ask for the whole node (sbatch --exclusive), or have "
+        "srun bind ranks (--cpu-bind=cores, with enough --cpus-per-task)"
+    )
+
+
+def _cpus_of_job(environ: Mapping[str, str]) -> list[int]:
+    """How many CPUs a job of Slurm's has on its nodes, those of equal nodes once; nothing where that is not said."""
+    numbers = re.sub(r"\(x\d+\)", "", environ.get("SLURM_JOB_CPUS_PER_NODE", "")).split(",")
+    return [int(number) for number in numbers] if all(map(str.isdecimal, numbers)) else []
 
 
 def _worth_a_warning(plan: Plan) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.affinity import asked_threads, plan_node
 from knltrain.node.amx import knows_amx
-from knltrain.node.binding import BINDING_VARIABLES, before_pinning, place_of
+from knltrain.node.binding import BINDING_VARIABLES, before_pinning, beyond_allocation, place_of
 from knltrain.node.cpulist import format_cpu_list, parse_cpu_list, read_number, read_text
 from knltrain.node.finding import Finding
 from knltrain.node.memory import keep_freed_memory
@@ -154,6 +154,9 @@ def affinity(machine: Machine) -> Finding:
             "start without taskset, numactl -C or the launcher's binding, or ask the batch system for all "
             "of the node (Slurm: --exclusive, srun --cpus-per-task)",
         )
+    if beyond := beyond_allocation(node, machine.environ):
+        cause, _, remedy = beyond.partition("; ")
+        return Finding("affinity", "warning", cause, "jobs on this node take each other's cores", remedy)
     pinned = [warning for warning in place.warnings if ranks.launcher in warning]
     if pinned:
         cause, _, remedy = pinned[0].partition("; ")

@@ -100,6 +100,36 @@ def test_a_user_who_confines_a_process_is_obeyed(xeon):
     assert shares == [(0, 1), (2, 3)]
 
 
+@pytest.mark.parametrize("given, part", [("16", True), ("16(x2),8", True), ("56", False), ("16,112", False),
+                                         ("", False), ("many", False)])  # fmt: skip
+def test_a_job_that_slurm_does_not_confine_to_its_part_of_the_node_says_so(given, part, xeon):
+    node = read_node(xeon)
+    found = place_of(rank("slurm"), node, node, environ={"SLURM_JOB_CPUS_PER_NODE": given})
+    said = "Slurm gave this job 16 CPUs of this node and does not confine it to them: it takes all 56 cores"
+    assert [said in warning for warning in found.warnings] == ([True] if part else [])
+
+
+def test_a_rank_that_srun_gives_its_part_of_a_part_of_a_node_has_all_it_should(xeon):
+    """Where Slurm binds tasks and makes no control groups for them: sbatch -n 2 -c 8 on a node of 56 cores."""
+
+    def place(cpus, given):
+        node, whole = read_node(xeon, allowed=set(cpus)), read_node(xeon)
+        return place_of(rank("slurm"), node, whole, environ={"SLURM_JOB_CPUS_PER_NODE": given})
+
+    found = place(range(8), "16")
+    assert ({*found.plan.compute, *found.plan.comm}, found.warnings) == (set(range(8)), ())
+    # The job has more than srun, which gives a task one CPU unless told otherwise, has passed on.
+    for given in ("16", "112(x2)"):
+        with pytest.raises(KnltrainError, match=r"slurm pinned rank 0 to 1 core .*--cpus-per-task"):
+            place([0], given)
+
+
+def test_a_job_that_is_confined_is_warned_of_nothing(xeon):
+    few = read_node(xeon, allowed=set(range(8)))
+    (said,) = place_of(rank("none", 0, 1), few, few, environ={"SLURM_JOB_CPUS_PER_NODE": "8"}).warnings
+    assert said == "this process may run on 8 of 112 CPUs"
+
+
 @pytest.mark.parametrize("launcher", ["hydra", "openmpi"])
 def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeon, monkeypatch):
     """As torchrun's do: `taskset -c 0-31 mpiexec` has pinned nobody."""

@@ -119,6 +119,13 @@ def test_ranks_pinned_by_their_launcher(tmp_path):
     assert "its share of this node is 43 cores" in fewer.cause
 
 
+def test_a_part_of_a_node_that_slurm_does_not_confine_a_job_to(small):
+    finding = found("affinity", small, {"SLURM_JOB_CPUS_PER_NODE": "1(x2)"})
+    assert (finding.severity, finding.symptom) == ("warning", "jobs on this node take each other's cores")
+    assert "gave this job 1 CPUs" in finding.cause
+    assert "--exclusive" in finding.remedy
+
+
 def test_launchers_that_contradict_each_other(small):
     contradiction = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     finding = found("affinity", small, contradiction)
