@@ -81,6 +81,11 @@ class LARS(MasterOptimizer):
         # Of each parameter: its version after the last update, and the sum of its squares.
         self._squares: dict[Tensor, tuple[int, float]] = {}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group.setdefault("nesterov", False)  # of a state that was saved before there was a choice
+
     def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
         return {
             group["kind"]: {

@@ -176,6 +176,23 @@ def test_state_dict_round_trip_continues_exactly():
         assert torch.equal(one, other)
 
 
+def test_a_state_from_before_there_was_nesterov_goes_on_without():
+    def begun():
+        param = torch.nn.Parameter(torch.ones(3))
+        param.grad = torch.ones(3)
+        optimizer = LARS([param], 0.1)
+        optimizer.step()
+        return param, optimizer
+
+    (param, optimizer), (expected, undisturbed) = begun(), begun()
+    state = copy.deepcopy(optimizer.state_dict())
+    del state["param_groups"][0]["nesterov"]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    undisturbed.step()
+    assert torch.equal(param, expected)
+
+
 def test_nan_is_not_swallowed():
     param = torch.nn.Parameter(torch.ones(2))
     param.grad = torch.tensor([math.nan, 1.0])
