@@ -37,7 +37,9 @@ def as_text(node: Node, plan: Plan) -> str:
     ]
     for rank in plan.ranks:
         lines += _wrapped(f"rank {rank.local_rank}: {_in_words(rank)}")
-    lines += [f"cores left idle: {len(plan.idle)}" + (f" (CPUs {_cpus(plan.idle)})" if plan.idle else "")]
+    free = sum(max(0, len(rank.compute) - rank.threads) for rank in plan.ranks)
+    which = f" (CPUs {_cpus(plan.idle)})" if plan.idle else " (whichever the kernel leaves)" if free else ""
+    lines += [f"cores left idle: {len(plan.idle) + free}{which}"]
     several = comm_cores(plan.ranks[0].cores, world_size=2)
     if len(plan.ranks) == 1 and several:
         lines += _wrapped(f"note: as one of several nodes, {several} of its cores communicate instead of computing")

@@ -171,7 +171,9 @@ def test_fewer_threads_than_cores_are_pinned_to_none_of_them():
         assert (rank.threads, rank.cores, rank.compute) == (8, 16, tuple(range(16)))
         assert rank.decode == tuple(range(16, 32)), "the second thread of each core"
         assert (rank.spare, plan.idle) == (16, ())
-        assert "8 threads on any of 0-15" in " ".join(picture.as_text(limited, plan).split())
+        text = " ".join(picture.as_text(limited, plan).split())
+        assert "8 threads on any of 0-15" in text
+        assert "cores left idle: 8 (whichever the kernel leaves)" in text
     # Ranks keep to their part of the node, and what the workers of the library take is not there for threads.
     two = plan_node(limited, 2, environ={"OMP_NUM_THREADS": "3"}).ranks
     assert [(rank.threads, rank.compute) for rank in two] == [(3, tuple(range(8))), (3, tuple(range(8, 16)))]
