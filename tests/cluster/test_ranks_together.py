@@ -217,7 +217,7 @@ def test_two_ranks_start_from_a_file_as_one_does(alone, image_folder, tmp_path):
 
 def test_a_file_that_does_not_fit_ends_all_ranks_and_is_named_by_one(image_folder, tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
-    result = start(TORCHRUN, image_folder, tmp_path / "run", "--init-from", str(tmp_path / "other.safetensors"))
+    result = start(mpiexec(2), image_folder, tmp_path / "run", "--init-from", str(tmp_path / "other.safetensors"))
     assert result.returncode != 0
     assert result.stderr.count("is of another network: missing") == 1
     assert not (tmp_path / "run" / "config.json").exists()
@@ -236,8 +236,8 @@ def test_a_batch_that_does_not_divide_is_refused(image_folder, tmp_path):
     assert "global-batch 63 is not a multiple of 2 ranks; take 62 or 64" in result.stderr
 
 
-@pytest.mark.parametrize("backend", ["auto", "gloo"])
-def test_a_bad_image_that_one_rank_meets_later_ends_all_with_its_path(backend, tmp_path):
+@pytest.mark.parametrize("launcher, backend", [("mpiexec", "auto"), ("torchrun", "gloo")])
+def test_a_bad_image_that_one_rank_meets_later_ends_all_with_its_path(launcher, backend, tmp_path):
     """Start-up decodes a sample of a large data set; this image is none of it."""
     data = tmp_path / "data"
     for index in range(600):
@@ -247,13 +247,13 @@ def test_a_bad_image_that_one_rank_meets_later_ends_all_with_its_path(backend, t
     bad = data / "train" / "class1" / "0003.jpg"
     bad.write_bytes(b"\xff\xd8 no picture")
     result = subprocess.run(
-        [*TORCHRUN, "knltrain", "train", "--recipe", "cifar-256", "--data", str(data), "--out", str(tmp_path / "run"),
-         "--global-batch", "16", "--precision", "fp32", "--comm.backend", backend],
-        capture_output=True, text=True, timeout=240)  # fmt: skip
+        [*(TORCHRUN if launcher == "torchrun" else mpiexec(2)), "knltrain", "train", "--recipe", "cifar-256", "--data",
+         str(data), "--out", str(tmp_path / "run"), "--global-batch", "16", "--precision", "fp32", "--comm.backend",
+         backend], capture_output=True, text=True, timeout=240)  # fmt: skip
     assert result.returncode == 1
     assert "SIGABRT" not in result.stderr
     assert f"{bad}: a JPEG with a damaged header; replace or remove this image" in result.stderr
-    # Over gloo the others see its connections end. Over oneCCL they wait, until torchrun ends them.
+    # Over gloo the others see its connections end. Over oneCCL they wait, until the launcher ends them.
     assert "what that rank printed is the cause" in result.stderr or backend != "gloo"
     assert 'File "' not in result.stderr.split("torch/distributed/elastic")[0], "no traceback of ours"
 
