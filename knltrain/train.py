@@ -416,14 +416,14 @@ def loop_and_rewind(
         stop: where a signal is noted.
     """
     while True:
-        before = run.progress
+        at = run.progress
         try:
             with contextlib.ExitStack() as shown:
                 log = None
                 if run.group.is_first:
-                    log = shown.enter_context(MetricsLog(run.out, before.step, before.evaluated_step, console.warn))
+                    log = shown.enter_context(MetricsLog(run.out, at.step, at.evaluated_step, console.warn))
                 total = run.timetable.total_steps
-                bar = StepProgress(console, first=before.step, total=total, epochs=run.config.epochs)
+                bar = StepProgress(console, first=at.step, total=total, epochs=run.config.epochs)
                 return loop(run, log, shown.enter_context(bar), stop)
         except SharedError:
             # A launcher ends the others with the first that ends: a checkpoint under way is to be whole by then.

@@ -83,10 +83,14 @@ class RankPlan:
         return frozenset((*self.compute, *self.comm, *self.decode))
 
     @property
+    def threadless(self) -> int:
+        """How many of its compute CPUs have no thread; which they are, the kernel chooses."""
+        return max(0, len(self.compute) - self.threads)
+
+    @property
     def spare(self) -> int:
-        """How many of them others may take without a thread having to wait."""
-        free = max(0, len(self.compute) - self.threads)
-        return free * len({*self.compute, *self.decode}) // len(self.compute)
+        """How many of all its CPUs others may take without a thread having to wait."""
+        return self.threadless * len({*self.compute, *self.decode}) // len(self.compute)
 
 
 @dataclass(frozen=True)
@@ -185,7 +189,14 @@ def plan_node(
     home = {core: domain.number for domain in node.domains for core in domain.cores}
     on = [tuple(sorted({home[core] for core in cores})) for cores in shares]
     ranks = tuple(
-        _rank(local_rank, cores, on[local_rank], comm, asked, allowed, _memory(node, on, local_rank))
+        _rank(
+            local_rank,
+            cores,
+            on[local_rank],
+            comm=comm,
+            threads=asked or max(1, min(len(cores), allowed or len(cores)) - comm),
+            memory=_memory(node, on, local_rank),
+        )
         for local_rank, cores in enumerate(shares)
     )
     busy = frozenset[int]().union(*(rank.cpus for rank in ranks))
@@ -223,19 +234,13 @@ def _within_quota(node: Node, count: int) -> int | None:
 
 
 def _rank(
-    local_rank: int,
-    cores: Cores,
-    domains: tuple[int, ...],
-    comm: int,
-    asked: int | None,
-    allowed: int | None,
-    memory: MemoryPolicy,
+    local_rank: int, cores: Cores, domains: tuple[int, ...], *, comm: int, threads: int, memory: MemoryPolicy
 ) -> RankPlan:
     computing, communicating = cores[: len(cores) - comm], cores[len(cores) - comm :]
     deepest = max(len(core) for core in computing)
     # First threads of all cores, then second ones: that is how threads take CPUs, where they are more than cores.
     slots = [core[depth] for depth in range(deepest) for core in computing if depth < len(core)]
-    compute = tuple(slots[: max(asked or 0, len(computing))])
+    compute = tuple(slots[: max(threads, len(computing))])
     siblings = [core[1] for core in computing if len(core) > 1 and core[1] not in compute]
     alone = len(siblings) == len(computing)
     decode = tuple(siblings) if alone else (*compute, *siblings)
@@ -243,7 +248,7 @@ def _rank(
         local_rank=local_rank,
         domains=domains,
         cores=len(cores),
-        threads=asked or min(len(compute), max(1, (allowed or len(cores)) - comm)),
+        threads=threads,
         compute=compute,
         comm=tuple(core[0] for core in communicating),
         decode=decode,

@@ -143,15 +143,16 @@ def place_of(
         ConfigError: ``OMP_NUM_THREADS`` is no positive number.
         KnltrainError: the launcher left the rank fewer cores than its share, and ``strict``.
     """
+    environ = os.environ if environ is None else environ
     if ranks.launcher not in _UNPINNED or node.cpus == whole.cpus:
         plan = plan_node(node, ranks.local_size, world_size=ranks.size, environ=environ)
-        beyond = beyond_allocation(node, os.environ if environ is None else environ)
+        beyond = beyond_allocation(node, environ)
         warnings = (*_worth_a_warning(plan), *([beyond] if beyond else []))
         return Place(node, ranks, plan.ranks[ranks.local_rank], warnings)
     planned = plan_node(whole, ranks.local_size, world_size=ranks.size, environ=environ)
     share = planned.ranks[ranks.local_rank]
     # Of a part of a node, the control group may well have the whole.
-    of_job = min(_cpus_of_job(os.environ if environ is None else environ), default=len(whole.cpus))
+    of_job = min(_cpus_of_job(environ), default=len(whole.cpus))
     its_part = ranks.launcher == "slurm" and len(node.cpus) >= max(1, of_job // ranks.local_size)
     together = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > share.cores
     if together and share.cpus <= set(node.cpus):

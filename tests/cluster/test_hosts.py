@@ -52,7 +52,7 @@ def test_ranks_on_four_hosts_train_what_one_trains(backend, network, environment
 
 def test_ccl_keeps_its_promises_between_four_hosts(network, environment, tmp_path):
     """What tests/comm asks of ranks on one host."""
-    script = Path(__file__).parents[1] / "comm" / "test_conformance.py"
+    script = Path(__file__).parents[1] / "comm" / "conformance_ranks.py"
     command = on_all(network, sys.executable, script, tmp_path, "ccl")
     result = subprocess.run(command, capture_output=True, text=True, timeout=180, env=environment)
     outcomes = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("rank*.json"))]

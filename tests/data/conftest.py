@@ -1,6 +1,7 @@
-"""The images of ``image_folder``, prepared."""
+"""Data that several tests read."""
 
 import pytest
+from conftest import write_jpeg
 from prepared import prepare
 
 
@@ -16,3 +17,10 @@ def shards(image_folder, tmp_path_factory):
     out = tmp_path_factory.mktemp("tar") / "out"
     prepare(image_folder, out, format="tar")
     return out
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """One class with one good image."""
+    write_jpeg(tmp_path / "train" / "a" / "0.jpg", 20, 20, 0)
+    return tmp_path

@@ -1,0 +1,16 @@
+"""What other tests are skipped without is here, where all of them have to run."""
+
+import shutil
+
+from cluster.hosts import without
+from cluster.runs import ccl_is_here
+
+from knltrain.ops.native import why_not
+
+
+def test_kernels_oneccl_and_programs_are_here():
+    missing = [f"native kernels ({why_not()})"] if why_not() else []
+    missing += [] if ccl_is_here() else ["oneCCL"]
+    missing += [name for name in ("g++", "mpiexec", "shellcheck") if shutil.which(name) is None]
+    if missing:
+        without(f"not here: {', '.join(missing)}")
