@@ -27,6 +27,11 @@ def seed_anew():
     torch.manual_seed(seed)
 
 
+def nans():
+    """NaN in float32 with every bit of the payload set, of either sign, and with the last one alone."""
+    return torch.tensor([0x7FFFFFFF, -1, 0x7F800001], dtype=torch.int32).view(torch.float32)
+
+
 def check_operator(operator, *arguments):
     """What torch.library can check of a custom operator, and that results are laid out as those without data are."""
     torch.library.opcheck(operator, arguments)

@@ -1,16 +1,19 @@
 """batch_norm_act against batch norm, addition and ReLU of plain torch in float64."""
 
+import ctypes
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.checks import BF16, FLOAT32, assert_within, check_operator, seed_anew, threads
+from ops.checks import BF16, FLOAT32, assert_within, check_operator, nans, seed_anew, threads
 from torch import Tensor, nn
 
+from knltrain.ops import native
 from knltrain.ops.batchnorm import batch_norm_act
 
 DTYPES = [pytest.param(torch.float32, id="fp32"), pytest.param(torch.bfloat16, id="bf16")]
+KERNELS = ["avx2", "avx512f", "avx512", "avx512_bf16"]
 KINDS = [(residual, relu) for residual in (False, True) for relu in (False, True)]
 # Channels around the vector widths of 8 and 16 and beyond the panels of 4096; rows around the blocks of 128.
 SHAPES = [
@@ -194,12 +197,76 @@ def test_same_bits_run_after_run(each_isa, dtype, count):
             assert all(map(torch.equal, case.run(), first))
 
 
+@pytest.mark.parametrize("each_isa", KERNELS, indirect=True)
+@pytest.mark.parametrize(
+    "shape, dtype, residual",
+    [
+        pytest.param((2, 64, 128, 129), torch.float32, True, id="fp32"),
+        pytest.param((2, 64, 256, 129), torch.bfloat16, False, id="bf16"),
+        pytest.param((2, 24, 209, 210), torch.float32, False, id="fp32 of 24 channels"),  # vectors of 8, and not of 16
+    ],
+)
+def test_a_large_batch_is_evaluated_as_its_images_are(each_isa, shape, dtype, residual):
+    """Results of more than 8 MiB a task are written around the caches, where all vectors are whole."""
+    case = make_case(shape, dtype, residual, training=False)
+    assert case.x[0].nbytes < 8 << 20 < case.x.nbytes
+    y, _, _, dx, _, _, *dresidual = case.run()
+    for part in (slice(0, 1), slice(1, 2)):
+        alone = dataclasses.replace(
+            case, x=case.x[part], dy=case.dy[part], residual=case.residual[part] if residual else None
+        )
+        expected_y, _, _, expected_dx, _, _, *expected_dresidual = alone.run()
+        assert torch.equal(y[part], expected_y)
+        assert torch.equal(dx[part], expected_dx)
+        assert all(torch.equal(dresidual[0][part], expected) for expected in expected_dresidual)
+
+
+@pytest.mark.parametrize("each_isa", KERNELS, indirect=True)
+@pytest.mark.parametrize("members", [1, 2])
+def test_a_runtime_that_gives_fewer_threads_than_there_are_tasks(each_isa, members):
+    case = make_case((3, 40, 41, 29), torch.float32, residual=True)
+    module, of_torch = native.kernels(), native._openmp_of_torch()
+    current, asked = [0], []
+
+    def parallel(function, data, count, _):
+        asked.append(count)
+        for current[0] in range(members):
+            function(data)
+
+    member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+    number = ctypes.CFUNCTYPE(ctypes.c_int)
+    runtime = [
+        ctypes.CFUNCTYPE(None, member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)(parallel),
+        number(lambda: current[0]),
+        number(lambda: members),
+    ]
+    with threads(5):
+        expected = case.run()
+        try:
+            module.use_openmp(*(ctypes.cast(function, ctypes.c_void_p).value for function in runtime))
+            got = case.run()
+        finally:
+            module.use_openmp(*(of_torch or [0, 0, 0]))
+    assert set(asked) == {5}
+    assert all(map(torch.equal, got, expected))
+
+
 # Squares of 1e17, 128 of them summed, are still float32 numbers.
 @pytest.mark.parametrize("scale", [1e17, 1e-15])
 def test_deviations_far_from_one(each_isa, scale):
     case = make_case((2, 17, 5, 7), torch.float32, scale=scale)
     case.eps = 1e-37
     check_case(case)
+
+
+def test_rounding_makes_no_variance_negative(each_isa):
+    """One zero, and a million numbers of which sums are exact in float32 and sums of squares rounded down."""
+    x = torch.full((1, 1, 1024, 1024), 1 + 127 * 2.0**-16).to(memory_format=torch.channels_last)
+    x[0, 0, 0, 0] = 0
+    mean, var = torch.zeros(1), torch.zeros(1)
+    y = batch_norm_act(x, torch.ones(1), torch.zeros(1), mean, var, training=True, momentum=1.0, eps=1e-7)
+    assert 0 <= var <= 2e-6
+    assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -277,6 +344,18 @@ def test_relu_passes_the_gradient_of_what_is_not_negative(each_isa, dtype, bad):
     z = torch.tensor(bad, requires_grad=True)
     (passes,) = torch.autograd.grad(z.relu(), z)
     assert (dx != 0) == passes
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("which", ["weight", "bias", "mean"])
+def test_a_parameter_that_is_no_number_makes_none_of_its_channel(each_isa, which, dtype):
+    case = make_case((2, 37, 5, 7), dtype, relu=False, training=False)
+    bad = torch.arange(37) % 12 == 3  # in the first vector and in the last
+    getattr(case, which)[bad] = nans().repeat(2)[: int(bad.sum())]
+    y, _, _, dx, *_ = case.run()
+    assert torch.equal(y.isnan(), bad[None, :, None, None].expand_as(y))
+    if which == "weight":
+        assert torch.equal(dx.isnan(), bad[None, :, None, None].expand_as(dx))
 
 
 @pytest.mark.parametrize("residual, relu", KINDS)
@@ -366,6 +445,15 @@ def test_operators_are_as_declared(each_isa, dtype, shape):
     for y, has_residual in ((None, False), (x.relu(), True)):
         vectors = (weight, case.bias, case.mean, case.var)
         check_operator(backward, case.dy, x, y, *vectors, has_residual, True, True, 1e-5)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+def test_no_images_are_no_images(each_isa, residual):
+    case = make_case((0, 5, 3, 4), torch.bfloat16, residual, training=False)
+    y, _, _, dx, dweight, dbias, *_ = case.run()
+    assert y.shape == dx.shape == (0, 5, 3, 4)
+    assert torch.equal(dweight, torch.zeros(5))
+    assert torch.equal(dbias, torch.zeros(5))
 
 
 @pytest.mark.parametrize("shape", [(1, 4, 1, 1), (1, 1, 1, 1)], ids=str)

@@ -84,18 +84,33 @@ def test_a_box_of_the_results_size_is_copied_black_beyond_the_border(each_isa, g
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wide_box_is_copied_black_beyond_the_border(each_isa, generator, dtype):
+    """Wider than the 320 pixels that are put in order at a time."""
+    lefts, width = [-330, -330, -17, -17, 60, 60, 90, 90], 350
+    flips = torch.tensor([False, True] * 4)
+    pixels, out, alone = random_pixels(generator, 8, 1, 400), empty(8, 1, width, dtype), empty(8, 1, width, dtype)
+    crop_flip_normalize(pixels, torch.tensor([(0.0, left, 1.0, width) for left in lefts]), flips, out)
+    bordered = torch.nn.functional.pad(pixels, (0, 0, 400, 400))
+    expected = torch.stack([image[:, 400 + left :][:, :width] for image, left in zip(bordered, lefts, strict=True)])
+    normalize(torch.where(flips[:, None, None, None], expected.flip(2), expected), alone)
+    assert torch.equal(out, alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [(1, 1), (5, 7), (17, 16), (40, 33)])
 def test_any_other_box_is_resampled_as_the_filter_is_defined(each_isa, generator, size, dtype):
-    pixels = random_pixels(generator, 7, 23, 29)
-    begin, end = torch.rand(2, 7, 2, generator=generator).sort(0).values
+    pixels = random_pixels(generator, 10, 23, 29)
+    begin, end = torch.rand(2, 10, 2, generator=generator).sort(0).values
     boxes = torch.cat([begin, end - begin + 0.01], 1).double() * torch.tensor([23.0, 29.0, 22.0, 28.0])
     boxes[4] = torch.tensor([-3.5, -2.0, 30.0, 12.0])  # over three borders
     boxes[5] = torch.tensor([20.0, 27.0, 20.0, 31.0])  # mostly black
     boxes[6] = torch.tensor([0.0, 30.0, 23.0, 5.0])  # nothing but black
-    flips = torch.rand(7, generator=generator) < 0.5
-    out = empty(7, *size, dtype)
+    # Of the result's size, but not at a whole pixel, or in one direction only.
+    boxes[7], boxes[8], boxes[9] = torch.tensor([[1.5, 2.0, *size], [2.0, 1.5, *size], [1.0, 2.0, size[0], 11.0]])
+    flips = torch.rand(10, generator=generator) < 0.5
+    out = empty(10, *size, dtype)
     crop_flip_normalize(pixels, boxes, flips, out)
-    for index in range(7):
+    for index in range(10):
         expected = formula(pixels[index].numpy(), boxes[index].tolist(), bool(flips[index]), *size)
         torch.testing.assert_close(
             out[index].double().permute(1, 2, 0), torch.from_numpy(expected.copy()), rtol=ROUNDING[dtype], atol=4e-6
@@ -188,6 +203,7 @@ def test_refuses_what_the_kernel_cannot_read(each_isa, pixels, boxes, flips, out
         crop_flip_normalize(pixels, boxes, flips, out)
 
 
+@pytest.mark.parametrize("each_isa", ["torch", "avx2"], indirect=True)
 def test_is_a_well_behaved_operator(each_isa, generator):
     boxes = torch.tensor([[0.5, 1.0, 6.0, 7.0], [1.0, 2.0, 4.0, 4.0]])
     arguments = (random_pixels(generator, 2, 8, 9), boxes, torch.tensor([True, False]), empty(2, 4, 4).zero_())

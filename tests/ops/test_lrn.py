@@ -113,6 +113,12 @@ def test_keeps_only_its_input():
     assert [t.data_ptr() for t in kept] == [x.data_ptr()]
 
 
+def test_no_images_are_no_images(each_isa):
+    x = torch.empty(0, 8, 6, 6).to(memory_format=LAST)
+    y, dx = both_ways(local_response_norm, x, x)
+    assert y.shape == dx.shape == x.shape
+
+
 @pytest.mark.parametrize(
     "x, size, message",
     [
@@ -127,6 +133,7 @@ def test_refuses_what_the_kernel_cannot_read(each_isa, x, size, message):
         local_response_norm(x, size=size)
 
 
+@pytest.mark.parametrize("each_isa", ["torch", "avx2"], indirect=True)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
 def test_is_a_well_behaved_operator(each_isa, layout):
     x = torch.randn(2, 7, 3, 4).to(memory_format=layout).requires_grad_()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from ops.checks import nans, threads
 from torch import nn
 
 from knltrain.ops.optimizers import lars_step, sgd_step
@@ -184,15 +185,103 @@ def test_any_number_of_threads_gives_the_same_bits(each_isa, generator):
             assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_layouts_that_differ_take_the_plain_way(each_isa, generator):
+def test_a_long_list_is_updated_as_its_parameters_are(each_isa, generator):
+    """Bit for bit, with every parameter's own numbers: LARS goes over gradients of more than 2 MiB in several parts."""
+    sizes = [300_000, 20, 0, 16385, 300_000, 33, 100_000, 17, 530_000]
+    count = len(sizes)
+    weights, buffers = (weights_of(generator, [(size,) for size in sizes]) for _ in range(2))
+    grads = [
+        g.to(torch.bfloat16 if index % 3 == 1 else torch.float32)
+        for index, g in enumerate(weights_of(generator, [(size,) for size in sizes]))
+    ]
+    copies, squares = like(weights, torch.bfloat16), unknown(count)
+    numbers = settings(count) | {
+        "lr": [0.1 * (index + 1) for index in range(count)],
+        "momentum": [0.9 - 0.1 * index for index in range(count)],
+        "weight_decay": [1e-4 * (index + 1) for index in range(count)],
+        "adapt": [index % 4 != 1 for index in range(count)],
+        "clip": [index % 2 == 1 for index in range(count)],
+        "nesterov": [index >= 4 for index in range(count)],
+    }
+    of_sgd = {name: numbers[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+    mine = [[t.clone() for t in tensors] for tensors in (weights, buffers, copies)]
+    my_squares = squares.clone()
+    with threads(1):
+        for _ in range(2):
+            lars_step(weights, grads, buffers, copies, squares, **numbers)
+        sgd_step(weights, grads, buffers, copies, **of_sgd)
+        for index, (w, v, copy) in enumerate(zip(*mine, strict=True)):
+            own, of_sgd_own = ({name: [value[index]] for name, value in all_.items()} for all_ in (numbers, of_sgd))
+            for _ in range(2):
+                lars_step([w], [grads[index]], [v], [copy], my_squares[index : index + 1], **own)
+            sgd_step([w], [grads[index]], [v], [copy], **of_sgd_own)
+            assert torch.equal(weights[index], w), index
+            assert torch.equal(buffers[index], v), index
+            assert torch.equal(copies[index], copy), index
+    torch.testing.assert_close(squares, my_squares, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_copies_are_rounded_to_the_nearest_and_ties_to_even(each_isa, offset):
+    """Every fifth bf16 number, and what lies half-way to the next, beside that, and next to the number itself.
+
+    With a learning rate of zero weights stay as they are. An aligned copy is written around the caches.
+    """
+    lower = torch.tensor([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF])
+    bits = (torch.arange(-(2**15), 2**15, 5)[:, None] * 2**16 + lower).flatten().int()
+    weight = torch.cat([bits.view(torch.float32), nans()])
+    copy = weight.new_empty(len(weight) + offset, dtype=torch.bfloat16)[offset:]
+    assert (copy.data_ptr() % 64 == 0) == (offset == 0)
+    weight[weight.isinf()] = 1.0  # 0 times infinity is no number
+    before, zeros = weight.clone(), torch.zeros_like(weight)
+    sgd_step([weight], [zeros], [zeros.clone()], [copy], lr=[0.0], momentum=[0.0], weight_decay=[0.0], nesterov=[False])
+    assert torch.equal(weight.isnan(), before.isnan())
+    assert torch.equal(weight[~before.isnan()], before[~before.isnan()])
+    if each_isa == "avx512_bf16":  # rounds denormal numbers to zero
+        before[before.abs() < 2.0**-126] = 0
+    expected = before.to(torch.bfloat16)
+    assert torch.equal(copy.isnan(), expected.isnan())
+    assert torch.equal(copy[~copy.isnan()], expected[~expected.isnan()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_tensors_may_begin_anywhere(each_isa, generator, dtype):
+    """As parts of a flat buffer do; what lies around them stays."""
+    results = []
+    values = weights_of(generator, [(1000,)] * 3)
+    for offset in (0, 3):
+        made = [torch.full((1010,), 7.0).to(kind) for kind in (torch.float32, dtype, torch.float32, torch.bfloat16)]
+        w, g, v, copy = parts = [t[offset : offset + 1000] for t in made]
+        for part, given in zip(parts, values, strict=False):
+            part.copy_(given)
+        lars_step([w], [g], [v], [copy], unknown(1), **settings(1))
+        assert all((t[:offset] == 7).all() and (t[offset + 1000 :] == 7).all() for t in made)
+        results.append((w, v, copy))
+    assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("step", ["lars", "sgd"])
+def test_layouts_that_differ_take_the_plain_way(each_isa, generator, step):
     weight = torch.randn(8, 16, 3, 3, generator=generator)
     grad = torch.randn(8, 16, 3, 3, generator=generator)
     results = []
-    for made in (grad, grad.contiguous(memory_format=torch.channels_last)):
-        w, v = weight.clone(), torch.zeros_like(weight)
-        lars_step([w], [made], [v], [weight.new_empty(0).bfloat16()], unknown(1), **settings(1))
-        results.append(w)
-    torch.testing.assert_close(*results, rtol=1e-6, atol=1e-7)
+
+    def update(w, g):
+        lists = [w], [g], [torch.zeros_like(w)], [weight.new_empty(0).bfloat16()]
+        if step == "lars":
+            lars_step(*lists, unknown(1), **settings(1))
+        else:
+            sgd_step(*lists, lr=[0.3], momentum=[0.9], weight_decay=[5e-4], nesterov=[True])
+        results.append(w.contiguous())
+
+    update(weight.clone(), grad)
+    update(weight.clone(), grad.contiguous(memory_format=torch.channels_last))
+    # Every other number: what lies between is no part of it.
+    wide, wide_grad = (t.repeat_interleave(2, dim=3) for t in (weight, grad))
+    update(wide[..., ::2], wide_grad[..., ::2])
+    assert torch.equal(wide[..., 1::2], weight)
+    for other in results[1:]:
+        torch.testing.assert_close(results[0], other, rtol=1e-6, atol=1e-7)
 
 
 WRONG = {
@@ -219,6 +308,7 @@ def test_refuses(wrong):
         lars_step(**call, **settings(1))
 
 
+@pytest.mark.parametrize("each_isa", ["torch", "avx2"], indirect=True)
 def test_operators_are_what_torch_library_asks_for(each_isa):
     weights = [torch.randn(5, 3), torch.randn(20)]
     numbers = settings(2)

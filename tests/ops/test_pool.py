@@ -17,6 +17,8 @@ GEOMETRIES = [
     ((1, 31, 20, 17), {"kernel_size": (15, 17), "stride": 1}),  # as large as they come
     ((1, 16, 1, 1), {"kernel_size": 1}),
     ((2, 5, 3, 2), {"kernel_size": 3, "stride": 2, "padding": 1, "ceil_mode": True}),
+    # A window more would begin at the first pixel beyond the image.
+    ((2, 21, 4, 7), {"kernel_size": 2, "stride": 4, "padding": (0, 1), "ceil_mode": True}),
 ]
 
 
@@ -139,6 +141,7 @@ def test_backward_refuses_a_winner_of_another_shape(each_isa):
         torch.ops.knltrain.max_pool2d_backward(dy, winner, 4, 4, [2, 2], [2, 2], [0, 0])
 
 
+@pytest.mark.parametrize("each_isa", ["torch", "avx2"], indirect=True)
 @pytest.mark.parametrize("relu", [False, True])
 def test_is_a_well_behaved_operator(each_isa, relu):
     x = torch.randn(2, 5, 7, 6).to(memory_format=LAST).requires_grad_()
