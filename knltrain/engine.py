@@ -18,13 +18,15 @@ from typing import get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from knltrain.compile_cache import remove_cut_libraries
 from knltrain.config import EngineName, Precision
 from knltrain.errors import ConfigError
-from knltrain.models.fused import fuse
+from knltrain.models.fused import FusedConv2d, fuse
 from knltrain.node.measured import stored_engine
 from knltrain.node.topology import Node
+from knltrain.ops.bf16 import onednn_computes_bf16
 from knltrain.ops.native import why_not
 from knltrain.optim import MasterOptimizer
 
@@ -121,23 +123,26 @@ def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, 
         threads: compute threads of a rank.
 
     Raises:
-        ConfigError: no kernels for fused, no compiler for torch.compile, no IPEX, or an IPEX made for another torch.
+        ConfigError: no kernels for fused, no compiler for torch.compile, no IPEX, or an IPEX made for another torch;
+            or bf16 where PyTorch would sum it in bf16, by any other engine than fused.
     """
     if asked != "auto":
-        refuse_missing_parts(asked)
+        refuse_missing_parts(asked, precision)
         return asked
     measured = stored_engine(model, precision, node, threads)
     if measured is not None and measured in get_args(EngineName):  # the file may be of a later version, or anybody's
         try:
-            refuse_missing_parts(measured)
+            refuse_missing_parts(measured, precision)
             return measured
         except ConfigError as error:
             warnings.warn(f"the fastest engine by `knltrain tune` is {measured}, but: {error}", stacklevel=2)
-    return "eager" if why_not() else "fused"
+    default = "eager" if why_not() else "fused"
+    refuse_missing_parts(default, precision)
+    return default
 
 
-def refuse_missing_parts(asked: str) -> None:
-    """Refuses an engine that does not run here.
+def refuse_missing_parts(asked: str, precision: str) -> None:
+    """Refuses an engine that does not run here, or not in this precision.
 
     Raises:
         ConfigError: as :func:`choose_engine`.
@@ -158,6 +163,12 @@ def refuse_missing_parts(asked: str) -> None:
                 f"engine ipex: intel-extension-for-pytorch {theirs} does not load with torch {ours}; "
                 "pip install 'knltrain[intel]' in an environment of its own, or use --engine eager"
             )
+    if precision == "bf16" and asked != "fused" and not onednn_computes_bf16():
+        remedy = "--precision fp32" if why_not() else "--engine fused, which sums in float32, or --precision fp32"
+        raise ConfigError(
+            f"engine {asked} in bf16: this processor lacks AVX-512 with BW, DQ and VL, or ONEDNN_MAX_CPU_ISA hides it; "
+            f"PyTorch then sums weight gradients in bf16 and loses up to half of them. Use {remedy}"
+        )
 
 
 def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer) -> Engine:
@@ -168,12 +179,16 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
         precision: as :func:`choose_precision` resolved it.
         model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
+
+    Raises:
+        ConfigError: fused in bf16, with a convolution that it leaves to PyTorch, where PyTorch would sum it in bf16.
     """
     model.train()
     masters = {}
     if name == "fused":
         fuse(model)
         if precision == "bf16":
+            _refuse_sums_in_bf16(model)
             masters = _use_working_copies(model, optimizer)
     elif name == "compile":
         remove_cut_libraries()
@@ -183,6 +198,20 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
     elif name == "ipex":
         model, optimizer = _ipex_optimize(model, optimizer, DTYPES[precision])
     return Engine(name, precision, model, optimizer, masters)
+
+
+def _refuse_sums_in_bf16(model: nn.Module) -> None:
+    """Refuses a network with a convolution that is left to PyTorch, where PyTorch would sum it in bf16."""
+    left = [
+        f"{path} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if isinstance(module, _ConvNd) and not isinstance(module, FusedConv2d)
+    ]
+    if left and not onednn_computes_bf16():
+        raise ConfigError(
+            f"engine fused in bf16: PyTorch computes {', '.join(left[:3])}{', …' if len(left) > 3 else ''}, and sums "
+            "such weight gradients in bf16 on this processor. Use --precision fp32"
+        )
 
 
 def _use_working_copies(model: nn.Module, optimizer: MasterOptimizer) -> dict[str, Tensor]:

@@ -1,16 +1,16 @@
 """Networks that train in a moment, and how the tests of resuming train them."""
 
-import importlib.util
-import shutil
+import pytest
+import torch
+from torch import nn
 
 from knltrain import models
 from knltrain.config import RunConfig, override
+from knltrain.engine import refuse_missing_parts
+from knltrain.errors import ConfigError
 from knltrain.models.resnet import ResNet
-from knltrain.ops.native import why_not
 
 STEPS = 6  # two epochs
-# Dropout where there is some, and two micro-batches a step.
-NETWORKS = {"alexnet_bn_small": {"dropout": 0.3}, "small_resnet": {}}
 # Everything that a run can change in its course, at once: steps of 8 and of 16 images, of 16 and of 32 pixels, with and
 # without augmentation, by an optimizer that counts its steps, and an average of the weights.
 CHANGES = {
@@ -33,23 +33,51 @@ PRECISIONS = {"eager": ("fp32", "bf16"), "fused": ("fp32", "bf16"), "compile": (
 
 
 def small_resnet(*, num_classes, image_size):
-    """One bottleneck a stage; to be put into ``models.MODELS``."""
+    """One bottleneck a stage."""
     return ResNet((1, 1, 1, 1), num_classes, zero_init_residual=False)
 
 
-def add_small_networks():
-    """Lets a configuration name them."""
-    models.MODELS["small_resnet"] = small_resnet
+class Tiny(nn.Module):
+    """What torch.compile is done with in seconds: a convolution, batch norm, ReLU, dropout and a dense layer."""
+
+    def __init__(self, num_classes, dropout):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 16, 3, stride=2, padding=1), nn.BatchNorm2d(16)
+        self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(16, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.dropout(torch.relu(self.norm(self.conv(x))).mean((2, 3))))
 
 
-def why_no_engine(engine):
+def tiny(*, num_classes, image_size, dropout=0.0):
+    return Tiny(num_classes, dropout)
+
+
+SMALL_NETWORKS = {"small_resnet": small_resnet, "tiny": tiny}
+
+
+def add_small_networks(patch=dict.__setitem__):
+    """Lets a configuration name them; ``patch`` as monkeypatch.setitem."""
+    for name, network in SMALL_NETWORKS.items():
+        patch(models.MODELS, name, network)
+
+
+def network_of(engine):
+    """A network, and its fields, that shows what an engine does without making a test long."""
+    return {"model": "tiny", "dropout": 0.3} if engine == "compile" else {"model": "small_resnet"}
+
+
+def marked(engine, *values):
+    """A case of a test, marked where it compiles."""
+    return pytest.param(engine, *values, marks=[pytest.mark.compile] if engine == "compile" else [])
+
+
+def why_no_engine(engine, precision="fp32"):
     """What is missing for an engine; nothing where it runs."""
-    if engine == "fused" and why_not():
-        return f"no native kernels: {why_not()}"
-    if engine == "ipex" and importlib.util.find_spec("intel_extension_for_pytorch") is None:
-        return "engine ipex is not installed"
-    if engine == "compile" and not shutil.which("g++"):
-        return "engine compile needs g++"
+    try:
+        refuse_missing_parts(engine, precision)
+    except ConfigError as error:
+        return str(error)
     return ""
 
 

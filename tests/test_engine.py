@@ -1,9 +1,11 @@
+import copy
 import dataclasses
 import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
+from small_networks import why_no_engine
 
 from knltrain.config import OptimConfig, RunConfig
 from knltrain.engine import build_engine, choose_engine, choose_precision
@@ -15,19 +17,8 @@ from knltrain.optim import build_optimizer
 OLD_CPU = Node("Old CPU", frozenset({"avx2"}), (0,), ((0,),), 1)
 
 
-def choose(asked, node=None):
-    return choose_engine(asked, model="alexnet_bn_small", precision="bf16", node=node or read_node(), threads=2)
-
-
-def engines():
-    names = ["eager"]
-    for name in ("fused", "compile", "ipex"):
-        try:
-            choose(name)
-            names.append(name)
-        except ConfigError:
-            pass
-    return names
+def choose(asked, precision="fp32"):
+    return choose_engine(asked, model="alexnet_bn_small", precision=precision, node=read_node(), threads=2)
 
 
 def train_steps(name, precision, count, optim):
@@ -59,15 +50,14 @@ CASES = [
         for precision in ("fp32", "bf16")
         for optim in (LARS, SGD)
     ),
-    ("compile", "bf16", LARS),
-    ("compile", "fp32", SGD),
+    *(pytest.param("compile", *case, marks=pytest.mark.compile) for case in (("bf16", LARS), ("fp32", SGD))),
 ]
 
 
 @pytest.mark.parametrize("name, precision, optim", CASES, ids=lambda case: getattr(case, "name", case))
 def test_engines_follow_float32_eager(name, precision, optim):
-    if name not in engines():
-        pytest.skip(f"engine {name} is not installed")
+    if reason := why_no_engine(name, precision):
+        pytest.skip(reason)
     reference, _ = train_steps("eager", "fp32", 8, optim)
     losses, engine = train_steps(name, precision, 8, optim)
     assert reference[-1] < reference[0] - 0.1
@@ -104,8 +94,8 @@ def summed_gradients(name, micro_batch):
 @pytest.mark.parametrize("name", ["fused", "ipex"])
 def test_many_micro_batches_lose_nothing(name):
     """Stock autocast, whose gradients are float32, is the measure; summed in bf16 they are four times as far off."""
-    if name not in engines():
-        pytest.skip(f"engine {name} is not installed")
+    if reason := why_no_engine(name, "bf16") or why_no_engine("eager", "bf16"):
+        pytest.skip(reason)
     off = {}
     for engine in ("eager", name):
         whole, parts = summed_gradients(engine, 256), summed_gradients(engine, 2)
@@ -115,6 +105,8 @@ def test_many_micro_batches_lose_nothing(name):
 
 def test_what_was_asked_for_is_what_runs():
     """bf16 and channels-last are read off the layers, not off the configuration."""
+    if reason := why_no_engine("eager", "bf16"):
+        pytest.skip(reason)
     _, engine = train_steps("eager", "bf16", 1, LARS)
     seen = []
     conv = engine.model.features.conv3
@@ -147,7 +139,7 @@ def test_missing_parts_are_named(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(ConfigError, match=r"g\+\+"):
         choose("compile")
-    if "ipex" in engines():
+    if not why_no_engine("ipex"):
         monkeypatch.setattr(torch, "__version__", "2.13.0+cpu")
         with pytest.raises(ConfigError, match=r"does not load with torch 2\.13\.0"):
             choose("ipex")
@@ -157,6 +149,64 @@ def test_missing_parts_are_named(monkeypatch):
     monkeypatch.setattr("knltrain.engine.why_not", lambda: "they were not built; install g++")
     with pytest.raises(ConfigError, match=r"engine fused: .*not built; install g\+\+.*--engine eager"):
         choose("fused")
+
+
+@pytest.mark.parametrize("asked", ["eager", "compile", "ipex", "auto"])
+def test_bf16_that_pytorch_would_sum_in_bf16_is_refused(monkeypatch, asked):
+    monkeypatch.setattr("knltrain.engine.onednn_computes_bf16", lambda: False)
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: "no compiler")
+    if asked == "auto" or not why_no_engine(asked):
+        assert choose(asked) in ("eager", asked)
+        with pytest.raises(ConfigError, match=r"in bf16: .*AVX-512.*ONEDNN_MAX_CPU_ISA.*Use --precision fp32"):
+            choose(asked, "bf16")
+    monkeypatch.setattr("knltrain.engine.why_not", lambda: None)
+    monkeypatch.setattr("knltrain.engine.stored_engine", lambda *settings: None)
+    assert choose("auto", "bf16") == choose("fused", "bf16") == "fused"
+    if not why_no_engine(asked) and asked != "auto":
+        with pytest.raises(ConfigError, match=r"--engine fused, .*or --precision fp32"):
+            choose(asked, "bf16")
+
+
+@pytest.mark.parametrize(
+    "layer", [torch.nn.Conv2d(3, 4, 3, padding="same"), torch.nn.Conv1d(3, 4, 3), torch.nn.ConvTranspose2d(3, 4, 2)]
+)
+def test_a_convolution_left_to_pytorch_is_refused_where_pytorch_sums_in_bf16(monkeypatch, layer):
+    def build(precision):
+        model = torch.nn.Sequential(torch.nn.Conv2d(3, 3, 1), copy.deepcopy(layer))
+        return build_engine("fused", precision, model, build_optimizer(model, SGD))
+
+    monkeypatch.setattr("knltrain.engine.onednn_computes_bf16", lambda: True)
+    build("bf16")
+    monkeypatch.setattr("knltrain.engine.onednn_computes_bf16", lambda: False)
+    build("fp32")
+    with pytest.raises(ConfigError, match=rf"1 \({type(layer).__name__}\).*--precision fp32"):
+        build("bf16")
+
+
+@pytest.mark.parametrize("engine", ["fused", "eager"])
+def test_gradients_of_many_images_of_one_sign_are_summed_in_float32(engine):
+    """512 images at once, activations and losses' gradients all positive, so that a sum in bf16 loses a third."""
+    if reason := why_no_engine(engine, "bf16"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(16, 16, 3, padding=1), torch.nn.Conv2d(16, 32, 3, stride=2, padding=2, dilation=2),
+              torch.nn.Conv2d(32, 32, 3, groups=2), torch.nn.Flatten(), torch.nn.Linear(128, 8)]  # fmt: skip
+    model = torch.nn.Sequential(*layers).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.abs_()
+    exact = copy.deepcopy(model).double()
+    built = build_engine(engine, "bf16", model, build_optimizer(model, SGD))
+    images = torch.rand(512, 16, 8, 8).bfloat16().to(memory_format=torch.channels_last).requires_grad_()
+    with built.autocast():
+        logits = built.model(images)
+    logits.float().mean().backward()
+    wide = images.detach().double().requires_grad_()
+    exact(wide).mean().backward()
+    gradients = built.gradients()
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(gradients[name].double(), parameter.grad, rtol=0.02, atol=0, msg=name)
+    torch.testing.assert_close(images.grad.double(), wide.grad, rtol=0.03, atol=0)
 
 
 def test_auto_is_what_tune_measured_or_the_kernels_or_eager(monkeypatch):

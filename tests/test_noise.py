@@ -96,7 +96,7 @@ def norms(folder):
 )
 def test_one_rank_that_accumulates(image_folder, tmp_path, engine, precision, tolerance):
     """Its small batch is what a run of that batch begins with."""
-    if reason := why_no_engine(engine):
+    if reason := why_no_engine(engine, precision):
         pytest.skip(reason)
     config = small_run(image_folder, tmp_path, engine=engine, precision=precision, max_steps=1, **QUIET)
     for name, changes in {"large": {}, "small": {"global_batch": 4}, "whole": {"local_batch": 16}}.items():

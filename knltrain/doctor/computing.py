@@ -136,7 +136,7 @@ def engines() -> Finding:
     for name in typing.get_args(EngineName):
         if name != "auto":
             try:
-                refuse_missing_parts(name)
+                refuse_missing_parts(name, "fp32")
                 runs.append(name)
             except ConfigError as error:
                 lacking[name] = str(error).removeprefix(f"engine {name}: ")

@@ -86,8 +86,8 @@ def isa(machine: Machine) -> Finding:
         return Finding(
             "isa",
             "warning",
-            f"{' '.join(narrowed)} on {found}",
-            "convolutions may use narrower instructions than the processor has",
+            f"{' '.join(narrowed)}: {node.cpu_model} is used as {node.isa}",
+            "PyTorch and oneDNN may use narrower instructions than the processor has",
             f"unset {' '.join(pair.split('=')[0] for pair in narrowed)}",
         )
     if node.isa == "avx512f":

@@ -16,6 +16,20 @@ from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
 
 Cores = tuple[tuple[int, ...], ...]
 
+# What oneDNN leaves unused under each value of ONEDNN_MAX_CPU_ISA (its documentation, "CPU Dispatcher Control"), by the
+# beginnings of /proc/cpuinfo's words. PyTorch multiplies bf16 through oneDNN alone.
+_ABOVE_BF16 = ("amx_", "avx512_fp16")
+_ABOVE_CORE = (*_ABOVE_BF16, "avx512_bf16")
+_ABOVE_AVX2 = (*_ABOVE_CORE, "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
+_ABOVE_AVX = (*_ABOVE_AVX2, "avx_vnni", "avx2")
+_HIDDEN_BY_ONEDNN = {
+    "SSE41": (*_ABOVE_AVX, "avx"),
+    "AVX": _ABOVE_AVX,
+    **dict.fromkeys(("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), _ABOVE_AVX2),
+    **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), _ABOVE_CORE),
+    "AVX512_CORE_BF16": _ABOVE_BF16,
+    **dict.fromkeys(("AVX512_CORE_FP16", "AVX10_1_512"), ("amx_",)),
+}
 # No package has had more memory on it: 64 GiB of HBM on Xeon Max, 16 GiB of MCDRAM on Xeon Phi.
 _LARGEST_ON_PACKAGE_MB = 64 * 1024
 # Of /proc/cpuinfo: characters of a line and lines of a processor are some thousand and some thirty.
@@ -62,8 +76,8 @@ class Node:
 
     Attributes:
         cpu_model: the processor's name, for people.
-        flags: feature bits as /proc/cpuinfo spells them, without those that the kernel does not let a process use.
-            Choices are made by these, never by the vendor's name.
+        flags: feature bits as /proc/cpuinfo spells them, without those that the kernel does not let a process use
+            and those that ONEDNN_MAX_CPU_ISA keeps oneDNN from. Choices are made by these, never by the vendor's name.
         cpus: logical CPUs this process may run on.
         cores: the same, one tuple of hardware threads per physical core.
         online: logical CPUs of the whole machine.
@@ -129,7 +143,8 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     """Reads sysfs and procfs. What is missing or damaged there is taken as not there: one domain, one thread a core.
 
     Nothing but the tree is looked at, except for this machine's own (``/``): there the scheduler says which CPUs
-    this process may use, and the kernel is asked for AMX, which changes nothing but that it may be used.
+    this process may use, the kernel is asked for AMX, which changes nothing but that it may be used, and
+    ONEDNN_MAX_CPU_ISA is read.
 
     Args:
         root: where ``sys`` and ``proc`` are found; a copy of another node's will do.
@@ -146,6 +161,8 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     group = tuple(cpu for cpu in online if limits.cpus is None or cpu in limits.cpus) or online
     cpus = tuple(sorted(allowed)) if allowed is not None else group or (0,)
     flags = frozenset(cpuinfo.get("flags", "").split())
+    if live:
+        flags = frozenset(flag for flag in flags if not flag.startswith(_hidden_by_onednn()))
     granted = "amx_tile" not in flags or (
         kernel_grants_amx() if live else knows_amx(read_text(root / "proc/sys/kernel/osrelease"))
     )
@@ -166,6 +183,12 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
         cpu_quota=limits.cpu_quota,
         amx_refused=not granted,
     )
+
+
+def _hidden_by_onednn() -> tuple[str, ...]:
+    """Beginnings of feature bits; none for a value that oneDNN does not know, which it ignores too."""
+    asked = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
+    return _HIDDEN_BY_ONEDNN.get(asked.upper(), ())
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:

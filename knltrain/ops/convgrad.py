@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from knltrain.node.topology import read_node
+from knltrain.ops import bf16
 from knltrain.ops.native import address, check, check_devices, isa, kernels
 
 
@@ -56,7 +57,7 @@ class _Conv2d(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         ctx.geometry = (stride, padding, dilation, groups)
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        return torch.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return bf16.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -68,8 +69,8 @@ class _Conv2d(torch.autograd.Function):
         dx = dweight = dbias = None
         theirs = (needs_x, needs_weight and not ours, needs_bias and not ours)
         if any(theirs):
-            dx, dweight, dbias = torch.ops.aten.convolution_backward(
-                dy, x, weight, ctx.bias_sizes, stride, padding, dilation, False, (0, 0), groups, theirs
+            dx, dweight, dbias = bf16.conv2d_backward(
+                dy, x, weight, ctx.bias_sizes, stride, padding, dilation, groups, theirs
             )
         if ours:
             dweight = conv_weight_grad(x, dy, list(weight.shape), stride, padding, groups)
@@ -152,9 +153,8 @@ def _conv_weight_grad(
         ):
             return ours
     weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
-    dw: Tensor = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, stride, padding, (1, 1), False, (0, 0), groups, (False, True, False)
-    )[1]
+    _, dw, _ = bf16.conv2d_backward(dy, x, weight, None, stride, padding, (1, 1), groups, (False, True, False))
+    assert dw is not None
     return dw.contiguous(memory_format=torch.channels_last)
 
 

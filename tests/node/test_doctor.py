@@ -59,6 +59,9 @@ def test_isa(small, tmp_path):
     assert "5.16" in finding.remedy
     narrowed = found("isa", small, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert (narrowed.severity, narrowed.remedy) == ("warning", "unset ONEDNN_MAX_CPU_ISA")
+    restricting = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
+    every = found("isa", small, restricting)
+    assert all(f"{name}={value}" in every.cause and name in every.remedy for name, value in restricting.items())
     assert kind("isa", small, {"ONEDNN_MAX_CPU_ISA": ""}) == "ok"
     phi = found("isa", trees.xeon_phi(tmp_path / "phi", "quadrant/flat"))
     assert (phi.severity, phi.remedy) == ("note", "--engine fused")

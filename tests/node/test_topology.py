@@ -3,6 +3,7 @@ import shutil
 import pytest
 from node import trees
 
+from knltrain.node import topology
 from knltrain.node.cpulist import format_cpu_list, parse_cpu_list
 from knltrain.node.topology import MemoryNode, Node, read_node
 
@@ -97,6 +98,39 @@ def test_cores_that_share_a_cache_are_neighbours(tmp_path):
     assert read_node(tmp_path).domains[0].cores == ((0,), (2,), (4,), (6,), (1,), (3,), (5,), (7,))
 
 
+@pytest.mark.parametrize("index, level", [(2, 2), (3, 3), (4, 4), (4, 3)])
+def test_caches_of_every_index_are_read(tmp_path, index, level):
+    """From level 2 on; the fourth index is a cache of level 3 where the first level has two, or one of level 4."""
+    caches = [(0, 1, [0]), (1, 1, [0]), (index, level, [0, 1])]
+    trees.write_tree(tmp_path, cores=[(0,), (1,)], domains=[[0, 1]], memory=[1000], flags="avx2", caches=caches)
+    assert read_node(tmp_path).caches == ((level, (0, 1)),)
+
+
+@pytest.mark.parametrize(
+    "asked, isa, computes_bf16",
+    [
+        ("AVX2", "avx2", False),
+        ("avx2_vnni_2", "avx2", False),
+        ("AVX512_CORE", "avx512", False),
+        ("AVX512_CORE_BF16", "avx512_bf16", True),
+        ("AVX10_1_512", "avx512_bf16", True),
+        ("AVX512_CORE_AMX", "amx_bf16", True),
+        ("ALL", "amx_bf16", True),
+        ("no such thing", "amx_bf16", True),
+    ],
+)
+def test_what_onednn_is_kept_from_this_machine_does_not_have(monkeypatch, asked, isa, computes_bf16):
+    monkeypatch.setattr(topology, "_cpuinfo", lambda root: {"flags": f"avx2 {trees.SAPPHIRE_RAPIDS}"})
+    monkeypatch.setattr(topology, "kernel_grants_amx", lambda: True)
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+        with monkeypatch.context() as patch:
+            patch.setenv(name, asked)
+            node = read_node()
+        assert (node.isa, node.computes_bf16) == (isa, computes_bf16)
+    assert read_node().isa == "amx_bf16"
+
+
 def test_a_cloud_machine_with_siblings_beside_each_other_and_a_kernel_without_amx(tmp_path):
     node = read_node(trees.cloud(tmp_path), allowed=set(range(4)))
     assert node.cores == ((0, 1), (2, 3))
@@ -145,6 +179,27 @@ def test_cgroup_version_1(tmp_path):
     trees.write(tmp_path, f"{top}/cpu,cpuacct/slurm/job/cpu.cfs_period_us", "100000")
     node = read_node(tmp_path)
     assert (node.cores, node.memory_limit_mb, node.cpu_quota) == (((0, 56), (1, 57), (2, 58), (3, 59)), 3072, None)
+
+
+@pytest.mark.parametrize("outer, inner", [(1, 2), (2, 1)])
+def test_the_tightest_of_nested_groups_counts(tmp_path, outer, inner):
+    """Whether it is the process's own or the one around it; cgroup v2 and v1."""
+    trees.xeon(tmp_path)
+    trees.write(tmp_path, "proc/self/cgroup", "3:memory:/a/b\n2:cpu:/a/b\n1:cpuset:/a/b\n0::/a/b")
+    v2, v1 = "sys/fs/cgroup", "sys/fs/cgroup/{}"
+    for folder, size in (("a", outer), ("a/b", inner)):
+        trees.write(tmp_path, f"{v2}/{folder}/memory.max", size << 31)
+        trees.write(tmp_path, f"{v2}/{folder}/cpu.max", f"{200000 * size} 100000")
+        trees.write(tmp_path, f"{v2}/{folder}/cpuset.cpus.effective", f"0-{2 * size - 1}")
+    node = read_node(tmp_path)
+    assert (node.memory_limit_mb, node.cpu_quota, node.cpus) == (2048, 2, (0, 1))
+    for folder, size in (("a", outer), ("a/b", inner)):
+        trees.write(tmp_path, f"{v1.format('memory')}/{folder}/memory.limit_in_bytes", size << 30)
+        trees.write(tmp_path, f"{v1.format('cpu')}/{folder}/cpu.cfs_quota_us", 100000 * size)
+        trees.write(tmp_path, f"{v1.format('cpu')}/{folder}/cpu.cfs_period_us", 100000)
+        trees.write(tmp_path, f"{v1.format('cpuset')}/{folder}/cpuset.cpus", f"0-{size - 1}")
+    node = read_node(tmp_path)
+    assert (node.memory_limit_mb, node.cpu_quota, node.cpus) == (1024, 1, (0,))
 
 
 def test_a_group_that_is_named_as_the_host_names_it(tmp_path):
