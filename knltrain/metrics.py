@@ -13,9 +13,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # of the packages that TensorBoard's writer imports
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -192,6 +189,10 @@ def draw_curves(rows: Iterable[Row], path: Path, title: str) -> None:
     rows = list(rows)
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "top1" in row]
+    # Loaded by who draws, which of several ranks is one, and that at the end.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title)

@@ -53,7 +53,7 @@ _Built: TypeAlias = tuple[Engine, checkpoint.Progress, Watch, WeightAverage | No
 _DROPOUT = 2
 
 
-def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:
+def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest) -> bool:  # noqa: C901, PLR0915
     """Trains; returns whether the run is finished (and not stopped by a signal).
 
     ::
@@ -238,7 +238,7 @@ def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last:
             raise failure or KnltrainError("the last checkpoint could not be written; rank 0 says why")
 
 
-def train(
+def train(  # noqa: C901, PLR0915
     config: RunConfig, console: Console, place: Place | None = None, *, allow_change: frozenset[str] = frozenset()
 ) -> tuple[dict[str, Any], bool]:
     """Trains as configured, alone or as one of several ranks.

@@ -61,7 +61,7 @@ BATCHES = {"resnet50": (32, 64), "alexnet_bn": (128, 256), "alexnet": (128, 256)
 IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
 
 
-def race(
+def race(  # noqa: C901
     entry: dict[str, Any],
     contestants: Sequence[str],
     node: Node,

@@ -2,6 +2,7 @@
 
 # No "from __future__ import annotations": DistributedDataParallel checks the hook's annotations as objects.
 
+import functools
 import time
 import warnings
 from collections.abc import Callable
@@ -114,23 +115,24 @@ def data_parallel(
         mean: torch.futures.Future[Tensor] = work.get_future().then(arrived)
         return mean
 
-    def mean_of_all(flat: Tensor) -> None:
-        clock.started()
-        clock.sent()
-        dist.all_reduce(flat, group=group.channel)
-        flat /= group.world_size
-        clock.finished()
-
     def compressed_mean(state: PowerSGD, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         add_carried(bucket)
         return state.take(bucket)
 
     if config.compression == "powersgd":
-        clock.compressor = PowerSGD(config.powersgd_rank, mean_of_all)
+        clock.compressor = PowerSGD(config.powersgd_rank, functools.partial(_average, group, clock))
         parallel.register_comm_hook(clock.compressor, compressed_mean)
     else:
         parallel.register_comm_hook(clock, reduce_mean)
     return parallel, clock
+
+
+def _average(group: Group, clock: GradientClock, flat: Tensor) -> None:
+    clock.started()
+    clock.sent()
+    dist.all_reduce(flat, group=group.channel)
+    flat /= group.world_size
+    clock.finished()
 
 
 def settle_buckets(

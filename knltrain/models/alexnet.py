@@ -30,6 +30,33 @@ def _gaussian(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:
         nn.init.constant_(layer.bias, bias)
 
 
+def _features(*, batch_norm: bool) -> nn.Sequential:
+    """The convolutions, with batch norm after the pooling where there is some, or else response norm before it."""
+
+    def batch(channels: int) -> nn.Module | None:
+        return nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1) if batch_norm else None
+
+    def response() -> nn.Module | None:
+        return None if batch_norm else LocalResponseNorm()
+
+    def relu() -> nn.Module:
+        return nn.ReLU(inplace=True)
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(3, 2, ceil_mode=True)
+
+    layers: list[tuple[str, nn.Module | None]] = [
+        ("conv1", nn.Conv2d(3, 96, 11, stride=4)), ("relu1", relu()),
+        ("norm1", response()), ("pool1", pool()), ("norm1", batch(96)),
+        ("conv2", nn.Conv2d(96, 256, 5, padding=2, groups=2)), ("relu2", relu()),
+        ("norm2", response()), ("pool2", pool()), ("norm2", batch(256)),
+        ("conv3", nn.Conv2d(256, 384, 3, padding=1)), ("relu3", relu()), ("norm3", batch(384)),
+        ("conv4", nn.Conv2d(384, 384, 3, padding=1, groups=2)), ("relu4", relu()), ("norm4", batch(384)),
+        ("conv5", nn.Conv2d(384, 256, 3, padding=1, groups=2)), ("relu5", relu()), ("pool5", pool()),
+    ]  # fmt: skip
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in layers if layer is not None))
+
+
 class AlexNet(nn.Module):
     """The five convolutions and three dense layers of 2012, groups of two on conv2, conv4 and conv5.
 
@@ -46,35 +73,7 @@ class AlexNet(nn.Module):
         super().__init__()
         if image_size < 67:
             raise ConfigError(f"image-size {image_size}: AlexNet needs at least 67 pixels; use alexnet_bn_small")
-
-        def norm(channels: int) -> nn.Module:
-            return nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1)
-
-        def pool() -> nn.Module:
-            return nn.MaxPool2d(3, 2, ceil_mode=True)
-
-        layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["conv1"], layers["relu1"] = nn.Conv2d(3, 96, 11, stride=4), nn.ReLU(inplace=True)
-        if not batch_norm:
-            layers["norm1"] = LocalResponseNorm()
-        layers["pool1"] = pool()
-        if batch_norm:
-            layers["norm1"] = norm(96)
-        layers["conv2"], layers["relu2"] = nn.Conv2d(96, 256, 5, padding=2, groups=2), nn.ReLU(inplace=True)
-        if not batch_norm:
-            layers["norm2"] = LocalResponseNorm()
-        layers["pool2"] = pool()
-        if batch_norm:
-            layers["norm2"] = norm(256)
-        layers["conv3"], layers["relu3"] = nn.Conv2d(256, 384, 3, padding=1), nn.ReLU(inplace=True)
-        if batch_norm:
-            layers["norm3"] = norm(384)
-        layers["conv4"], layers["relu4"] = nn.Conv2d(384, 384, 3, padding=1, groups=2), nn.ReLU(inplace=True)
-        if batch_norm:
-            layers["norm4"] = norm(384)
-        layers["conv5"], layers["relu5"] = nn.Conv2d(384, 256, 3, padding=1, groups=2), nn.ReLU(inplace=True)
-        layers["pool5"] = pool()
-        self.features = nn.Sequential(layers)
+        self.features = _features(batch_norm=batch_norm)
         size = (image_size - 11) // 4 + 1
         for _ in range(3):
             size = -(-(size - 3) // 2) + 1

@@ -9,7 +9,7 @@ from typing import Any
 
 from knltrain.console import Console
 from knltrain.errors import KnltrainError, one_line
-from knltrain.report.draw import draw
+from knltrain.report.draw import Picture, draw
 from knltrain.report.page import page
 from knltrain.report.runs import Run, name_apart, read_run
 
@@ -34,8 +34,28 @@ def report(folders: Sequence[Path], out: Path, console: Console, target_top1: fl
     Raises:
         KnltrainError: none of the folders is that of a run.
     """
+    runs, left_out = _read_runs(folders, console)
+    if not runs:
+        raise KnltrainError(left_out[0]["why"] if len(left_out) == 1 else f"none of {len(folders)} folders is a run's")
+    runs = name_apart(runs)
+    pictures = draw(runs)
+    figures = _write_figures(pictures, out / "figures")
+    (out / "report.html").write_text(page(runs, pictures, target_top1), "utf-8")
+    return {
+        "page": str(out / "report.html"),
+        "figures": figures,
+        "runs": [
+            {"name": run.name, "path": one_line(str(run.path)), "finished": run.finished, **run.results(target_top1)}
+            for run in runs
+        ],
+        "left_out": left_out,
+    }
+
+
+def _read_runs(folders: Sequence[Path], console: Console) -> tuple[list[Run], list[dict[str, str]]]:
+    """The runs, each once, and which folders are left out, and why."""
     runs: list[Run] = []
-    left_out = []
+    left_out: list[dict[str, str]] = []
     seen: set[Path] = set()
     for folder in folders:
         if folder.resolve() in seen:
@@ -52,27 +72,19 @@ def report(folders: Sequence[Path], out: Path, console: Console, target_top1: fl
         for problem in problems:
             console.warn(problem)
         runs.append(run)
-    if not runs:
-        raise KnltrainError(left_out[0]["why"] if len(left_out) == 1 else f"none of {len(folders)} folders is a run's")
-    runs = name_apart(runs)
-    pictures = draw(runs)
-    (out / "figures").mkdir(parents=True, exist_ok=True)
-    for path in (out / "figures").iterdir():
+    return runs, left_out
+
+
+def _write_figures(pictures: Sequence[Picture], folder: Path) -> list[str]:
+    """Writes each figure in each of its formats; returns the paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.iterdir():
         if _OURS.fullmatch(path.name):  # an earlier report may have had others
             path.unlink()
     figures = []
     for picture in pictures:
         for suffix, content in picture.files.items():
-            path = out / "figures" / f"{picture.name}.{suffix}"
+            path = folder / f"{picture.name}.{suffix}"
             path.write_bytes(content)
             figures.append(str(path))
-    (out / "report.html").write_text(page(runs, pictures, target_top1), "utf-8")
-    return {
-        "page": str(out / "report.html"),
-        "figures": figures,
-        "runs": [
-            {"name": run.name, "path": one_line(str(run.path)), "finished": run.finished, **run.results(target_top1)}
-            for run in runs
-        ],
-        "left_out": left_out,
-    }
+    return figures
