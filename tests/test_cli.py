@@ -13,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
+from knltrain import train as trainer
 from knltrain.cli import main
 from knltrain.ops.native import why_not
 
@@ -273,6 +274,22 @@ def test_warnings_of_what_changes_nothing_or_does_not_fit(image_folder, tmp_path
     assert "schedule.gamma has no effect" in result.output
     assert "global batch 16 with the learning rate 6.4" in result.output
     assert "of comm.*, timeout-s alone has an effect on a single rank" in result.output
+
+
+@pytest.mark.parametrize(
+    "flags, warned",
+    [
+        (["--global-batch", 16], True),
+        (["--global-batch", 16, "--optim.lr", 0.1], False),
+        (["--global-batch", 16, "--optim.lr-scaling", "linear"], False),
+        ([], False),
+    ],
+)
+def test_another_batch_with_the_recipes_rate_is_said_unless_the_rate_follows(tmp_path, monkeypatch, flags, warned):
+    monkeypatch.setattr(trainer, "train", lambda *_, **__: (None, True))
+    result = invoke("train", "--recipe", "cifar-2k", "--data", "nowhere", "--out", tmp_path, *flags)
+    assert result.exit_code == 0, result.stderr
+    assert ("global batch 16 with the learning rate" in result.output) == warned
 
 
 def test_a_run_goes_on_with_a_change_that_is_allowed(image_folder, tmp_path):

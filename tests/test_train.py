@@ -1,5 +1,6 @@
 """The run, in this process: what it leaves behind, what it refuses, and that it resumes."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -19,7 +20,8 @@ from knltrain.data.folder import DataError
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import read_metrics
 from knltrain.node.binding import find_place
-from knltrain.run import share_of
+from knltrain.run import Run, share_of
+from knltrain.schedule import timetable
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
                     "exposed_comm_fraction", "peak_rss_mb", "wall_s", "engine", "world_size",
@@ -218,6 +220,18 @@ def test_checkpoints_can_be_rarer_than_evaluations(config):
     assert [p.name for p in sorted(Path(config.out, "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
 
 
+@pytest.mark.parametrize("num_images", [100, 1000, 1230])
+def test_a_part_of_an_epoch_is_completed_once(num_images):
+    """0.3 epochs over 0.1 is a little less than 3 in floating point."""
+    config = RunConfig(global_batch=1, epochs=2)
+    others = {field.name: None for field in dataclasses.fields(Run)}
+    run = Run(**{**others, "config": config, "timetable": timetable(config, num_images)})
+    part = num_images // 10
+    assert [step for step in range(1, 2 * num_images + 1) if run.crossed(step, 0.1)] == [
+        part * count for count in range(1, 21)
+    ]
+
+
 def test_a_crash_before_the_first_checkpoint_starts_over(config, monkeypatch):
     monkeypatch.setattr(trainer, "save_checkpoint", lambda *a, **k: (_ for _ in ()).throw(KnltrainError("crash")))
     with pytest.raises(KnltrainError, match="crash"):
@@ -297,6 +311,7 @@ def test_dropout_depends_on_the_place_in_the_run_alone():
 
     assert torch.equal(drawn(0, 5, 2), drawn(0, 5, 2))
     assert not torch.equal(drawn(0, 5, 2), drawn(0, 5, 3))
+    assert not torch.equal(drawn(0, 5, 2), drawn(0, 6, 2))
     assert not torch.equal(drawn(0, 5, 2), drawn(1, 5, 2))
 
 

@@ -86,6 +86,19 @@ def test_random_resized_crop_of_extreme_shapes_falls_back_to_the_centre(height, 
         assert 0 <= box.top < box.bottom <= height
 
 
+@pytest.mark.parametrize(
+    "height, width, expected",
+    [
+        (1000, 300, Box(0, 300, 300, 700)),  # four thirds as high as wide
+        (300, 1000, Box(300, 0, 700, 300)),  # four thirds as wide as high
+        (90, 91, Box(0, 0, 91, 90)),
+    ],
+)
+def test_where_no_try_fits_the_centre_is_as_long_as_the_ratio_allows(height, width, expected):
+    """The whole image where its own ratio is between 3/4 and 4/3; see the fall-back of torchvision's crop."""
+    assert augment._random_resized_box(height, width, 1.0, np.full(augment.NUM_DRAWS, 0.999)) == expected
+
+
 def test_pad_crop_flip_moves_by_up_to_the_pad():
     found = boxes(config("pad-crop-flip", size=32), 32, 32, 2000)
     assert {b.left for b in found} == set(range(-4, 5))

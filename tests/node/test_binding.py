@@ -116,8 +116,10 @@ def test_a_rank_that_srun_gives_its_part_of_a_part_of_a_node_has_all_it_should(x
         node, whole = read_node(xeon, allowed=set(cpus)), read_node(xeon)
         return place_of(rank("slurm"), node, whole, environ={"SLURM_JOB_CPUS_PER_NODE": given})
 
-    found = place(range(8), "16")
-    assert ({*found.plan.compute, *found.plan.comm}, found.warnings) == (set(range(8)), ())
+    # Where the parts are not equal, that of this node is not known: the smallest is asked for.
+    for given in ("16", "16,112", "112(x2),16"):
+        found = place(range(8), given)
+        assert ({*found.plan.compute, *found.plan.comm}, found.warnings) == (set(range(8)), ())
     # The job has more than srun, which gives a task one CPU unless told otherwise, has passed on.
     for given in ("16", "112(x2)"):
         with pytest.raises(KnltrainError, match=r"slurm pinned rank 0 to 1 core .*--cpus-per-task"):

@@ -43,6 +43,13 @@ def test_srun_tells_its_ranks_the_name_of_their_file_whatever_stands_between():
     assert "-7-3" not in discover({**step, **ONE_TASK, **HYDRA}).init_method
 
 
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_task_of_another_size_names_no_file(rank):
+    """Two mpiexec in two tasks of one each: the first rank of either has the task's rank, 0, and not its size."""
+    task = {**ONE_TASK, "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "3"}
+    assert "-7-3" not in discover({**task, **HYDRA, "PMI_RANK": rank, "MPI_LOCALRANKID": rank}).init_method
+
+
 def test_ranks_that_do_not_see_their_launcher_are_told_to_name_a_port(monkeypatch):
     """The first process of a PID namespace has no parent there."""
     monkeypatch.setattr(os, "getppid", lambda: 0)

@@ -113,6 +113,18 @@ def test_a_manager_that_is_silent_or_gone_or_speaks_otherwise_is_an_error(manage
             of(1)
 
 
+def test_an_answer_may_take_as_many_seconds_as_are_given():
+    ours, theirs = socket.socketpair()
+    said = b"cmd=response_to_init rc=0\ncmd=my_kvsname kvsname=kvs_1\n"
+    with ours, theirs:
+        late = threading.Timer(0.2, theirs.sendall, (said,))
+        late.start()
+        try:
+            Pmi(ours.fileno(), 60).close()
+        finally:
+            late.join()
+
+
 @pytest.fixture
 def two_nodes(monkeypatch):
     """Makes threads named node-1 believe that they are on another node than the others, and sets all interfaces."""
@@ -210,6 +222,14 @@ def test_srun_names_the_first_node(monkeypatch):
     port = 20000 + 17 * 31
     assert first == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.2", ("10.0.0.1", port))
     assert second == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.1")
+    # Steps of one job may run beside each other, and so may jobs.
+    ports = {
+        meet(ranks, {**environ, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).listen[1]
+        for ranks, environ in [slurm(0, ("n1", "n2"))]
+        for job, step in (("17", "0"), ("17", "1"), ("17", "2"), ("18", "0"))
+    }
+    assert len(ports) == 4
+    assert port in ports
     # A name that is loopback's here leads to what the way to the second node starts from; one with several addresses,
     # or with one that is none of this node's, to all of them.
     for found, listen in (([], ("10.0.0.1", port)), (["10.0.0.1", "10.1.0.1"], None), (["192.0.2.7"], None)):

@@ -176,6 +176,27 @@ def test_state_dict_round_trip_continues_exactly():
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_weights_that_somebody_has_written_to_have_another_norm(dtype):
+    def stepped(optimizer, params):
+        for param, grad in zip(params, gradients(1), strict=True):
+            param.grad = torch.tensor(grad, dtype=dtype)
+        optimizer.step()
+
+    options = {"lr": 0.5, "momentum": 0.0, "weight_decay": 5e-4, "trust_coefficient": 0.01}
+    params = parameters(dtype)
+    optimizer = LARS(params, **options)
+    stepped(optimizer, params)
+    with torch.no_grad():
+        for param in params:
+            param.mul_(3.0)
+    copies = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    stepped(optimizer, params)
+    stepped(LARS(copies, **options), copies)
+    for param, fresh in zip(params, copies, strict=True):
+        torch.testing.assert_close(param, fresh, rtol=1e-6, atol=0)
+
+
 def test_a_state_from_before_there_was_nesterov_goes_on_without():
     def begun():
         param = torch.nn.Parameter(torch.ones(3))

@@ -30,6 +30,13 @@ def test_network_bound_says_from_where_on():
     assert network_bound(scan[2 * last])
 
 
+@pytest.mark.parametrize("exposed_s, bound", [(0.9, False), (2.5, False), (3.4, False), (3.6, True)])
+def test_a_step_waits_longer_than_the_slowest_rank_computes_in_both_directions(exposed_s, bound):
+    one = predict(job())
+    parts = {"forward_s": 1.0, "backward_s": 2.0, "straggler_s": 0.5, "exposed_s": exposed_s}
+    assert network_bound(dataclasses.replace(one, step=dataclasses.replace(one.step, **parts))) == bound
+
+
 def test_compute_bound_says_so():
     lines = advice(job(RESNET, nodes=16))
     assert lines[0].startswith("compute bound")

@@ -71,13 +71,14 @@ def test_the_benchs_rate_comes_back(write):
     assert predict(Job(config=config, system=alone, nodes=1)).images_per_s == pytest.approx(20.0)
 
 
-@pytest.mark.parametrize("world_size, ranks_per_node, nodes", [(2, 2, 1), (4, 4, 1), (2, 1, 2)])
-def test_the_all_reduces_come_back(write, world_size, ranks_per_node, nodes):
+@pytest.mark.parametrize("algorithm", ["ring", "direct", "halving-doubling"])
+@pytest.mark.parametrize("world_size, ranks_per_node, nodes", [(2, 2, 1), (4, 4, 1), (2, 1, 2), (4, 2, 2)])
+def test_the_all_reduces_come_back(write, world_size, ranks_per_node, nodes, algorithm):
     measured = allreduce(world_size, ranks_per_node)
     system = parse(calibrate([write("b.json", BENCH, CEILINGS)], write("a.json", measured), "here"), "here")
     fabric = fabric_of(Job(config=RunConfig(), system=system, nodes=nodes))
     for size in (4, 2**24):
-        seconds = all_reduce(fabric, size // 4, 4, "ring").seconds
+        seconds = all_reduce(fabric, size // 4, 4, algorithm).seconds
         assert seconds == pytest.approx(START + size / RATE, rel=0.03)
 
 

@@ -114,6 +114,14 @@ def test_the_time_to_a_target(tmp_path):
     assert "epochs to" not in " ".join(page_of(tmp_path / "out").texts)
 
 
+@pytest.mark.parametrize("target, epochs", [(69.9, 2), (70, 2), (70.1, 3), (80, 4), (80.1, None)])
+def test_a_target_is_reached_by_what_equals_it(tmp_path, target, epochs):
+    run, _ = read_run(run_folder(tmp_path / "run", steps=8))
+    assert run.evaluations["top1"].tolist()[1::2] == [70, 80]
+    found = run.results(target)
+    assert (found["epochs_to_target"], found["train_s_to_target"]) == (epochs, epochs)
+
+
 def test_what_nobody_logged_is_said_and_old_figures_go(tmp_path):
     out = tmp_path / "out"
     invoke(run_folder(tmp_path / "full", ratios=RATIOS, noise_scale=500.0), "--out", out)

@@ -76,6 +76,15 @@ def test_the_best_is_chosen_by_the_seeds_that_all_learning_rates_have(results):
     assert (best.complete, best.at_edge) == (True, True)
 
 
+@pytest.mark.parametrize("best, at_edge", [(0.25, True), (0.5, False), (1.0, True)])
+def test_the_smallest_rate_is_an_edge_as_the_largest_is(tmp_path, best, at_edge):
+    results = Results(sweep_of(lr_factors=(0.25, 0.5, 1.0)), tmp_path, IMAGES)
+    for factor in (0.25, 0.5, 1.0):
+        end(results, "sgd", 256, factor, 0, top1=80.0 if factor == best else 70.0)
+    found = results.best("sgd", 256)
+    assert (found.factor, found.at_edge) == (best, at_edge)
+
+
 def test_the_best_is_chosen_by_the_mean_of_all_seeds(tmp_path):
     results = Results(sweep_of(search_seeds=(0, 1, 2)), tmp_path, IMAGES)
     for seed, (low, high) in enumerate([(70.0, 60.0), (70.0, 80.0), (70.0, 80.0)]):
