@@ -1,33 +1,113 @@
 #!/usr/bin/env bash
-# The whole test suite, in the reference environment or against another PyTorch.
+# The tests, in an environment that this script makes. CONTRIBUTING.md says what each lane is for.
 #
-#   bash run/test.sh [pytest arguments]                     .venv: torch 2.8 with IPEX and torchvision, timm, optax, ONNX
-#   bash run/test.sh --torch 2.13.0 [pytest arguments]      .venv-torch-2.13.0: that torch, oneCCL and ONNX
-#   KNLTRAIN_TEST_LINT=0 bash run/test.sh ...               without ruff and mypy
+#   bash run/test.sh                        ruff, mypy, and what shows within minutes that an install can be trusted
+#   bash run/test.sh [pytest arguments]     those tests instead: bash run/test.sh tests/optim -k lars
+#   bash run/test.sh --all                  all that CI runs: every test, as on other processors too, with another
+#                                           PyTorch and kernels of clang++, and the quickstart
+#   bash run/test.sh --torch 2.14.1 [...]   with that PyTorch, in .venv-torch-2.14.1
+#   bash run/test.sh --as avx2 [...]        as on a processor with AVX2 alone; avx512f: as on Xeon Phi
 #
-# Safe to run twice: the second run installs nothing.
+# .venv is the reference environment: torch 2.8 with IPEX and torchvision, timm, optax, ONNX. Safe to run twice: the
+# second run installs nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . run/environment.sh
 
-if [ "${1:-}" = --torch ]; then
-    environment=.venv-torch-$2
-    requirements=("torch==$2" -e '.[ccl,export,test]')
-    shift 2
-else
-    environment=.venv
-    requirements=(-e '.[intel,export,test,parity]')
-fi
-make_environment "$environment" "${requirements[@]}"
-export PATH=$PWD/$environment/bin:$PATH
+NEWER=2.13.0 # the other PyTorch of --all
 # Threads that spin while they wait take the cores from the tests, ranks and readers beside them.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-if [ "${KNLTRAIN_TEST_LINT:-1}" != 0 ]; then
+reference() { make_environment .venv -e '.[intel,export,test,parity]'; }
+# torchvision of the same release comes along where there is one that imports: not beside 2.13.0's build for CPUs.
+with_torch() {
+    local requirements=("torch==$1" -e '.[ccl,export,test]')
+    [ "$1" = 2.14.1 ] && requirements+=(torchvision==0.29.1)
+    make_environment ".venv-torch-$1" "${requirements[@]}"
+}
+
+lint() {
     echo "== ruff and mypy"
-    ruff check .
-    ruff format --check .
-    mypy
-fi
-echo "== pytest, with $(python -c 'import torch; print("torch", torch.__version__)')"
-exec python -m pytest --durations=15 "$@"
+    .venv/bin/ruff check .
+    .venv/bin/ruff format --check .
+    .venv/bin/mypy
+}
+
+# tests ENVIRONMENT TITLE [pytest arguments]: in a subshell, for the PATH is another in each environment.
+tests() (
+    export PATH=$PWD/$1/bin:$PATH
+    echo "== $2, $(python -c 'import torch; print("torch", torch.__version__)')"
+    shift 2
+    exec python -m pytest --durations=15 "$@"
+)
+
+# as_if AVX2|AVX512F [pytest arguments]. PyTorch and oneDNN have no code for AVX-512F alone: Xeon Phi runs their AVX2.
+as_if() (
+    if ! .venv/bin/python -c 'import sys; from knltrain import _kernels; sys.exit(sys.argv[1] not in _kernels.supported_isas())' "$1"; then
+        echo "== as on $1: SKIPPED, this processor does not run it"
+        return 0
+    fi
+    export KNLTRAIN_ISA=$1 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2
+    shift
+    tests .venv "as on a processor with $KNLTRAIN_ISA alone" "$@"
+)
+
+all() {
+    export KNLTRAIN_TEST_ALL=1 # what a test needs and is not there is an error, and no reason to skip it
+    export PIP_NO_COMPILE=1    # what is imported is compiled then; the rest is most of it
+    local log
+    log=$(mktemp)
+    # Each has kernels of its own compiler.
+    CXX=clang++ SKBUILD_BUILD_DIR=build/clang with_torch "$NEWER" >"$log" 2>&1 &
+    reference
+    lint
+    wait $! || { cat "$log"; return 1; }
+    # Ranks wait for each other half of the time: the other tests run meanwhile.
+    tests .venv "several ranks" -m cluster >"$log" 2>&1 &
+    local ranks=$! failed=0
+    tests .venv "every other test" -n 2 --dist loadfile -m "not cluster" || failed=1
+    as_if avx2 -n 2 -m processor || failed=1
+    as_if avx512f -n 2 -m processor || failed=1
+    tests ".venv-torch-$NEWER" "what depends on PyTorch" -n 2 --dist loadfile -m "version and not cluster" || failed=1
+    wait $ranks || failed=1
+    cat "$log"
+    tests ".venv-torch-$NEWER" "several ranks" -m "version and cluster" \
+        -k 'two_ranks_are_one or noise or batch_norm or outlives or bad_image or loopback' || failed=1
+    quickstart || failed=1
+    return $failed
+}
+
+quickstart() {
+    bash run/quickstart.sh
+    local newest
+    newest=$(find runs -maxdepth 1 -name 'quickstart*' -printf '%T@ %p\n' | sort -n | tail -n 1 | cut -d' ' -f2)
+    .venv/bin/python - "$newest" <<'PYTHON'
+import json, sys
+summary = json.load(open(f"{sys.argv[1]}/summary.json"))
+print(f"quickstart: top-1 {summary['top1']:.2f} % after {summary['train_s']:.0f} s of training")
+sys.exit(summary["top1"] < 95)
+PYTHON
+}
+
+case ${1:-} in
+--all)
+    all
+    ;;
+--torch)
+    with_torch "$2"
+    tests ".venv-torch-$2" "PyTorch $2" "${@:3}"
+    ;;
+--as)
+    reference
+    as_if "$2" "${@:3}"
+    ;;
+"")
+    reference
+    lint
+    tests .venv "what an install is trusted by" -n 2 --dist loadfile -m "not (cluster or compile or slow)"
+    ;;
+*)
+    reference
+    tests .venv "these tests" "$@"
+    ;;
+esac

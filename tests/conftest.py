@@ -5,10 +5,48 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
+
+TESTS = Path(__file__).parent
+# Whole files and folders that a marker is on; CONTRIBUTING.md says what each is for. Single tests name theirs.
+MARKED = {
+    "cluster": ("cluster", "test_torture.py"),
+    "version": (
+        "checkpoint", "cluster/test_ranks_together.py", "comm", "models", "ops", "optim", "test_bench.py",
+        "test_changing_runs.py", "test_engine.py", "test_export.py", "test_fused.py", "test_health.py", "test_train.py",
+        "test_weights.py",
+    ),
+    "slow": (
+        "comm/test_conformance.py", "comm/test_group.py", "comm/test_powersgd.py", "docs/test_readme.py",
+        "fuzz/test_flips.py", "node/test_launch.py", "parity", "perf", "report/test_browser.py", "sweep/test_runner.py",
+        "test_export.py", "test_signals.py", "test_tune.py",
+    ),
+    "processor": ("models", "ops/test_bf16.py", "ops/test_convgrad.py", "test_engine.py", "test_fused.py"),
+}  # fmt: skip
+
+
+def pytest_configure(config):
+    """KNLTRAIN_ISA stands for a processor that has no more, for tests that ask the kernels in this process too."""
+    asked = os.environ.get("KNLTRAIN_ISA")
+    if asked:
+        from knltrain import _kernels
+
+        if asked not in _kernels.supported_isas():
+            raise pytest.UsageError(f"KNLTRAIN_ISA={asked}: this processor does not run it")
+        _kernels.supported_isas = lambda: [asked]
+
+
+def pytest_collection_modifyitems(items):
+    """Puts on the markers of whole files and folders."""
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix()
+        for marker, places in MARKED.items():
+            if any(path == place or path.startswith(f"{place}/") for place in places):
+                item.add_marker(marker)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -8,7 +8,17 @@ import pytest
 import torch
 from runs import assert_same_run, newest, state
 from safetensors.torch import load_file
-from small_networks import CHANGES, CHANGING_STEPS, PRECISIONS, small_run, whole_and_in_parts, why_no_engine
+from small_networks import (
+    CHANGES,
+    CHANGING_STEPS,
+    PRECISIONS,
+    add_small_networks,
+    marked,
+    network_of,
+    small_run,
+    whole_and_in_parts,
+    why_no_engine,
+)
 
 from knltrain import checkpoint
 from knltrain import train as trainer
@@ -109,16 +119,22 @@ def test_smaller_images_show_the_same_part(image_folder, config):
 # The run -------------------------------------------------------------------------------------------------------------
 
 
-# Every shape is compiled by itself, for minutes where nothing of it is in torch's cache yet: in bf16 alone.
-WAYS = [(engine, kind) for engine in PRECISIONS for kind in PRECISIONS[engine] if (engine, kind) != ("compile", "fp32")]
+# Every shape is compiled by itself: in bf16 alone.
+WAYS = [
+    marked(engine, kind)
+    for engine in PRECISIONS
+    for kind in PRECISIONS[engine]
+    if (engine, kind) != ("compile", "fp32")
+]
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize("engine, precision", WAYS)
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(image_folder, tmp_path, engine, precision):
-    if reason := why_no_engine(engine):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(image_folder, tmp_path, monkeypatch, engine, precision):
+    add_small_networks(monkeypatch.setitem)
+    network = network_of(engine) if engine == "compile" else {}
+    if reason := why_no_engine(engine, precision):
         pytest.skip(reason)
-    whole_and_in_parts(run, image_folder, tmp_path, {**CHANGES, "engine": engine, "precision": precision})
+    whole_and_in_parts(run, image_folder, tmp_path, {**CHANGES, "engine": engine, "precision": precision, **network})
     assert newest(tmp_path / "parts").name == f"step-{CHANGING_STEPS:08}"
     assert_same_run(tmp_path / "parts", tmp_path / "whole", evaluations=False)
     kept = state(tmp_path / "whole")

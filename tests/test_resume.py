@@ -12,9 +12,18 @@ import pytest
 import torch
 from prepared import prepare
 from runs import assert_same_run, computed, newest, state
-from small_networks import NETWORKS, PRECISIONS, STEPS, small_resnet, small_run, whole_and_in_parts, why_no_engine
+from small_networks import (
+    PRECISIONS,
+    STEPS,
+    add_small_networks,
+    marked,
+    network_of,
+    small_run,
+    whole_and_in_parts,
+    why_no_engine,
+)
 
-from knltrain import checkpoint, models, resume
+from knltrain import checkpoint, resume
 from knltrain import train as trainer
 from knltrain.config import override
 from knltrain.console import Console
@@ -49,21 +58,14 @@ def run(config, *, allow=(), console=None, **changes):
 
 
 @pytest.mark.parametrize(
-    "engine, precision, network",
-    [
-        (engine, kind, network)
-        for engine in PRECISIONS
-        for kind in PRECISIONS[engine]
-        for network in NETWORKS
-        if engine != "compile" or network == "alexnet_bn_small"  # a minute of compiling for each
-    ],
+    "engine, precision", [marked(engine, kind) for engine in PRECISIONS for kind in PRECISIONS[engine]]
 )
-def test_a_stopped_run_goes_on_as_if_it_had_not_been(image_folder, tmp_path, monkeypatch, engine, precision, network):
-    """In the middle of an epoch, with accumulation and dropout."""
-    if reason := why_no_engine(engine):
+def test_a_stopped_run_goes_on_as_if_it_had_not_been(image_folder, tmp_path, monkeypatch, engine, precision):
+    """In the middle of an epoch, with accumulation; test_changing_runs.py has dropout and AlexNet's layers."""
+    if reason := why_no_engine(engine, precision):
         pytest.skip(reason)
-    monkeypatch.setitem(models.MODELS, "small_resnet", small_resnet)
-    options = {"model": network, "engine": engine, "precision": precision, **NETWORKS[network]}
+    add_small_networks(monkeypatch.setitem)
+    options = {"engine": engine, "precision": precision, **network_of(engine)}
     whole_and_in_parts(run, image_folder, tmp_path, options)
     assert newest(tmp_path / "parts").name == f"step-{STEPS:08}"
     assert_same_run(tmp_path / "parts", tmp_path / "whole", evaluations=False)
@@ -327,6 +329,26 @@ def test_a_run_waits_for_one_that_is_ending(config, holder):
     console = Ends()
     assert run(config, max_steps=1, console=console)[1]
     assert sum("in use by" in line for line in console.lines) == 1
+
+
+@pytest.mark.parametrize("other", [False, True])
+def test_a_lock_of_a_file_that_has_lost_its_name_is_none(tmp_path, monkeypatch, other):
+    """Between opening and locking, the run before has removed its file, and a third may have made another."""
+    path, lock, locked = tmp_path / "run" / ".lock", resume.fcntl.lockf, []
+
+    def lockf(descriptor, operation):
+        if not locked:
+            path.unlink()
+            if other:
+                path.touch()
+        locked.append(descriptor)
+        lock(descriptor, operation)
+
+    monkeypatch.setattr(resume.fcntl, "lockf", lockf)
+    console = Said()
+    with resume.lock_out(path.parent, console):
+        assert path.read_text().endswith(f", process {os.getpid()}")
+    assert (len(locked), console.lines) == (2, [])
 
 
 def test_a_file_system_without_locks_is_said(config, monkeypatch):

@@ -17,7 +17,7 @@ RUN = [*SMALL, "--local-batch", "8", "--global-batch", "16", "--epochs", "3"]
 HOST = platform.node()
 
 
-def train(image_folder, out, *options, faults="", launcher="torchrun", backend=GLOO):
+def train(image_folder, out, *options, faults="", launcher="mpiexec", backend=GLOO):
     ranks = TORCHRUN[:-1] if launcher == "torchrun" else [*mpiexec("-n", 2), sys.executable]
     return start([*ranks, FAULTS, "train", *RUN, *backend, "--data", image_folder, "--out", out, *options],
                  FAULTS=faults)  # fmt: skip
@@ -102,10 +102,11 @@ def test_a_bit_that_flips_in_one_ranks_weights_is_found(rank, backend, undisturb
 
 
 def test_of_three_ranks_the_one_that_differs_is_named(image_folder, tmp_path):
-    three = [word.replace("=2", "=3") for word in TORCHRUN[:-1]]
-    result = start([*three, FAULTS, "train", *SMALL, *GLOO, "--local-batch", "4", "--global-batch", "12", "--data",
-                    image_folder, "--out", tmp_path / "run", "--max-steps", "4", "--health.compare-every", "1"],
-                   FAULTS="weight:2:1", OMP_NUM_THREADS="1")  # fmt: skip
+    run = ["--local-batch", "4", "--global-batch", "12", "--max-steps", "4", "--health.compare-every", "1"]
+    result = start(
+        [*mpiexec("-n", 3), sys.executable, FAULTS, "train", *SMALL, *GLOO, *run, "--data", image_folder, "--out",
+         tmp_path / "run"], FAULTS="weight:2:1", OMP_NUM_THREADS="1",
+    )  # fmt: skip
     assert result.returncode == 1
     message = report_of(result)
     assert f"after step 2 the weights of rank 1 on {HOST} differ from the others' (in features.conv3.weight)" in message

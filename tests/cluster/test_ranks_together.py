@@ -112,7 +112,7 @@ def test_the_noise_scale_compares_a_rank_with_all(backend, wire, signal_and_scat
     """Of eight images each."""
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("no oneCCL in this environment")
-    result = start(TORCHRUN, image_folder, tmp_path / "two", *QUIET, "--global-batch", "16", "--local-batch", "4",
+    result = start(mpiexec(2), image_folder, tmp_path / "two", *QUIET, "--global-batch", "16", "--local-batch", "4",
                    "--max-steps", "1", "--comm.backend", backend, "--comm.dtype", wire)  # fmt: skip
     assert result.returncode == 0, result.stderr
     (row,) = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
@@ -139,7 +139,7 @@ def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
     )
     arguments = ["train", *COMMON.split(), "--data", str(image_folder), "--out", str(tmp_path / "run")]
     result = subprocess.run(
-        [*TORCHRUN[:-1], str(script), *arguments], capture_output=True, text=True, timeout=240,
+        [*mpiexec(2)[:-1], str(script), *arguments], capture_output=True, text=True, timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -151,8 +151,8 @@ def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_pa
     losses = {}
     for name, command, more in (
         ("one", [sys.executable, "-m"], []),
-        ("two", TORCHRUN, []),
-        ("bf16", TORCHRUN, ["--comm.dtype", "bf16"]),
+        ("two", mpiexec(2), []),
+        ("bf16", mpiexec(2), ["--comm.dtype", "bf16"]),
     ):
         result = subprocess.run(
             [*command, "knltrain", "train", *options, "--data", str(image_folder), "--out", str(tmp_path / name),
@@ -184,7 +184,7 @@ def test_two_ranks_train_on_staged_data_as_one_does_on_what_was_prepared(format,
     packed = tmp_path / "packed"
     prepare = [sys.executable, "-m", "knltrain", "prepare", image_folder, packed, "--format", format, "--size", "77"]
     subprocess.run([*prepare, "--workers", "1"], check=True, timeout=120)
-    result = start(TORCHRUN, packed, tmp_path / "two", "--stage", str(tmp_path / "local"))
+    result = start(mpiexec(2), packed, tmp_path / "two", "--stage", str(tmp_path / "local"))
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "local").glob("packed-*/meta.json"))) == 1
     result = start([sys.executable, "-m"], packed, tmp_path / "one")
@@ -205,7 +205,7 @@ def test_one_ranks_failure_ends_all_with_its_message(launcher, image_folder, tmp
 
 def test_two_ranks_start_from_a_file_as_one_does(alone, image_folder, tmp_path):
     options = ["--init-from", str(alone), "--max-steps", "2"]
-    for name, command in (("one", [sys.executable, "-m"]), ("two", TORCHRUN)):
+    for name, command in (("one", [sys.executable, "-m"]), ("two", mpiexec(2))):
         result = start(command, image_folder, tmp_path / name, *options)
         assert result.returncode == 0, result.stderr
         assert result.stdout.count("starts from") == 1
@@ -231,7 +231,7 @@ def test_many_processes_that_would_each_train_alone_are_refused(image_folder, tm
 
 
 def test_a_batch_that_does_not_divide_is_refused(image_folder, tmp_path):
-    result = start(TORCHRUN, image_folder, tmp_path / "run", "--global-batch", "63")
+    result = start(mpiexec(2), image_folder, tmp_path / "run", "--global-batch", "63")
     assert result.returncode != 0
     assert "global-batch 63 is not a multiple of 2 ranks; take 62 or 64" in result.stderr
 

@@ -1,9 +1,10 @@
 """Running statistics are lent to evaluation and checkpoints, and come back."""
 
+import sys
 from pathlib import Path
 
 import pytest
-from cluster.runs import TORCHRUN, ccl_is_here, start
+from cluster.runs import ccl_is_here, mpiexec, start
 from comm.ranks import results
 
 RANK = Path(__file__).with_name("statistics_ranks.py")
@@ -14,8 +15,7 @@ RANK = Path(__file__).with_name("statistics_ranks.py")
 def test_the_mean_is_borrowed_and_the_first_rank_sees_all(size, backend, tmp_path):
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("oneCCL does not load")
-    command = [f"--nproc-per-node={size}" if "nproc" in word else word for word in TORCHRUN[:-1]]
-    result = start([*command, RANK, tmp_path, backend], OMP_NUM_THREADS="1")
+    result = start([*mpiexec("-n", size), sys.executable, RANK, tmp_path, backend], OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
     first, *others = results(tmp_path, size)
     mean = (1 + size) / 2
