@@ -66,8 +66,8 @@ all() {
     tests .venv "several ranks" -m cluster >"$log" 2>&1 &
     local ranks=$! failed=0
     tests .venv "every other test" -n 2 --dist loadfile -m "not cluster" || failed=1
-    as_if avx2 -n 2 -m processor || failed=1
-    as_if avx512f -n 2 -m processor || failed=1
+    as_if avx2 -n 2 --dist loadfile -m "processor and not compile" || failed=1
+    as_if avx512f -n 2 --dist loadfile -m "processor and not compile" || failed=1
     tests ".venv-torch-$NEWER" "what depends on PyTorch" -n 2 --dist loadfile -m "version and not cluster" || failed=1
     wait $ranks || failed=1
     cat "$log"
