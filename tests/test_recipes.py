@@ -47,7 +47,7 @@ OWN = {
     "cifar-2k-collapse": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
     "cifar-2k-resizing": ("alexnet_bn_small", 2048, 15, 6.4, 2, 5e-4, "lars/mlperf"),
     "cifar-8k-batches": ("alexnet_bn_small", 8192, 15, 3.2, 2, 5e-4, "lars/mlperf"),
-    "quickstart": ("alexnet_bn_small", 512, 5, 2, 1, 5e-4, "lars/mlperf"),
+    "quickstart": ("alexnet_bn_small", 512, 6, 2, 1, 5e-4, "lars/mlperf"),
 }
 
 

@@ -191,7 +191,7 @@ def quickstart() -> RunConfig:
     return replace(
         base,
         data="shapes",
-        epochs=5,
+        epochs=6,
         local_batch=128,
         optim=replace(base.optim, lr=2.0),
         schedule=replace(base.schedule, warmup_epochs=1),
