@@ -347,6 +347,7 @@ def _write_tars(
                     tar.add(f"{key}.cls", str(labels[place]).encode())
                 progress.add(min(_CHUNK, job.stop - first))
             tar.end()
+            file.flush()
             os.fsync(file.fileno())
             record = _record(file.tell(), tar.digest.hexdigest(), reasons)
         os.replace(path, dst / job.file)

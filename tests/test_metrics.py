@@ -2,6 +2,7 @@ import json
 import os
 
 import pytest
+from disk import record
 
 from knltrain.metrics import MetricsLog, draw_curves, read_metrics, write_json
 
@@ -69,6 +70,17 @@ def test_rows_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
     assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
     assert said == ["metrics cannot be written (No space left on device); they follow when they can"]
     assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 1.5)]
+
+
+def test_what_a_checkpoint_counts_on_is_on_disk(tmp_path, monkeypatch):
+    with MetricsLog(tmp_path) as log:
+        log.write(ROWS[0])
+        log.write_trust_ratios(1, 0.5, {"weight": {"fc.weight": 0.1}})
+        told = record(monkeypatch)
+        log.sync()
+    files = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(files) == 3
+    assert {path: holds for kind, path, holds in told if kind == "sync"} == files
 
 
 def scalars(out, name):

@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 import torch
+from disk import Told, record
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -58,6 +59,12 @@ def test_a_file_of_many_chunks(tmp_path, monkeypatch):
     packed.copy(tensors)
     files.check_file(tmp_path / "a", files.write_file(tmp_path / "a", packed.parts()))
     assert torch.equal(load_file(tmp_path / "a")["a"], tensors["a"])
+
+
+def test_a_file_is_synced_when_it_is_whole(tmp_path, monkeypatch):
+    told = record(monkeypatch)
+    files.write_file(tmp_path / "a", [memoryview(b"two "), memoryview(b"parts")])
+    assert told == [Told("sync", tmp_path / "a", b"two parts")]
 
 
 def test_no_file_is_overwritten(tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from checkpoint.state import CONFIG, META, names, save, stepped
+from disk import Told, record
 from safetensors.torch import load_file
 
 from knltrain import checkpoint
@@ -100,6 +101,23 @@ def test_a_checkpoint_replaces_one_of_its_name(tmp_path):
     checkpoint.restore(folder, other, fresh)
     assert_same_state(model, other)
     assert names(tmp_path) == ["step-00000001"]
+
+
+def test_a_checkpoint_gets_its_name_when_it_is_on_disk(tmp_path, monkeypatch):
+    """A power cut at any moment leaves a whole one of that name, or none."""
+    told = record(monkeypatch)
+    folder = save(tmp_path, 1, *stepped())
+    aside = folder.with_name(".step-00000001.tmp")
+    contents, after = told[: len(FILES)], told[len(FILES) :]
+    assert {(kind, path): holds for kind, path, holds in contents} == {
+        ("sync", aside / name): (folder / name).read_bytes() for name in FILES
+    }
+    assert after == [
+        Told("sync", aside, set(FILES)),
+        Told("name", folder, set(FILES)),
+        Told("sync", folder.parent, {folder.name}),
+        Told("sync", tmp_path, {"checkpoints"}),
+    ]
 
 
 def test_a_failed_write_leaves_the_older_checkpoint_and_no_rubbish(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Reading what ``knltrain prepare`` writes, and tar files of anybody's."""
 
+import errno
 import json
 import os
 import resource
@@ -21,7 +22,7 @@ from knltrain.data import augment, order
 from knltrain.data.datasets import open_data, open_folder, open_part
 from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader, Share
-from knltrain.data.manifest import NAME
+from knltrain.data.manifest import NAME, Manifest, Shard, encode_manifest
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError
@@ -195,6 +196,23 @@ def test_the_index_of_a_read_only_folder_is_in_the_cache(tmp_path, own_cache):
     assert list(own_cache.glob("tar-*.npz"))
 
 
+def test_an_index_that_the_disk_does_not_take_is_in_the_cache(tmp_path, own_cache, monkeypatch):
+    webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
+    before, save = set(own_cache.glob("tar-*")), np.savez
+
+    def full(file, **arrays):
+        if Path(file.name).parent == tmp_path:
+            file.write(b"half of")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    assert len(Tar(tmp_path, "train")) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["train-0.tar"]
+    (index,) = set(own_cache.glob("tar-*")) - before
+    assert index.name.endswith(".npz")
+
+
 @pytest.mark.parametrize("files, message", [
     ([("a.jpg", b"x")], r"a\.jpg has no \.cls"),
     ([("a.jpg", b"x"), ("a.cls", b"dog")], "no class number"),
@@ -223,6 +241,39 @@ def test_a_shard_cut_short_is_found_at_start_up(raw, shards, tmp_path):
         path.unlink()
         with pytest.raises(DataError, match=f"{path.name}.*No such file.*again"):
             open_folder(tmp_path / "copy", "train")
+
+
+def packed(root, *counts):
+    """Writes a raw folder with as many images in each shard; the pixels of an image are its number."""
+    (root / "train").mkdir()
+    shards, total = [], sum(counts)
+    for number, count in enumerate(counts):
+        path, first = root / f"train/images-{number:05}.npy", sum(counts[:number])
+        images = np.arange(first, first + count, dtype=np.uint8)[:, None, None, None]
+        np.save(path, np.ascontiguousarray(np.broadcast_to(images, (count, 4, 4, 3))))
+        shards.append(Shard(f"train/{path.name}", count, path.stat().st_size, ""))
+    np.save(root / "train/labels.npy", np.zeros(total, np.int64))
+    manifest = Manifest(format="raw", size=4, classes=["a"], counts={"train": total}, shards={"train": shards})
+    (root / NAME).write_bytes(encode_manifest(manifest))
+    return root
+
+
+def test_images_of_every_shard_are_where_their_addresses_say(tmp_path):
+    dataset = open_folder(packed(tmp_path, 2, 3, 1), "train")
+    images = [dataset.image(index).pixels() for index in range(6)]
+    assert [image.min() for image in images] == [image.max() for image in images] == list(range(6))
+    mixed = np.array([4, 0, 5, 2, 1, 3])
+    assert dataset.addresses(mixed).tolist() == [images[index].ctypes.data for index in mixed]
+
+
+def test_a_shard_that_is_too_long_is_found_at_start_up(tmp_path):
+    """It is another file than was written, whatever its beginning looks like."""
+    packed(tmp_path, 2, 3)
+    assert len(open_folder(tmp_path, "train")) == 5
+    with open(tmp_path / "train/images-00001.npy", "ab") as shard:
+        shard.write(bytes(48))
+    with pytest.raises(DataError, match=r"images-00001\.npy: 320 bytes where meta\.json says 272"):
+        open_folder(tmp_path, "train")
 
 
 def test_a_foreign_tar_cut_short(tmp_path):

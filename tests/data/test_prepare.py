@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import write_jpeg
+from disk import record
 from PIL import Image
 from prepared import SIZE, jpeg, prepare, webdataset
 
@@ -24,6 +26,7 @@ from knltrain.data import augment, order
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import EncodedImage
 from knltrain.data.folder import DataError, Folder
+from knltrain.data.journal import Journal
 from knltrain.data.manifest import JOURNAL, NAME
 from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError, KnltrainError
@@ -129,6 +132,41 @@ def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, 
             journal.write('{"file": "tr')  # as a machine that went down leaves it
         prepare(image_folder, out, format=format)
         assert contents(out) == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("format", ["raw", "tar"])
+def test_what_has_its_name_is_on_disk(image_folder, tmp_path, small_shards, format, monkeypatch):
+    """A power cut at any moment leaves no file cut short, no shard noted too early, and no manifest before all."""
+    monkeypatch.setattr(preparing, "_pool", ThreadPoolExecutor)  # processes would not be seen
+    monkeypatch.setattr(preparing, "_images_a_shard", lambda *_: 7)
+    told = record(monkeypatch)
+    prepare(image_folder, tmp_path / "out", format=format, workers=1)
+    monkeypatch.undo()
+    files = contents(tmp_path / "out")
+    named = {path.relative_to(tmp_path / "out").as_posix(): place
+             for place, (kind, path, _) in enumerate(told) if kind == "name"}  # fmt: skip
+    assert named.keys() == {*files, JOURNAL}
+    for name, content in files.items():
+        assert any(kind == "sync" and holds == content for kind, _, holds in told[: named[name]]), name
+    noted = [(place, holds) for place, (kind, path, holds) in enumerate(told)
+             if (kind, path.name) == ("sync", JOURNAL)]  # fmt: skip
+    shards = [name for name in files if name.endswith((".npy", ".tar")) and "labels" not in name]
+    assert len(noted) == len(shards) == 9
+    for name in shards:
+        assert named[name] < min(place for place, holds in noted if f'"{name}"'.encode() in holds)
+    assert [(kind, path.name) for kind, path, _ in told[-2:]] == [("name", NAME), ("delete", JOURNAL)]
+
+
+def test_a_shard_that_is_gone_is_made_again(tmp_path):
+    entry = {"images": 1, "bytes": 4, "sha256": "", "rejected": []}
+    with Journal(tmp_path) as journal:
+        assert journal.begin({"size": SIZE}, lambda: 7) == 7
+        for name in ("kept.npy", "gone.npy"):
+            journal.add(name, entry)
+    (tmp_path / "kept.npy").write_bytes(b"kept")
+    with Journal(tmp_path) as journal:
+        assert journal.begin({"size": SIZE}, pytest.fail) == 7
+        assert journal.records == {"kept.npy": {"file": "kept.npy", **entry}}
 
 
 def runs(pid):

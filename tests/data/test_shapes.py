@@ -16,6 +16,13 @@ def test_pictures_are_made_once_and_are_a_data_set(own_cache, monkeypatch):
     assert train.image(0).pixels().shape == (48, 48, 3)
 
 
+def test_no_picture_is_in_both_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("KNLTRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(shapes, "COUNTS", {"train": 3, "val": 2})
+    pictures = [path.read_bytes() for path in shapes.shapes_folder().rglob("*.jpg")]
+    assert len(set(pictures)) == len(pictures) == 10 * (3 + 2)
+
+
 def test_pictures_depend_on_class_and_number_alone():
     together = shapes.draw(3, 10, 5)
     assert np.array_equal(together[2], shapes.draw(3, 12, 1)[0])

@@ -13,6 +13,7 @@ from prepared import jpeg, prepare, webdataset
 from knltrain.data.datasets import open_folder
 from knltrain.data.folder import DataError
 from knltrain.data.stage import stage
+from knltrain.data.tar import members
 from knltrain.errors import ConfigError
 
 # --- tar files ---
@@ -70,6 +71,15 @@ def test_a_negative_size_is_no_way_back(tmp_path):
     (tmp_path / "train-0.tar").write_bytes(data)
     with pytest.raises(DataError, match=r"train-0\.tar"):
         open_folder(tmp_path, "train")
+
+
+def test_no_member_ends_behind_the_archive_that_it_is_of(tmp_path):
+    """Of an archive within another, which goes on behind it."""
+    webdataset(tmp_path / "0.tar", [("1.jpg", bytes(1000)), ("2.jpg", bytes(1000))])
+    with open(tmp_path / "0.tar", "rb") as file:
+        _, second = members(file)
+        with pytest.raises(DataError, match=r"cut short within 2\.jpg"):
+            list(members(file, 0, second.offset + second.size - 1))
 
 
 def test_names_that_lead_elsewhere_are_only_names(tmp_path):
