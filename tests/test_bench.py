@@ -11,6 +11,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from click.testing import CliRunner
+from small_networks import why_no_engine
 from torch import nn
 
 from knltrain.bench import bench, layers
@@ -217,6 +218,8 @@ class Block(nn.Module):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_time_is_that_of_the_layer_it_was_spent_in(monkeypatch, precision):
+    if reason := why_no_engine(SMALL.engine, precision):
+        pytest.skip(reason)
     network = nn.Sequential(OrderedDict(block=Block(), fc=nn.Linear(4, 1000)))
     monkeypatch.setattr(step_module, "model_of", lambda config, classes: network)
     config = dataclasses.replace(SMALL, precision=precision, force_bf16=True)

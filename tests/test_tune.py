@@ -72,6 +72,7 @@ def test_the_shortest_step_wins(monkeypatch):
 
 
 def test_a_measurement_holds_for_its_settings_only(monkeypatch):
+    monkeypatch.delenv("KNLTRAIN_ISA", raising=False)  # it is one of them, whatever the node's are
     assert asked() is None
     keep("fused")
     assert asked() == "fused"

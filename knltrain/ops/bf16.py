@@ -16,7 +16,7 @@ def onednn_computes_bf16() -> bool:
     It does with AVX-512 BW, DQ and VL, unless ONEDNN_MAX_CPU_ISA hides them. Without, PyTorch's own convolutions add up
     the images' weight gradients, and what overlaps of data gradients, in bf16: with gradients of one sign the error is
     0.7 % at 64 images of a micro-batch and 29 % at 512 [perf/results/bf16-without-onednn-2026-11-29]. Their forward
-    passes, and dense layers both ways, sum in float32, some thirty times slower than float32 itself.
+    passes, and dense layers both ways, sum in float32, but emulate each product.
     """
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
