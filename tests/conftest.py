@@ -25,7 +25,8 @@ MARKED = {
         "fuzz/test_flips.py", "node/test_launch.py", "parity", "perf", "report/test_browser.py", "sweep/test_runner.py",
         "test_export.py", "test_signals.py", "test_tune.py",
     ),
-    "processor": ("models", "ops/test_bf16.py", "ops/test_convgrad.py", "test_engine.py", "test_fused.py"),
+    "processor": ("models", "ops/test_bf16.py", "ops/test_convgrad.py", "test_bench.py", "test_changing_runs.py",
+                  "test_engine.py", "test_fused.py"),
 }  # fmt: skip
 
 
