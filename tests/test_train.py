@@ -5,6 +5,8 @@ import json
 import math
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,6 +96,20 @@ def test_the_run_folder_says_everything(config):
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert list((out / "tensorboard").glob("events*"))
     assert [p.name for p in sorted((out / "checkpoints").iterdir())] == ["step-00000006", "step-00000009"]
+
+
+def test_no_time_goes_into_loading_a_compiler(config):
+    """What would load it: operators of torch.library.custom_op, torch's optimizers, networks on the device meta."""
+    code = (
+        "import sys\n"
+        "from knltrain.cli import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
+        "sys.exit('torch._dynamo is loaded' if 'torch._dynamo' in sys.modules else 0)\n"
+    )
+    command = ["train", "--recipe", "cifar-2k", "--data", config.data, "--out", config.out,
+               "--global-batch", "8", "--local-batch", "4", "--max-steps", "1", "--engine", "fused"]  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code, *command], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 def test_training_learns(config):

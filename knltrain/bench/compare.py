@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from knltrain.bench.process import Process
@@ -18,7 +17,7 @@ from knltrain.config import EngineName, RunConfig
 from knltrain.console import Console
 from knltrain.engine import choose_precision
 from knltrain.errors import KnltrainError
-from knltrain.models import model_of
+from knltrain.models import refuse_unbuildable
 from knltrain.node.topology import read_node
 from knltrain.provenance import provenance
 
@@ -51,8 +50,7 @@ def compare(
     """
     node = read_node()
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
-    with torch.device("meta"):  # a network that cannot be built is refused once, not by every engine
-        model_of(config, num_classes=1)
+    refuse_unbuildable(config)  # once, not by every engine
     title = f"{config.model}, batch {config.global_batch}, {config.image_size} px, {precision}; {node.cpu_model}"
     rows: dict[str, dict[str, Any]] = {name: {"engine": name} for name in engines}
     processes: dict[str, Process] = {}

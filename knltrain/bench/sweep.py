@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -20,7 +19,7 @@ from knltrain.console import Console
 from knltrain.engine import choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.metrics import write_json
-from knltrain.models import model_of
+from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.topology import read_node
 from knltrain.provenance import provenance
@@ -54,8 +53,7 @@ def sweep(
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=max(threads))
     config = dataclasses.replace(config, engine=typing.cast(EngineName, engine))  # one engine, whatever the threads
-    with torch.device("meta"):  # a network that cannot be built is refused once, not at every point
-        model_of(config, num_classes=1)
+    refuse_unbuildable(config)  # once, not at every point
     out.mkdir(parents=True, exist_ok=True)
     title = f"{config.model}, {config.image_size} px, {precision}, engine {engine}; {node.cpu_model}"
     waiting = ["waiting for data"] if config.data else []

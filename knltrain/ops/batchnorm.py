@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_devices, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
@@ -73,7 +74,7 @@ def batch_norm_act(
 
 # Statistics given: normalise with them. None: the batch's. (A functional operator, as autograd registration asks for;
 # mean and var come back in either case.)
-@torch.library.custom_op("knltrain::batch_norm_act", mutates_args=())
+@operator("batch_norm_act")
 def _forward(
     x: Tensor,
     residual: Tensor | None,
@@ -111,7 +112,7 @@ def _forward(
     return y, mean, var
 
 
-@_forward.register_fake
+@register_fake("batch_norm_act")
 def _(
     x: Tensor,
     residual: Tensor | None,
@@ -125,7 +126,7 @@ def _(
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
 
-@torch.library.custom_op("knltrain::batch_norm_act_backward", mutates_args=())
+@operator("batch_norm_act_backward")
 def _backward(
     dy: Tensor,
     x: Tensor,
@@ -173,7 +174,7 @@ def _backward(
     return dx, dresidual, dweight, dbias
 
 
-@_backward.register_fake
+@register_fake("batch_norm_act_backward")
 def _(
     dy: Tensor,
     x: Tensor,
@@ -211,7 +212,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tupl
     return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("knltrain::batch_norm_act", _differentiate, setup_context=_save)
 
 
 def _check(x: Tensor, **others: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from knltrain.node.topology import read_node
 from knltrain.ops import bf16
+from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_devices, isa, kernels
 
 
@@ -130,7 +131,7 @@ def conv_weight_grad(
     return dw
 
 
-@torch.library.custom_op("knltrain::conv_weight_grad", mutates_args=())
+@operator("conv_weight_grad")
 def _conv_weight_grad(
     x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int
 ) -> Tensor:
@@ -158,7 +159,7 @@ def _conv_weight_grad(
     return dw.contiguous(memory_format=torch.channels_last)
 
 
-@_conv_weight_grad.register_fake
+@register_fake("conv_weight_grad")
 def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
     return torch.empty(weight_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from knltrain.ops.library import operator
 from knltrain.ops.native import address, check, kernels, tasks_for
 
 # Mean and standard deviation of ImageNet's training images, per channel, of pixels scaled to [0, 1].
@@ -29,8 +30,6 @@ def normalize(pixels: Tensor, out: Tensor) -> None:
     crop_flip_normalize(pixels, None, None, out)
 
 
-# It writes to a tensor that is given, unlike the other operations: decoding threads fill a batch image by image.
-@torch.library.custom_op("knltrain::crop_flip_normalize", mutates_args=("out",))
 def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tensor) -> None:
     """Resamples a box of each image to ``out``'s size, mirrors it or not, and normalises as :func:`normalize` does.
 
@@ -48,6 +47,12 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
     Raises:
         ValueError: a wrong type, layout, shape or device, or a box without pixels or too far outside.
     """
+    torch.ops.knltrain.crop_flip_normalize(pixels, boxes, flips, out)
+
+
+# It writes to a tensor that is given, unlike the other operations: decoding threads fill a batch image by image.
+@operator("crop_flip_normalize", mutates=("out",))
+def _crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tensor) -> None:
     boxes = _check(pixels, boxes, flips, out)
     module = kernels()
     if module is None:
@@ -106,11 +111,6 @@ def crop_flip_normalize_at(
             out.dtype == torch.bfloat16,
             tasks_for(out.numel()),
         )
-
-
-@crop_flip_normalize.register_fake
-def _(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tensor) -> None:
-    pass
 
 
 def _check(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tensor) -> Tensor | None:

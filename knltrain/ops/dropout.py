@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
@@ -46,7 +47,7 @@ def dropout(x: Tensor, p: float = 0.5, *, training: bool = True, relu: bool = Fa
     return y
 
 
-@torch.library.custom_op("knltrain::dropout", mutates_args=())
+@operator("dropout")
 def _forward(x: Tensor, key: Tensor, p: float, relu: bool) -> Tensor:
     _check(x, key)
     module = kernels()
@@ -67,12 +68,12 @@ def _forward(x: Tensor, key: Tensor, p: float, relu: bool) -> Tensor:
     return y
 
 
-@_forward.register_fake
+@register_fake("dropout")
 def _(x: Tensor, key: Tensor, p: float, relu: bool) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("knltrain::dropout_backward", mutates_args=())
+@operator("dropout_backward")
 def _backward(dy: Tensor, y: Tensor | None, key: Tensor, p: float) -> Tensor:
     """The gradient of x; ``y`` is the result where there is a ReLU, of dy's layout."""
     _check(dy, key)
@@ -99,7 +100,7 @@ def _backward(dy: Tensor, y: Tensor | None, key: Tensor, p: float) -> Tensor:
     return dx
 
 
-@_backward.register_fake
+@register_fake("dropout_backward")
 def _(dy: Tensor, y: Tensor | None, key: Tensor, p: float) -> Tensor:
     return torch.empty_like(dy)
 
@@ -117,7 +118,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     return torch.ops.knltrain.dropout_backward(dy, y, key, ctx.p), None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("knltrain::dropout", _differentiate, setup_context=_save)
 
 
 def _check(x: Tensor, key: Tensor) -> None:

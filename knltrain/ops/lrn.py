@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, kernels, tasks_for
 
 # The formula's exponent, 3/4, is part of the code: x^(-3/4) as two reciprocal roots is several times faster than pow.
@@ -35,7 +36,7 @@ def local_response_norm(x: Tensor, *, size: int = 5, alpha: float = 1e-4) -> Ten
     return y
 
 
-@torch.library.custom_op("knltrain::local_response_norm", mutates_args=())
+@operator("local_response_norm")
 def _forward(x: Tensor, size: int, alpha: float) -> Tensor:
     _check(x, size)
     module = _kernels_for(x)
@@ -55,12 +56,12 @@ def _forward(x: Tensor, size: int, alpha: float) -> Tensor:
     return y
 
 
-@_forward.register_fake
+@register_fake("local_response_norm")
 def _(x: Tensor, size: int, alpha: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@torch.library.custom_op("knltrain::local_response_norm_backward", mutates_args=())
+@operator("local_response_norm_backward")
 def _backward(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
     _check(x, size)
     check("dy", dy, (x.dtype,), tuple(x.shape))
@@ -83,7 +84,7 @@ def _backward(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
     return dx
 
 
-@_backward.register_fake
+@register_fake("local_response_norm_backward")
 def _(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
     return torch.empty_like(x)
 
@@ -98,7 +99,7 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     return torch.ops.knltrain.local_response_norm_backward(dy, x, ctx.size, ctx.alpha), None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("knltrain::local_response_norm", _differentiate, setup_context=_save)
 
 
 def _check(x: Tensor, size: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from knltrain.ops.library import operator
 from knltrain.ops.native import address, check, kernels
 
 _WEIGHTS = (torch.float32, torch.float64)  # the kernels take float32; float64 is for checking formulas
@@ -173,7 +174,7 @@ def sgd_step(
     torch.ops.knltrain.sgd_step(params, grads, momentum_buffers, copies, lr, momentum, weight_decay, nesterov)
 
 
-@torch.library.custom_op("knltrain::lars_step", mutates_args={"params", "momentum_buffers", "copies", "squares"})
+@operator("lars_step", mutates=("params", "momentum_buffers", "copies", "squares"))
 def _lars(
     params: list[Tensor],
     grads: list[Tensor],
@@ -228,7 +229,7 @@ def _lars(
     _copy(params, copies)
 
 
-@torch.library.custom_op("knltrain::lamb_step", mutates_args={"params", "first_moments", "second_moments", "copies"})
+@operator("lamb_step", mutates=("params", "first_moments", "second_moments", "copies"))
 def _lamb(
     params: list[Tensor],
     grads: list[Tensor],
@@ -263,7 +264,7 @@ def _lamb(
     _copy(params, copies)
 
 
-@torch.library.custom_op("knltrain::sgd_step", mutates_args={"params", "momentum_buffers", "copies"})
+@operator("sgd_step", mutates=("params", "momentum_buffers", "copies"))
 def _sgd(
     params: list[Tensor],
     grads: list[Tensor],

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
@@ -59,7 +60,7 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
 
-@torch.library.custom_op("knltrain::max_pool2d", mutates_args=())
+@operator("max_pool2d")
 def _forward(
     x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
@@ -85,14 +86,14 @@ def _forward(
     return y, winner
 
 
-@_forward.register_fake
+@register_fake("max_pool2d")
 def _(
     x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
     return _empty(x, [*x.shape[:2], *_sizes(x, kernel, stride, padding, ceil_mode)])
 
 
-@torch.library.custom_op("knltrain::max_pool2d_backward", mutates_args=())
+@operator("max_pool2d_backward")
 def _backward(
     dy: Tensor, winner: Tensor, in_h: int, in_w: int, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
@@ -119,7 +120,7 @@ def _backward(
     return dx
 
 
-@_backward.register_fake
+@register_fake("max_pool2d_backward")
 def _(
     dy: Tensor, winner: Tensor, in_h: int, in_w: int, kernel: list[int], stride: list[int], padding: list[int]
 ) -> Tensor:
@@ -142,7 +143,7 @@ def _differentiate(ctx: Any, dy: Tensor | None, _winner: None) -> tuple[Tensor |
     return torch.ops.knltrain.max_pool2d_backward(dy, winner, *ctx.geometry), None, None, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+torch.library.register_autograd("knltrain::max_pool2d", _differentiate, setup_context=_save)
 
 
 def _empty(x: Tensor, shape: list[int]) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,12 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     # What the state of a parameter holds: tensors of its shape, which are zero at first.
     _buffers: tuple[str, ...] = ("momentum_buffer",)
+
+    # PyTorch keeps these from being compiled, for which their first call imports torch._dynamo: 1 s of start-up.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    _zero_parameters_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
@@ -49,7 +56,7 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of parameters and copies."""
-        super().zero_grad(set_to_none)
+        self._zero_parameters_grad(set_to_none)
         self.carried.clear()
         for copy in self.working_copies.values():
             copy.grad = None

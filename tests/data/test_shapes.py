@@ -10,7 +10,7 @@ def test_pictures_are_made_once_and_are_a_data_set(own_cache, monkeypatch):
     stamp = (folder / "train" / "disc-plain" / "0000.jpg").stat().st_mtime_ns
     assert shapes.shapes_folder() == folder
     assert (folder / "train" / "disc-plain" / "0000.jpg").stat().st_mtime_ns == stamp
-    assert [path.name for path in own_cache.iterdir()] == [folder.name]
+    assert list(own_cache.glob("shapes*")) == [folder]  # other tests' tar indices may lie beside it
     train, val = open_data(RunConfig(data="shapes", image_size=32))
     assert (len(train), len(val), len(train.classes)) == (12_000, 1_000, 10)
     assert train.image(0).pixels().shape == (48, 48, 3)

@@ -181,17 +181,22 @@ class Pooled(nn.Sequential):
         super().__init__(nn.Conv2d(3, 4, 3), *(nn.MaxPool2d(2) for _ in range(4)))
 
 
-class ValuesWanted(nn.Conv2d):
+class ValuesWanted(nn.Dropout):
+    """Of which the shape of the output, in the midst, follows from values."""
+
     def __init__(self, *, num_classes, image_size):
-        super().__init__(3, num_classes, 1)
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(3))
 
     def forward(self, x):
-        raise NotImplementedError("no kernel for the meta device")
+        return super().forward(x[x >= 0]).mean() * self.weight
 
 
 def test_images_that_a_network_does_not_take_are_refused_before_any_are_read(monkeypatch):
     monkeypatch.setitem(models.MODELS, "pooled", Pooled)
     monkeypatch.setitem(models.MODELS, "values", ValuesWanted)
+    before = torch.get_rng_state()
     refuse_unbuildable(RunConfig(model="values", image_size=32))
+    assert torch.equal(torch.get_rng_state(), before), "the first weights are what they would have been"
     with pytest.raises(ConfigError, match=r"^image-size 16: pooled does not take such .*\(.*\); give another size$"):
         refuse_unbuildable(RunConfig(model="pooled", image_size=16))

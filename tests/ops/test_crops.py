@@ -207,5 +207,7 @@ def test_refuses_what_the_kernel_cannot_read(each_isa, pixels, boxes, flips, out
 def test_is_a_well_behaved_operator(each_isa, generator):
     boxes = torch.tensor([[0.5, 1.0, 6.0, 7.0], [1.0, 2.0, 4.0, 4.0]])
     arguments = (random_pixels(generator, 2, 8, 9), boxes, torch.tensor([True, False]), empty(2, 4, 4).zero_())
-    torch.library.opcheck(crop_flip_normalize, arguments)
-    torch.library.opcheck(crop_flip_normalize, (arguments[0][:, :4, :4].contiguous(), None, None, arguments[3]))
+    torch.library.opcheck(torch.ops.knltrain.crop_flip_normalize, arguments)
+    torch.library.opcheck(
+        torch.ops.knltrain.crop_flip_normalize, (arguments[0][:, :4, :4].contiguous(), None, None, arguments[3])
+    )

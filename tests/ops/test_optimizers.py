@@ -322,3 +322,13 @@ def test_operators_are_what_torch_library_asks_for(each_isa):
         (weights, like(weights, fill=1.0), like(weights, fill=0.0), like(weights, torch.bfloat16), [0.1] * 2,
          [0.9] * 2, [0.0] * 2, [False] * 2),
     )  # fmt: skip
+
+
+def test_a_weight_that_was_saved_for_backward_may_not_be_stepped_before_it():
+    weight = torch.ones(4, requires_grad=True)
+    loss = (weight * weight).sum()
+    with torch.no_grad():
+        sgd_step([weight], [torch.ones(4)], [torch.zeros(4)], [torch.empty(0, dtype=torch.bfloat16)], lr=[0.1],
+                 momentum=[0.9], weight_decay=[0.0], nesterov=[False])  # fmt: skip
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
