@@ -16,8 +16,8 @@ TESTS = Path(__file__).parent
 MARKED = {
     "cluster": ("cluster", "test_torture.py"),
     "version": (
-        "checkpoint", "cluster/test_ranks_together.py", "comm", "models", "ops", "optim", "test_bench.py",
-        "test_changing_runs.py", "test_engine.py", "test_export.py", "test_fused.py", "test_health.py", "test_train.py",
+        "checkpoint", "cluster/test_ranks_together.py", "comm/test_conformance.py", "comm/test_oneccl.py", "models",
+        "ops", "optim", "test_changing_runs.py", "test_engine.py", "test_export.py", "test_fused.py", "test_train.py",
         "test_weights.py",
     ),
     "slow": (

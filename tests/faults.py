@@ -85,6 +85,13 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
         raise ValueError(kind)
 
 
+def inject_all(faults, *, patch=setattr):
+    """Injects what a string as of FAULTS names."""
+    for fault in faults.split():
+        kind, step, rank = fault.split(":")
+        inject(kind, int(step), int(rank), patch=patch)
+
+
 def flip(tensor, bit):
     """Flips one bit of a number in the middle of a float32 tensor."""
     import torch
@@ -100,9 +107,7 @@ if __name__ == "__main__":
 
     def take_place_and_inject(**options):
         place = take_place(**options)  # torch comes after it
-        for fault in os.environ["FAULTS"].split():
-            kind, step, rank = fault.split(":")
-            inject(kind, int(step), int(rank))
+        inject_all(os.environ["FAULTS"])
         return place
 
     cli._take_place = take_place_and_inject

@@ -63,13 +63,19 @@ def add_small_networks(patch=dict.__setitem__):
 
 
 def network_of(engine):
-    """A network, and its fields, that shows what an engine does without making a test long."""
-    return {"model": "tiny", "dropout": 0.3} if engine == "compile" else {"model": "small_resnet"}
+    """A network, and its fields, that shows what an engine does without making a test long.
+
+    Of fused it has all that it replaces; of the others, one module of a kind will do.
+    """
+    return {"model": "small_resnet"} if engine == "fused" else {"model": "tiny", "dropout": 0.3}
 
 
-def marked(engine, *values):
-    """A case of a test, marked where it compiles."""
-    return pytest.param(engine, *values, marks=[pytest.mark.compile] if engine == "compile" else [])
+def marked(engine, precision):
+    """A case of a test, marked where it compiles; what of fp32 compiles is tested by hand."""
+    marks = [pytest.mark.compile] if engine == "compile" else []
+    return pytest.param(
+        engine, precision, marks=[*marks, *([pytest.mark.hand] if marks and precision == "fp32" else [])]
+    )
 
 
 def why_no_engine(engine, precision="fp32"):

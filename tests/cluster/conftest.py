@@ -2,7 +2,7 @@
 
 import pytest
 from cluster.hosts import Network, need
-from cluster.runs import KNLTRAIN, SMALL, start
+from cluster.runs import SMALL, train_here
 from cluster.slurm import Slurm
 
 
@@ -10,8 +10,7 @@ from cluster.slurm import Slurm
 def alone(image_folder, tmp_path_factory):
     """The small run on one rank."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    result = start([*KNLTRAIN, "train", *SMALL, "--max-steps", 3, "--data", image_folder, "--out", out])
-    assert result.returncode == 0, result.stderr
+    train_here(*SMALL, "--max-steps", 3, "--data", image_folder, "--out", out)
     return out
 
 

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from cluster.hosts import without
 from safetensors.torch import load_file
 
+from knltrain.cli import main
 from knltrain.metrics import read_metrics
 
 KNLTRAIN = [sys.executable, "-m", "knltrain"]
@@ -46,6 +48,18 @@ def start(command, *, timeout=120, **environment):
         [str(word) for word in command], capture_output=True, text=True, timeout=timeout,
         env={**os.environ, **environment},
     )  # fmt: skip
+
+
+def train_here(*arguments):
+    """Runs `knltrain train` in this process, on one rank; what it prints. Another process takes seconds to start."""
+    cpus, threads = os.sched_getaffinity(0), torch.get_num_threads()
+    try:
+        result = CliRunner().invoke(main, ["train", *map(str, arguments)])
+    finally:
+        os.sched_setaffinity(0, cpus)
+        torch.set_num_threads(threads)
+    assert result.exit_code == 0, result.output
+    return result.output
 
 
 def need_program(name):

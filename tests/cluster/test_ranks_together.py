@@ -6,24 +6,20 @@ import shutil
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from cluster import listening, runs
-from cluster.runs import TORCHRUN, ccl_is_here, weights
+from cluster.runs import SMALL, TORCHRUN, assert_same_training, ccl_is_here, losses, train_here, weights
 from conftest import write_jpeg
 from safetensors.torch import save_file
 
+from knltrain.cli import main
 from knltrain.metrics import read_metrics
 from knltrain.noise import estimate
 
-# A rate at which three steps move the weights but do not blow rounding up: biases start at zero, and LARS moves a
-# parameter of zero norm by the whole learning rate.
-COMMON = """
-    --recipe alexnet-512 --image-size 67 --augment.resize 77 --dropout 0 --precision fp32 --engine eager
-    --global-batch 64 --optim.lr 0.2 --schedule.warmup-epochs 0 --max-steps 3
-"""
+STEPS = ["--max-steps", "3"]
 
 
 def mpiexec(ranks):
@@ -31,30 +27,12 @@ def mpiexec(ranks):
 
 
 def start(command, image_folder, out, *options, **environment):
-    arguments = ["knltrain", "train", *COMMON.split(), "--data", str(image_folder), "--out", str(out), *options]
-    return subprocess.run(
-        [*command, *arguments], capture_output=True, text=True, timeout=240, env={**os.environ, **environment}
-    )
+    arguments = ["train", *SMALL, *STEPS, "--data", image_folder, "--out", out, *options]
+    return runs.start([*command, "knltrain", *arguments], timeout=240, **environment)
 
 
-def assert_equal_within_rounding(got, expected):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()), msg=name)
-
-
-@pytest.fixture(scope="module")
-def alone(image_folder, tmp_path_factory):
-    """The same three steps on one rank, all 64 images at once."""
-    out = tmp_path_factory.mktemp("alone") / "run"
-    result = start([sys.executable, "-m"], image_folder, out)
-    assert result.returncode == 0, result.stderr
-    return out
-
-
-def test_one_rank_that_accumulates_is_one_that_does_not(alone, image_folder, tmp_path):
-    result = start([sys.executable, "-m"], image_folder, tmp_path / "run", "--local-batch", "16")
-    assert result.returncode == 0, result.stderr
-    assert_equal_within_rounding(weights(tmp_path / "run"), weights(alone))
+def here(image_folder, out, *options):
+    return train_here(*SMALL, *STEPS, "--data", image_folder, "--out", out, *options)
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
@@ -63,16 +41,13 @@ def test_two_ranks_are_one(launcher, alone, image_folder, tmp_path):
     out = tmp_path / "run"
     result = start(command, image_folder, out, "--json")
     assert result.returncode == 0, result.stderr
-    assert_equal_within_rounding(weights(out), weights(alone))
+    assert_same_training(out, alone)
     summary = json.loads(result.stdout.strip().splitlines()[-1])
     assert (summary["world_size"], summary["steps"]) == (2, 3)
     assert result.stdout.count('"top1"') == 1, "rank 0 alone writes"
-    one, two = (
-        [row["loss"] for row in read_metrics(Path(path, "metrics.jsonl")) if "loss" in row] for path in (alone, out)
-    )
-    assert two == pytest.approx(one, rel=1e-5)
-    top1 = [json.loads(Path(path, "summary.json").read_text())["top1"] for path in (alone, out)]
-    assert top1[0] == top1[1]
+    evaluated = CliRunner().invoke(main, ["eval", str(out), "--data", str(image_folder), "--json"])
+    found = json.loads(evaluated.stdout.splitlines()[-1])
+    assert (found["top1"], found["top5"]) == (summary["top1"], summary["top5"]), "each evaluates a part of the images"
     plan = json.loads((out / "config.json").read_text())["plan"]
     assert plan["backend"] == ("ccl" if ccl_is_here() else "gloo")
     assert plan["transport"] == ("ofi" if ccl_is_here() else "tcp")
@@ -84,12 +59,16 @@ def test_ranks_over_mpi_are_one_too(alone, image_folder, tmp_path):
         pytest.skip("no oneCCL in this environment")
     result = start(mpiexec(2), image_folder, tmp_path / "run", "--comm.backend", "ccl", CCL_ATL_TRANSPORT="mpi")
     assert result.returncode == 0, result.stderr
-    assert_equal_within_rounding(weights(tmp_path / "run"), weights(alone))
+    assert_same_training(tmp_path / "run", alone)
     assert "oneCCL obeys what was exported: CCL_ATL_TRANSPORT=mpi" in result.stdout
 
 
-# A rate so low that a rank alone sees all images with the same weights.
-QUIET = ["--optim.lr", "1e-6", "--optim.weight-decay", "0"]
+# A rate so low that a rank alone sees all images with the same weights, and no batch norm: what an image's gradient is
+# does not depend on which others are in its micro-batch.
+QUIET = [
+    "--recipe", "alexnet-512", "--image-size", "67", "--augment.resize", "77", "--dropout", "0", "--optim.lr", "1e-6",
+    "--optim.weight-decay", "0", "--schedule.warmup-epochs", "0", "--precision", "fp32", "--engine", "eager",
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -98,9 +77,7 @@ def signal_and_scatter(image_folder, tmp_path_factory):
     norms = {}
     for batch, steps in ((8, 2), (16, 1)):
         out = tmp_path_factory.mktemp("noise") / "run"
-        result = start([sys.executable, "-m"], image_folder, out, *QUIET, "--global-batch", str(batch), "--max-steps",
-                       str(steps))  # fmt: skip
-        assert result.returncode == 0, result.stderr
+        train_here(*QUIET, "--global-batch", batch, "--max-steps", steps, "--data", image_folder, "--out", out)
         rows = [row for row in read_metrics(out / "metrics.jsonl") if "loss" in row]
         assert "noise_scale" not in rows[0]
         norms[batch] = [row["grad_norm"] for row in rows]
@@ -112,8 +89,9 @@ def test_the_noise_scale_compares_a_rank_with_all(backend, wire, signal_and_scat
     """Of eight images each."""
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("no oneCCL in this environment")
-    result = start(mpiexec(2), image_folder, tmp_path / "two", *QUIET, "--global-batch", "16", "--local-batch", "4",
-                   "--max-steps", "1", "--comm.backend", backend, "--comm.dtype", wire)  # fmt: skip
+    result = runs.start([*mpiexec(2), "knltrain", "train", *QUIET, "--global-batch", "16", "--local-batch", "4",
+                         "--max-steps", "1", "--data", image_folder, "--out", tmp_path / "two",
+                         "--comm.backend", backend, "--comm.dtype", wire])  # fmt: skip
     assert result.returncode == 0, result.stderr
     (row,) = [row for row in read_metrics(tmp_path / "two" / "metrics.jsonl") if "loss" in row]
     assert "noise_scale" in row
@@ -137,40 +115,28 @@ def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
         "left = len(os.listdir('/proc/self/task')) - threading.active_count()\n"
         "sys.exit(f'{left} threads are left' if left else 0)\n"
     )
-    arguments = ["train", *COMMON.split(), "--data", str(image_folder), "--out", str(tmp_path / "run")]
-    result = subprocess.run(
-        [*mpiexec(2)[:-1], str(script), *arguments], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    arguments = ["train", *SMALL, *STEPS, "--data", image_folder, "--out", tmp_path / "run"]
+    result = runs.start([*mpiexec(2)[:-1], script, *arguments], OMP_NUM_THREADS="1")
     assert result.returncode == 0, result.stderr
 
 
 def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_path):
     """Two ranks that accumulate normalise the same micro-batches as one rank that does: equal losses."""
-    options = ["--recipe", "cifar-256", "--image-size", "32", "--augment.resize", "32", "--local-batch", "16"]
-    losses = {}
-    for name, command, more in (
-        ("one", [sys.executable, "-m"], []),
-        ("two", mpiexec(2), []),
-        ("bf16", mpiexec(2), ["--comm.dtype", "bf16"]),
-    ):
-        result = subprocess.run(
-            [*command, "knltrain", "train", *options, "--data", str(image_folder), "--out", str(tmp_path / name),
-             "--global-batch", "64", "--max-steps", "3", "--precision", "fp32", *more],
-            capture_output=True, text=True, timeout=240)  # fmt: skip
+    here(image_folder, tmp_path / "one", "--engine", "fused")
+    for name, more in (("two", []), ("bf16", ["--comm.dtype", "bf16"])):
+        result = start(mpiexec(2), image_folder, tmp_path / name, "--engine", "fused", *more)
         assert result.returncode == 0, result.stderr
         rows = [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
-        losses[name] = [row["loss"] for row in rows]
-        if name != "one":
-            assert all(0 <= row["exposed_comm_s"] <= row["comm_s"] < row["step_s"] for row in rows)
-            assert all(row["comm_s"] > 0 for row in rows)
-            summary = json.loads((tmp_path / name / "summary.json").read_text())
-            assert 0 < summary["exposed_comm_fraction"] <= summary["comm_fraction"] < 1
-        else:
-            assert all(row["exposed_comm_s"] == row["comm_s"] == 0 for row in rows)
-    assert losses["two"] == pytest.approx(losses["one"], rel=1e-4)
-    assert losses["bf16"] == pytest.approx(losses["one"], rel=2e-2)
-    assert losses["bf16"] != losses["two"]
+        assert all(0 <= row["exposed_comm_s"] <= row["comm_s"] < row["step_s"] for row in rows)
+        assert all(row["comm_s"] > 0 for row in rows)
+        summary = json.loads((tmp_path / name / "summary.json").read_text())
+        assert 0 < summary["exposed_comm_fraction"] <= summary["comm_fraction"] < 1
+    rows = [row for row in read_metrics(tmp_path / "one" / "metrics.jsonl") if "loss" in row]
+    assert all(row["exposed_comm_s"] == row["comm_s"] == 0 for row in rows)
+    one, two, bf16 = (losses(tmp_path / name) for name in ("one", "two", "bf16"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert bf16 == pytest.approx(one, rel=2e-2)
+    assert bf16 != two
     # Every rank has its own running statistics in training; the checkpoint holds their mean, which one rank that
     # sees all micro-batches in turn comes close to.
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
@@ -182,14 +148,17 @@ def test_batch_norm_ranks_accumulation_and_bf16_on_the_wire(image_folder, tmp_pa
 @pytest.mark.parametrize("format", ["raw", "tar"])
 def test_two_ranks_train_on_staged_data_as_one_does_on_what_was_prepared(format, image_folder, tmp_path):
     packed = tmp_path / "packed"
-    prepare = [sys.executable, "-m", "knltrain", "prepare", image_folder, packed, "--format", format, "--size", "77"]
-    subprocess.run([*prepare, "--workers", "1"], check=True, timeout=120)
+    assert (
+        CliRunner()
+        .invoke(main, ["prepare", str(image_folder), str(packed), "--format", format, "--size", "32"])
+        .exit_code
+        == 0
+    )
     result = start(mpiexec(2), packed, tmp_path / "two", "--stage", str(tmp_path / "local"))
     assert result.returncode == 0, result.stderr
     assert len(list((tmp_path / "local").glob("packed-*/meta.json"))) == 1
-    result = start([sys.executable, "-m"], packed, tmp_path / "one")
-    assert result.returncode == 0, result.stderr
-    assert_equal_within_rounding(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    here(packed, tmp_path / "one")
+    assert_same_training(tmp_path / "two", tmp_path / "one")
 
 
 @pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
@@ -204,12 +173,12 @@ def test_one_ranks_failure_ends_all_with_its_message(launcher, image_folder, tmp
 
 
 def test_two_ranks_start_from_a_file_as_one_does(alone, image_folder, tmp_path):
-    options = ["--init-from", str(alone), "--max-steps", "2"]
-    for name, command in (("one", [sys.executable, "-m"]), ("two", mpiexec(2))):
-        result = start(command, image_folder, tmp_path / name, *options)
-        assert result.returncode == 0, result.stderr
-        assert result.stdout.count("starts from") == 1
-    assert_equal_within_rounding(weights(tmp_path / "two"), weights(tmp_path / "one"))
+    options = ["--init-from", alone, "--max-steps", "2"]
+    result = start(mpiexec(2), image_folder, tmp_path / "two", *options)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("starts from") == 1
+    assert here(image_folder, tmp_path / "one", *options).count("starts from") == 1
+    assert_same_training(tmp_path / "two", tmp_path / "one")
     one, two = (json.loads((tmp_path / name / "config.json").read_text())["init_from"] for name in ("one", "two"))
     assert one == two
     assert one["file"].startswith(str(alone))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from cluster.runs import GLOO, KNLTRAIN, SMALL, ccl_is_here, losses, mpiexec, start
+from cluster.runs import GLOO, KNLTRAIN, SMALL, ccl_is_here, losses, mpiexec, start, train_here
 from runs import assert_same_run, newest, state
-from small_networks import CHANGES, CHANGING_STEPS, PRECISIONS, marked, network_of, why_no_engine
+from small_networks import CHANGES, CHANGING_STEPS, network_of, why_no_engine
 
 RANK = Path(__file__).with_name("resuming_ranks.py")
 
@@ -30,42 +30,40 @@ def test_the_order_in_which_gradients_of_many_ranks_are_added_up_stays(backend, 
     """It follows from the buckets, which DistributedDataParallel forms anew after its first step."""
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("oneCCL does not load")
-    train_in_parts({"four": {}}, image_folder, tmp_path, ranks=4, backend=backend)
-    assert_same_run(tmp_path / "four" / "parts", tmp_path / "four" / "whole", evaluations=False)
+    train_in_parts({"three": {"global_batch": 12}}, image_folder, tmp_path, ranks=3, backend=backend)
+    assert_same_run(tmp_path / "three" / "parts", tmp_path / "three" / "whole", evaluations=False)
 
 
-def test_one_rank_goes_on_where_two_were_stopped(image_folder, tmp_path):
+def test_one_rank_goes_on_where_two_were_stopped(image_folder, tmp_path, monkeypatch):
     """With the same images in the same order, and a line that says what is another way."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
-    def train(command, name, *more):
-        result = start(
-            [*command, "train", *SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2",
-             "--data", image_folder, "--out", tmp_path / name, *more], OMP_NUM_THREADS="1",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
-        return result.stdout
+    def command(name, *more):
+        return [*SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2", "--data", image_folder,
+                "--out", tmp_path / name, *more]  # fmt: skip
 
-    train(KNLTRAIN, "alone")
-    train([*mpiexec("-n", 2), *KNLTRAIN], "together", "--max-steps", "3", *GLOO)
-    said = train(KNLTRAIN, "together")
+    train_here(*command("alone"))
+    result = start([*mpiexec("-n", 2), *KNLTRAIN, "train", *command("together", "--max-steps", "3", *GLOO)])
+    assert result.returncode == 0, result.stderr
+    said = " ".join(train_here(*command("together")).split())
     assert "was made otherwise (world_size 2 -> 1, backend gloo -> none)" in said
     assert "bits may differ" in said
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
 
 
-@pytest.mark.parametrize("engine, backend", [*(marked(engine, "gloo") for engine in PRECISIONS), ("fused", "ccl")])
-def test_two_ranks_go_on_as_if_they_had_not_been_stopped(engine, backend, image_folder, tmp_path):
-    """In each precision; a back end is one case, for what it does has little to do with which it is."""
-    if reason := min(why_no_engine(engine, precision) for precision in PRECISIONS[engine]):
+@pytest.mark.parametrize(
+    "engine, precision, backend",
+    [("eager", "bf16", "gloo"), ("fused", "fp32", "gloo"), ("fused", "fp32", "ccl"), ("ipex", "bf16", "gloo"),
+     pytest.param("compile", "bf16", "gloo", marks=[pytest.mark.compile, pytest.mark.hand])],
+)  # fmt: skip
+def test_two_ranks_go_on_as_if_they_had_not_been_stopped(engine, precision, backend, image_folder, tmp_path):
+    """The other precisions are those of a run that changes in its course."""
+    if reason := why_no_engine(engine, precision):
         pytest.skip(reason)
     if backend == "ccl" and not ccl_is_here():
         pytest.skip("oneCCL does not load")
     network = {"dropout": 0.3} if backend == "ccl" else network_of(engine)
-    cases = {
-        precision: {"engine": engine, "precision": precision, **network}
-        for precision in PRECISIONS[engine][: 1 if backend == "ccl" else None]
-        if not why_no_engine(engine, precision)
-    }
+    cases = {precision: {"engine": engine, "precision": precision, **network}}
     train_in_parts(cases, image_folder, tmp_path, backend=backend)
     for name in cases:
         assert_same_run(tmp_path / name / "parts", tmp_path / name / "whole", evaluations=False)
@@ -100,13 +98,12 @@ def test_a_run_that_changes_in_its_course_goes_on_too(engine, precision, image_f
         torch.testing.assert_close(rows[key].mean(0), trained, rtol=1e-6, atol=1e-6, msg=key)
 
 
-def test_two_ranks_compute_what_one_does_while_batch_and_size_change(image_folder, tmp_path):
+def test_two_ranks_compute_what_one_does_while_batch_and_size_change(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     changes = [f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, list) else value}"
                for name, value in CHANGES.items() if name != "dropout"]  # fmt: skip
-    for command, name, more in ((KNLTRAIN, "alone", []), ([*mpiexec("-n", 2), *KNLTRAIN], "together", GLOO)):
-        result = start(
-            [*command, "train", *SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2", "--data",
-             image_folder, "--out", tmp_path / name, *changes, *more], OMP_NUM_THREADS="1",
-        )  # fmt: skip
-        assert result.returncode == 0, result.stderr
+    command = [*SMALL, "--global-batch", "16", "--local-batch", "4", "--epochs", "2", "--data", image_folder, *changes]
+    train_here(*command, "--out", tmp_path / "alone")
+    result = start([*mpiexec("-n", 2), *KNLTRAIN, "train", *command, *GLOO, "--out", tmp_path / "together"])
+    assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)

@@ -139,8 +139,8 @@ def test_kind_of(names, kind, monkeypatch):
     assert module("profile_step", monkeypatch).kind_of(names) == kind
 
 
-def test_a_model_that_does_not_exist_is_one_line(script):
-    message = script("profile_step.py", "--model", "vgg", code=2)
+def test_a_model_that_does_not_exist_is_one_line(refusal, tmp_path):
+    message = refusal("profile_step", "--model", "vgg", "--out", tmp_path / "out")
     assert message.startswith("profile_step.py: model: no 'vgg'")
     assert len(message.splitlines()) == 1
 

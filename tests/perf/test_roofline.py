@@ -48,6 +48,7 @@ def test_quick_roofline_lists_the_layers_of_a_step(tmp_path):
     assert result["step_to_products"] == pytest.approx(result["step_s"] / result["products_s"])
 
 
+@pytest.mark.hand
 @pytest.mark.filterwarnings("ignore")
 def test_quick_kernels(tmp_path):
     result = roofline(tmp_path, "--kernels")
