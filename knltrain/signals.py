@@ -14,6 +14,7 @@ from typing import Any
 
 _libc = ctypes.CDLL(None)
 _libc.signal.argtypes, _libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+_PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -50,6 +51,9 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        # Of a parent with several threads that is killed, the kernel may say so more than once: as one after the other
+        # ends. That is no second request.
+        _libc.prctl(_PR_SET_PDEATHSIG, 0)
         for other, before in self._before.items():
             if callable(before):
                 signal.signal(other, before)

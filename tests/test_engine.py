@@ -1,5 +1,6 @@
 import copy
 import dataclasses
+import functools
 import shutil
 
 import pytest
@@ -70,6 +71,7 @@ def test_engines_follow_float32_eager(name, precision, optim):
         assert (state[key].shape, state[key].dtype) == (tensor.shape, tensor.dtype), key
 
 
+@functools.cache
 def summed_gradients(name, micro_batch):
     """Of 512 images in bf16, by batch norm with fixed statistics, so that micro-batches of any size have one sum."""
     torch.manual_seed(0)

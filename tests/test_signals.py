@@ -1,5 +1,6 @@
 """A second signal acts at once, wherever the run is, and what it interrupts does no harm."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -122,3 +123,16 @@ def test_signals_that_come_at_the_same_time_are_one():
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_a_parents_end_is_one_request_however_often_the_kernel_says_it():
+    """It does for each thread of a parent that is killed; a sweep has several."""
+    libc = ctypes.CDLL(None)
+    set_signal, get_signal = 1, 2  # PR_SET_PDEATHSIG, PR_GET_PDEATHSIG: <sys/prctl.h>
+    sent = ctypes.c_int()
+    libc.prctl(set_signal, signal.SIGTERM)
+    with StopRequest() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        libc.prctl(get_signal, ctypes.byref(sent))
+    assert stop.requested
+    assert sent.value == 0

@@ -3,21 +3,13 @@
 import json
 
 import pytest
-from cluster.runs import GLOO, KNLTRAIN, SMALL, TORCHRUN, assert_same_training, mpiexec, need_program, plan, start
+from cluster.runs import GLOO, KNLTRAIN, SMALL, assert_same_training, mpiexec, need_program, plan, start
 
-# launcher, ranks, what the product calls it
-LAUNCHERS = [
-    ("torchrun", 2, "torchrun"),
-    ("Intel MPI", 2, "hydra"),
-    ("Intel MPI", 4, "hydra"),
-    ("MPICH", 2, "hydra"),
-    ("Open MPI", 2, "openmpi"),
-]
+# launcher, ranks, what the product calls it; two ranks of torchrun and of Intel MPI are in test_ranks_together.py
+LAUNCHERS = [("Intel MPI", 4, "hydra"), ("MPICH", 2, "hydra"), ("Open MPI", 2, "openmpi")]
 
 
 def command(launcher, ranks):
-    if launcher == "torchrun":
-        return [*TORCHRUN, "knltrain"]
     if launcher == "Intel MPI":
         return [*mpiexec("-n", ranks), *KNLTRAIN]
     if launcher == "MPICH":

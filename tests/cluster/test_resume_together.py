@@ -25,7 +25,7 @@ def train_in_parts(cases, data, out, *, ranks=2, backend):
     assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("backend", ["gloo", "ccl"])
+@pytest.mark.parametrize("backend", ["gloo", pytest.param("ccl", marks=pytest.mark.hand)])
 def test_the_order_in_which_gradients_of_many_ranks_are_added_up_stays(backend, image_folder, tmp_path):
     """It follows from the buckets, which DistributedDataParallel forms anew after its first step."""
     if backend == "ccl" and not ccl_is_here():

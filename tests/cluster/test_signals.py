@@ -59,6 +59,8 @@ def test_a_signal_to_one_rank_ends_both_after_a_checkpoint(launcher, number, ran
     # torchrun ends with a code of its own, and says its ranks'.
     assert process.returncode == (75 if launcher == "mpiexec" else 1)
     assert launcher == "mpiexec" or "exitcode  : 75" in errors
+    if (launcher, number) != ("mpiexec", signal.SIGTERM):
+        return  # what goes on has nothing to do with how it was stopped
     with running(launcher, image_folder, out, "--max-steps", str(last + 2)) as (_, process):
         output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors

@@ -137,6 +137,13 @@ def test_cores_that_are_kept_for_communication(cores, world_size, kept):
     assert (len(plan.ranks[0].comm), plan.ranks[0].threads) == (kept, cores - kept)
 
 
+def test_every_rank_keeps_as_many_cores_as_the_smallest_can():
+    """oneCCL has one number of workers in a job."""
+    first, second = plan_node(node(15), 2, environ={}).ranks
+    assert [len(rank.comm) for rank in (first, second)] == [0, 0]
+    assert (first.threads, second.threads) == (8, 7)
+
+
 def test_a_single_thread_a_core_leaves_the_decoders_the_whole_rank(machine):
     (rank,) = plan_node(machine("small"), environ={}).ranks
     assert rank.decode == rank.compute == (0, 1)
@@ -244,7 +251,8 @@ def test_formats(machine):
 
 
 @pytest.mark.parametrize("format", ["text", "json", "env", "mpiexec", "slurm"])
-def test_the_command(format, tmp_path):
+def test_the_command(format, tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     trees.xeon_phi(tmp_path, "SNC-4/flat")
     arguments = ["plan", "--topology", str(tmp_path), "--ranks-per-node", "2", "--format", format]
     result = CliRunner().invoke(main, arguments)

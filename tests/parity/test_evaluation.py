@@ -55,7 +55,7 @@ def spread(model, batches):
     "theirs, ours, file",
     [
         ("resnet50", "resnet50", "resnet50.pth"),
-        ("resnet50", "resnet50", "resnet50.safetensors"),
+        pytest.param("resnet50", "resnet50", "resnet50.safetensors", marks=pytest.mark.hand),
         ("resnet18", "torchvision:resnet18", "reference.pth"),
         ("alexnet", "torchvision:alexnet", "alexnet.safetensors"),
     ],

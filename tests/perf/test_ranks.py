@@ -43,6 +43,7 @@ def test_layouts_of_this_node_take_turns(measured):
     assert "2 x 1" in said
 
 
+@pytest.mark.hand
 def test_hosts_with_links_of_a_speed(measured):
     need("unshare", "nsenter", "setpriv", "taskset", "ip", "tc")
     result, _ = measured("--links", "0.5", "--dtypes", "bf16")

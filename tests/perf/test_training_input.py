@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "perf" / "training_input.py"
 
 
+@pytest.mark.hand
 def test_quick_run_trains_from_every_format(image_folder, tmp_path):
     result = subprocess.run(
         [sys.executable, SCRIPT, str(image_folder), "--quick", "--out", str(tmp_path), "--json"],
