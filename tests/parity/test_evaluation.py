@@ -5,11 +5,19 @@ import json
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import write_jpeg
 from safetensors.torch import save_file
 from torch import nn
 
+from knltrain.cli import main
+
 SIZE, RESIZE, CLASSES = 64, 80, 4
+
+
+def evaluate(*arguments):
+    """The command, in this process: another one takes seconds to start."""
+    return CliRunner().invoke(main, ["eval", *map(str, arguments)])
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +68,7 @@ def spread(model, batches):
         ("alexnet", "torchvision:alexnet", "alexnet.safetensors"),
     ],
 )
-def test_top1_is_the_plain_loops_to_the_image(torchvision, pictures, tmp_path, knltrain, theirs, ours, file):
+def test_top1_is_the_plain_loops_to_the_image(torchvision, pictures, tmp_path, theirs, ours, file):
     torch.manual_seed(0)
     batches = batches_of(torchvision, pictures)
     model = spread(torchvision.models.get_model(theirs, num_classes=CLASSES), batches)
@@ -80,9 +88,9 @@ def test_top1_is_the_plain_loops_to_the_image(torchvision, pictures, tmp_path, k
         save_file(state, tmp_path / file)
     else:
         torch.save({"model": state, "epoch": 1} if file == "reference.pth" else state, tmp_path / file)
-    result = knltrain("eval", tmp_path / file, "--data", pictures, "--model", ours, "--image-size", SIZE,
+    result = evaluate(tmp_path / file, "--data", pictures, "--model", ours, "--image-size", SIZE,
                       "--augment.resize", RESIZE, "--precision", "fp32", "--json")  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    assert result.exit_code == 0, result.output
     found = json.loads(result.stdout.splitlines()[-1])
     assert found["images"] == count
     assert round(found["top1"] * count / 100, 6) == right
@@ -97,18 +105,18 @@ def test_top1_is_the_plain_loops_to_the_image(torchvision, pictures, tmp_path, k
         (["--model", "alexnet_bn_small"], 1, "/val has 4 classes, and"),
     ],
 )
-def test_what_a_file_cannot_be_is_one_line(pictures, tmp_path, knltrain, arguments, code, words):
+def test_what_a_file_cannot_be_is_one_line(pictures, tmp_path, arguments, code, words):
     from knltrain.models import build_model
 
     network = build_model("alexnet_bn_small", num_classes=9, image_size=32)
     save_file(network.state_dict(), tmp_path / "nine.safetensors")
-    result = knltrain("eval", tmp_path / "nine.safetensors", "--data", pictures, "--image-size", 32, *arguments)
-    assert result.returncode == code
+    result = evaluate(tmp_path / "nine.safetensors", "--data", pictures, "--image-size", 32, *arguments)
+    assert result.exit_code == code
     assert words in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.stderr
 
 
-def test_a_checkpoint_says_itself_what_it_is_of(tmp_path, knltrain):
-    result = knltrain("eval", tmp_path, "--data", "synthetic", "--image-size", "64")
-    assert result.returncode == 2
+def test_a_checkpoint_says_itself_what_it_is_of(tmp_path):
+    result = evaluate(tmp_path, "--data", "synthetic", "--image-size", "64")
+    assert result.exit_code == 2
     assert "--image-size has no effect on" in result.stderr
