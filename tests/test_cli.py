@@ -348,8 +348,9 @@ def test_eval_of_an_exported_file_is_that_of_its_checkpoint(image_folder, tmp_pa
 
 
 def test_what_a_run_would_not_come_to_is_said(image_folder, tmp_path):
-    short = ["train", "--recipe", "resnet50-8k-goyal", "--data", image_folder, "--out", tmp_path / "run",
-             "--global-batch", 8, "--local-batch", 4, "--image-size", 32, "--max-steps", 1, "--epochs"]  # fmt: skip
+    short = ["train", "--recipe", "resnet50-8k-goyal", "--model", "alexnet_bn_small", "--zero-init-residual", "false",
+             "--data", image_folder, "--out", tmp_path / "run", "--global-batch", 8, "--local-batch", 4,
+             "--image-size", 32, "--max-steps", 1, "--epochs"]  # fmt: skip
     result = invoke(*short, 30)
     assert "schedule.milestones 30,60,80 are not before the end of 30 epochs: the rate never falls" in result.output
     shutil.rmtree(tmp_path / "run")
