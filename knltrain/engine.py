@@ -25,8 +25,8 @@ from knltrain.config import EngineName, Precision
 from knltrain.errors import ConfigError
 from knltrain.models.fused import FusedConv2d, fuse
 from knltrain.node.measured import stored_engine
-from knltrain.node.topology import Node
-from knltrain.ops.bf16 import onednn_computes_bf16
+from knltrain.node.topology import Node, onednn_restriction
+from knltrain.ops.bf16 import onednn_computes_bf16, widen_layer_norms
 from knltrain.ops.native import why_not
 from knltrain.optim import MasterOptimizer
 
@@ -97,9 +97,15 @@ def choose_precision(asked: Precision, node: Node, *, force: bool, warn: Callabl
     if asked != "bf16" or force:
         return asked
     if not node.computes_bf16:
+        restriction = onednn_restriction()
+        lacks = (
+            f"may use neither AVX512_BF16 nor AMX with {restriction}"
+            if restriction
+            else "has neither AVX512_BF16 nor AMX"
+        )
         raise ConfigError(
-            f"precision bf16: {node.cpu_model} has neither AVX512_BF16 nor AMX and would emulate it, slower than "
-            "fp32. Use --precision fp32, or --force-bf16 true to have it all the same"
+            f"precision bf16: {node.cpu_model} {lacks} and would emulate it, slower than fp32. "
+            "Use --precision fp32, or --force-bf16 true to have it all the same"
         )
     if not node.gains_from_bf16:
         warn(
@@ -185,6 +191,8 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
     """
     model.train()
     masters = {}
+    if precision == "bf16":
+        widen_layer_norms(model)
     if name == "fused":
         fuse(model)
         if precision == "bf16":

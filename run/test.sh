@@ -41,8 +41,15 @@ tests() (
     exec python -m pytest --durations=15 "$@"
 )
 
-# as_if AVX2|AVX512F [pytest arguments]. PyTorch and oneDNN have no code for AVX-512F alone: Xeon Phi runs their AVX2.
+# as_if avx2|avx512f [pytest arguments]. PyTorch and oneDNN have no code for AVX-512F alone: Xeon Phi runs their AVX2.
 as_if() (
+    case $1 in
+    avx2 | avx512f) ;;
+    *)
+        echo "--as $1: give avx2 or avx512f" >&2
+        return 2
+        ;;
+    esac
     if ! .venv/bin/python -c 'import sys; from knltrain import _kernels; sys.exit(sys.argv[1] not in _kernels.supported_isas())' "$1"; then
         echo "== as on $1: SKIPPED, this processor does not run it"
         return 0

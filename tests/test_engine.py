@@ -122,6 +122,45 @@ def test_what_was_asked_for_is_what_runs():
     assert conv.weight.dtype == torch.float32
 
 
+def test_a_restriction_is_not_blamed_on_the_processor(monkeypatch):
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    with pytest.raises(ConfigError, match=r"may use neither .* with ONEDNN_MAX_CPU_ISA=AVX2 .*--precision fp32"):
+        choose_precision("bf16", OLD_CPU, force=False)
+
+
+class Normalised(torch.nn.LayerNorm):
+    """One that is called otherwise, as torchvision's LayerNorm2d."""
+
+    def forward(self, x):
+        return F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias).permute(0, 3, 1, 2)
+
+
+@pytest.mark.filterwarnings("ignore:aten..layer_norm. an autograd kernel was not registered")  # IPEX has one of its own
+@pytest.mark.parametrize("name", ["fused", "eager", "ipex"])
+@pytest.mark.parametrize("norm", [Normalised(16), torch.nn.LayerNorm((8, 8))], ids=["channels", "pixels"])
+def test_layer_norms_gradients_are_summed_in_float32(name, norm):
+    """PyTorch's own bf16 sums are three quarters of the bias's gradient off at 4,096 rows."""
+    if reason := why_no_engine(name, "bf16"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1), copy.deepcopy(norm))
+    if isinstance(norm, Normalised):
+        model[0] = torch.nn.Conv2d(3, 16, 1)
+    engine = build_engine(name, "bf16", model, build_optimizer(model, SGD))
+    x = torch.randn(64, 3, 8, 8)
+    with engine.autocast():
+        y = engine.model(x.to(engine.dtype, memory_format=torch.channels_last))
+    dy = (torch.rand(y.shape) + 0.5).bfloat16()
+    y.backward(dy)
+    assert y.dtype == torch.bfloat16
+    wide = copy.deepcopy(norm).double()
+    state = {key: tensor.detach().double() for key, tensor in engine.state_dict().items()}
+    wide(F.conv2d(x.double(), state["0.weight"], state["0.bias"])).backward(dy.double())
+    for key, tolerance in (("bias", 1e-3), ("weight", 2e-2)):  # the weight's depends on rounded inputs too
+        got, expected = engine.gradients()[f"1.{key}"].double(), getattr(wide, key).grad
+        assert float((got - expected).norm() / expected.norm()) < tolerance
+
+
 def test_bf16_without_hardware_is_refused_unless_forced():
     with pytest.raises(ConfigError, match=r"Old CPU.*--precision fp32"):
         choose_precision("bf16", OLD_CPU, force=False)

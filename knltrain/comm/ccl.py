@@ -442,6 +442,10 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         """Sets the longest wait of later collectives, and of those under way."""
         self.timeout = timeout
 
+    def _get_backend(self, device: object) -> object:
+        """What has the operations of a device; torch 2.14's batch_isend_irecv asks it whether it coalesces."""
+        return self
+
     # Names. The base class asks a torch backend for them, of which there is none here.
 
     def getBackendName(self) -> str:  # noqa: N802

@@ -19,7 +19,7 @@ from knltrain.node.cpulist import format_cpu_list, parse_cpu_list, read_number, 
 from knltrain.node.finding import Finding
 from knltrain.node.memory import keep_freed_memory
 from knltrain.node.ranks import discover
-from knltrain.node.topology import Node, read_node
+from knltrain.node.topology import Node, onednn_restriction, read_node
 
 # Peak of ResNet-50 with a local batch of 32, docs/tuning.md; it grows with the batch.
 _STEP_MB = {"bf16": 2923, "fp32": 5538}
@@ -63,6 +63,14 @@ def isa(machine: Machine) -> Finding:
     """Instruction sets, and whether the kernel grants AMX."""
     node, release = machine.node, read_text(machine.root / "proc/sys/kernel/osrelease")
     found = f"{node.cpu_model}: {node.isa}"
+    if narrowed := _narrowed(machine.environ):
+        return Finding(
+            "isa",
+            "warning",
+            f"{' '.join(narrowed)}: {node.cpu_model} is used as {node.isa}",
+            "PyTorch and oneDNN may use narrower instructions than the processor has",
+            f"unset {' '.join(pair.split('=')[0] for pair in narrowed)}",
+        )
     if node.amx_refused:
         old = not knows_amx(release)
         remedy = "a kernel from 5.16 on" if old else "allow arch_prctl in the sandbox, or AMX in the hypervisor"
@@ -81,15 +89,6 @@ def isa(machine: Machine) -> Finding:
             "training is slow, and runs without knltrain's kernels",
             "another node",
         )
-    names = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY")
-    if narrowed := [f"{name}={machine.environ[name]}" for name in names if machine.environ.get(name)]:
-        return Finding(
-            "isa",
-            "warning",
-            f"{' '.join(narrowed)}: {node.cpu_model} is used as {node.isa}",
-            "PyTorch and oneDNN may use narrower instructions than the processor has",
-            f"unset {' '.join(pair.split('=')[0] for pair in narrowed)}",
-        )
     if node.isa == "avx512f":
         return Finding(
             "isa",
@@ -99,6 +98,15 @@ def isa(machine: Machine) -> Finding:
             "--engine fused",
         )
     return Finding("isa", "ok", found)
+
+
+def _narrowed(environ: Mapping[str, str]) -> list[str]:
+    """What keeps oneDNN and PyTorch's own code from instructions, as NAME=VALUE."""
+    aten = environ.get("ATEN_CPU_CAPABILITY")
+    return [
+        *filter(None, [onednn_restriction(environ)]),
+        *([f"ATEN_CPU_CAPABILITY={aten}"] if aten in ("default", "avx2") else []),  # it knows no capitals
+    ]
 
 
 def bf16(machine: Machine) -> Finding:
@@ -115,10 +123,11 @@ def bf16(machine: Machine) -> Finding:
                 "a virtual machine or container that is given AMX (amx_tile, amx_bf16), on a kernel from 5.16 on",
             )
         return Finding("bf16", "ok", f"in hardware: {bits}")
+    restriction = onednn_restriction(machine.environ)
     return Finding(
         "bf16",
         "note",
-        f"{node.isa}, neither AVX512_BF16 nor AMX: bf16 would be emulated",
+        f"{node.isa}, neither AVX512_BF16 nor AMX{f' with {restriction}' * bool(restriction)}: bf16 would be emulated",
         "--precision auto trains in fp32, and bf16 is refused",
         "none needed; gradients can travel in bf16 all the same: --comm.dtype bf16",
     )

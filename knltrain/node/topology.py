@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterable, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +18,7 @@ Cores = tuple[tuple[int, ...], ...]
 
 # What oneDNN leaves unused under each value of ONEDNN_MAX_CPU_ISA (its documentation, "CPU Dispatcher Control"), by the
 # beginnings of /proc/cpuinfo's words. PyTorch multiplies bf16 through oneDNN alone.
-_ABOVE_BF16 = ("amx_", "avx512_fp16")
-_ABOVE_CORE = (*_ABOVE_BF16, "avx512_bf16")
+_ABOVE_CORE = ("amx_", "avx512_fp16", "avx512_bf16")
 _ABOVE_AVX2 = (*_ABOVE_CORE, "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
 _ABOVE_AVX = (*_ABOVE_AVX2, "avx_vnni", "avx2")
 _HIDDEN_BY_ONEDNN = {
@@ -27,8 +26,8 @@ _HIDDEN_BY_ONEDNN = {
     "AVX": _ABOVE_AVX,
     **dict.fromkeys(("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), _ABOVE_AVX2),
     **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), _ABOVE_CORE),
-    "AVX512_CORE_BF16": _ABOVE_BF16,
-    **dict.fromkeys(("AVX512_CORE_FP16", "AVX10_1_512"), ("amx_",)),
+    # AVX512_FP16, which the first of them hides too, stays: it tells what cores these are.
+    **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), ("amx_",)),
 }
 # No package has had more memory on it: 64 GiB of HBM on Xeon Max, 16 GiB of MCDRAM on Xeon Phi.
 _LARGEST_ON_PACKAGE_MB = 64 * 1024
@@ -185,10 +184,25 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     )
 
 
+def onednn_restriction(environ: Mapping[str, str] | None = None) -> str:
+    """What keeps oneDNN from instructions: ONEDNN_MAX_CPU_ISA or, without it, DNNL_MAX_CPU_ISA, as NAME=VALUE.
+
+    Args:
+        environ: the environment, by default this process's.
+
+    Returns:
+        Nothing for values that hide nothing, and for those that oneDNN does not know, which it ignores.
+    """
+    environ = os.environ if environ is None else environ
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        if value := environ.get(name):
+            return f"{name}={value}" if value.upper() in _HIDDEN_BY_ONEDNN else ""
+    return ""
+
+
 def _hidden_by_onednn() -> tuple[str, ...]:
-    """Beginnings of feature bits; none for a value that oneDNN does not know, which it ignores too."""
-    asked = os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""
-    return _HIDDEN_BY_ONEDNN.get(asked.upper(), ())
+    """Beginnings of feature bits."""
+    return _HIDDEN_BY_ONEDNN.get(onednn_restriction().partition("=")[2].upper(), ())
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:

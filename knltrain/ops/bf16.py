@@ -1,4 +1,4 @@
-"""bf16 on processors for which PyTorch has no bf16 of oneDNN: products and sums in float32, results rounded once."""
+"""bf16 where PyTorch would sum it in bf16: products and sums in float32, results rounded once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @functools.cache
@@ -34,6 +34,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     with torch.autocast("cpu", enabled=False):
         return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(torch.bfloat16)
+
+
+def widen_layer_norms(model: nn.Module) -> None:
+    """Has each LayerNorm of a network compute in float32, and its results rounded to bf16.
+
+    Of bf16, PyTorch's own adds up the gradients of weight and bias in bf16, on every processor: with gradients of one
+    sign, the bias's is 1 % off at 512 rows and 75 % at 4,096 (torch 2.8 and 2.14). Its other normalisations do not.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            module.register_forward_pre_hook(_to_float32)
+            module.register_forward_hook(_to_bf16)
+
+
+def _to_float32(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+    (x,) = arguments
+    return (x.float(),)
+
+
+def _to_bf16(module: nn.Module, arguments: tuple[Tensor], y: Tensor) -> Tensor:
+    return y.to(torch.bfloat16)
 
 
 def conv2d(

@@ -59,14 +59,20 @@ def test_isa(small, tmp_path):
     assert "5.16" in finding.remedy
     narrowed = found("isa", small, {"ONEDNN_MAX_CPU_ISA": "AVX2"})
     assert (narrowed.severity, narrowed.remedy) == ("warning", "unset ONEDNN_MAX_CPU_ISA")
-    restricting = {"ONEDNN_MAX_CPU_ISA": "AVX2", "DNNL_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
-    every = found("isa", small, restricting)
-    assert all(f"{name}={value}" in every.cause and name in every.remedy for name, value in restricting.items())
-    assert kind("isa", small, {"ONEDNN_MAX_CPU_ISA": ""}) == "ok"
+    for onednn in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        restricting = {onednn: "sse41", "ATEN_CPU_CAPABILITY": "avx2"}
+        every = found("isa", small, restricting)
+        assert all(f"{name}={value}" in every.cause and name in every.remedy for name, value in restricting.items())
+    for nothing in ({"ONEDNN_MAX_CPU_ISA": ""}, {"ONEDNN_MAX_CPU_ISA": "ALL", "DNNL_MAX_CPU_ISA": "AVX2"},
+                    {"DNNL_MAX_CPU_ISA": "no such thing"}, {"ATEN_CPU_CAPABILITY": "AVX2"}):  # fmt: skip
+        assert kind("isa", small, nothing) == "ok"
     phi = found("isa", trees.xeon_phi(tmp_path / "phi", "quadrant/flat"))
     assert (phi.severity, phi.remedy) == ("note", "--engine fused")
     old = trees.write_tree(tmp_path / "old", cores=[(0,)], domains=[[0]], memory=[1000], flags="sse4_2")
     assert kind("isa", old) == "warning"
+    restricted = found("isa", old, {"ONEDNN_MAX_CPU_ISA": "SSE41"})
+    assert restricted.remedy == "unset ONEDNN_MAX_CPU_ISA", "what it hides is not the processor's lack"
+    assert "ONEDNN_MAX_CPU_ISA=SSE41" in found("bf16", old, {"ONEDNN_MAX_CPU_ISA": "SSE41"}).cause
 
 
 def test_amx_refused_by_a_kernel_that_could_grant_it(small):
