@@ -74,7 +74,7 @@ all() {
     lint
     # Ranks wait for each other half of the time: the other tests run beside them, and those of the other environment
     # are over before, for what has a time limit needs its share of a core.
-    (tail --pid=$newer -f /dev/null; tests .venv "several ranks" -m cluster) >"$log.ranks" 2>&1 &
+    (tail --pid=$newer -f /dev/null; tests .venv "several ranks" -m "cluster and not hand") >"$log.ranks" 2>&1 &
     local ranks=$! failed=0
     tests .venv "every other test" -n 2 --dist loadfile -m "not (cluster or hand)" || failed=1
     as_if avx2 -n 2 --dist loadfile -m "processor and not compile" || failed=1

@@ -153,6 +153,8 @@ def test_layer_norms_gradients_are_summed_in_float32(name, norm):
     dy = (torch.rand(y.shape) + 0.5).bfloat16()
     y.backward(dy)
     assert y.dtype == torch.bfloat16
+    with torch.no_grad(), engine.autocast():
+        assert engine.model[1](y.detach().float()).dtype == torch.float32, "a transformer's sums stay what they are"
     wide = copy.deepcopy(norm).double()
     state = {key: tensor.detach().double() for key, tensor in engine.state_dict().items()}
     wide(F.conv2d(x.double(), state["0.weight"], state["0.bias"])).backward(dy.double())
