@@ -64,7 +64,7 @@ as_if() (
 all() {
     export KNLTRAIN_TEST_ALL=1 # what a test needs and is not there is an error, and no reason to skip it
     export PIP_NO_COMPILE=1    # what is imported is compiled then; the rest is most of it
-    local log
+    local log waiting=(tests/cluster/test_hosts.py tests/cluster/test_slurm.py)
     log=$(mktemp)
     # Each environment has kernels of its own compiler. Installing takes one core: the tests of the one that is ready
     # first run beside it.
@@ -72,9 +72,15 @@ all() {
     local newer=$!
     reference
     lint
-    # Ranks wait for each other half of the time: the other tests run beside them, and those of the other environment
-    # are over before, for what has a time limit needs its share of a core.
-    (tail --pid=$newer -f /dev/null; tests .venv "several ranks" -m "cluster and not hand") >"$log.ranks" 2>&1 &
+    # Ranks wait for each other half of the time, and those of hosts and of Slurm nearly all of it: the other tests run
+    # beside them. What has a time limit needs its share of a core, so the ranks wait for the other environment's tests.
+    (
+        ends=0
+        tests .venv "hosts and Slurm" -m "cluster and not hand" "${waiting[@]}" || ends=1
+        tail --pid=$newer -f /dev/null
+        tests .venv "several ranks" -m "cluster and not hand" "${waiting[@]/#/--ignore=}" || ends=1
+        exit $ends
+    ) >"$log.ranks" 2>&1 &
     local ranks=$! failed=0
     tests .venv "every other test" -n 2 --dist loadfile -m "not (cluster or hand)" || failed=1
     as_if avx2 -n 2 --dist loadfile -m "processor and not compile" || failed=1
