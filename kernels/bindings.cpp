@@ -174,6 +174,32 @@ NB_MODULE(_kernels, m) {
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
+        "winograd",
+        [](Address x, Address weight, Address bias, Address y, const std::vector<int64_t> &x_shape,
+           const std::vector<int64_t> &y_shape, int64_t kernel, const std::vector<int64_t> &padding, int64_t groups,
+           bool turned, int tasks) {
+            Winograd p{};
+            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
+            p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
+            p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups, p.turned = turned;
+            p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
+            p.tasks = tasks;
+            return chosen->winograd(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "winograd_weight_grad",
+        [](Address x, Address dy, Address dw, const std::vector<int64_t> &x_shape, const std::vector<int64_t> &dy_shape,
+           int64_t kernel, const std::vector<int64_t> &padding, int64_t groups, int tasks) {
+            WinogradWeightGrad p{};
+            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
+            p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
+            p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
+            p.x = at<float>(x), p.dy = at<float>(dy), p.dw = at<float>(dw), p.tasks = tasks;
+            return chosen->winograd_weight_grad(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
         "crop_flip_normalize",
         [](Address pixels, Address each, Address sizes, Address boxes, Address flips, Address out, int64_t images,
            int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift,

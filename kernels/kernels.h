@@ -37,6 +37,27 @@ struct ConvWeightGrad {
     int tasks;
 };
 
+// A float32 convolution of stride 1 without dilation, by Winograd's algorithm. Channels of a group: multiples of 16.
+struct Winograd {
+    int64_t images, in_channels, out_channels, groups;
+    int64_t in_h, in_w, out_h, out_w, kernel, pad_h, pad_w;  // kernel: 3 or 5, each way
+    bool turned;          // weights are those of the convolution whose input's gradient this computes
+    const float *x;       // N x H x W x C
+    const float *weight;  // out_channels x kernel x kernel x in_channels / groups; turned: in and out change places
+    const float *bias;    // or null
+    float *y;
+    int tasks;
+};
+
+// The gradient of such a convolution's weights.
+struct WinogradWeightGrad {
+    int64_t images, in_channels, out_channels, groups;
+    int64_t in_h, in_w, out_h, out_w, kernel, pad_h, pad_w;
+    const float *x, *dy;  // N x H x W x C
+    float *dw;            // out_channels x kernel x kernel x in_channels / groups
+    int tasks;
+};
+
 // The largest of each window, then an optional ReLU. Every window has an element inside the image.
 struct MaxPool {
     int64_t images, channels, in_h, in_w, out_h, out_w;
@@ -134,6 +155,8 @@ struct Kernels {
     void (*max_pool_backward)(const MaxPool &);
     void (*lars_step)(const ParameterList &);
     void (*sgd_step)(const ParameterList &);
+    bool (*winograd)(const Winograd &);  // false: no memory
+    bool (*winograd_weight_grad)(const WinogradWeightGrad &);
 };
 
 namespace avx2 {

@@ -15,6 +15,8 @@ void max_pool_forward(const MaxPool &);
 void max_pool_backward(const MaxPool &);
 void lars_step(const ParameterList &);
 void sgd_step(const ParameterList &);
+bool winograd(const Winograd &);
+bool winograd_weight_grad(const WinogradWeightGrad &);
 
 extern const Kernels kernels{
     batch_norm_forward, batch_norm_backward, conv_weight_grad,
@@ -23,6 +25,7 @@ extern const Kernels kernels{
     local_response_norm_forward, local_response_norm_backward,
     max_pool_forward, max_pool_backward,
     lars_step, sgd_step,
+    winograd, winograd_weight_grad,
 };
 
 }  // namespace KNLTRAIN_ISA

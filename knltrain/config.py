@@ -45,6 +45,7 @@ ScheduleName = Literal["poly", "poly-after-warmup", "step", "constant"]
 AugmentName = Literal["none", "crop-flip", "rrc", "pad-crop-flip"]
 Precision = Literal["auto", "bf16", "fp32"]
 EngineName = Literal["auto", "fused", "eager", "compile", "ipex"]
+ConvName = Literal["auto", "direct", "winograd"]
 
 VARIANTS: dict[str, tuple[str, ...]] = {
     "lars": ("paper", "mlperf", "larc", "nesterov"),
@@ -229,6 +230,11 @@ class RunConfig:
     force_bf16: bool = _field(False, "bf16 even on a processor that only emulates it, or that is faster in fp32")
     engine: EngineName = _field(
         "auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused"
+    )
+    conv: ConvName = _field(
+        "auto",
+        "convolutions of engine fused in fp32: as PyTorch sums them, by Winograd's algorithm, which multiplies less "
+        "and rounds more, or auto: layer by layer what is faster on this node, measured once and kept over a resume",
     )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")

@@ -11,7 +11,7 @@ import importlib.util
 import logging
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import get_args
@@ -23,6 +23,7 @@ from torch.nn.modules.conv import _ConvNd
 from knltrain.compile_cache import remove_cut_libraries
 from knltrain.config import EngineName, Precision
 from knltrain.errors import ConfigError
+from knltrain.models.convolutions import use
 from knltrain.models.fused import FusedConv2d, fuse
 from knltrain.node.measured import stored_engine
 from knltrain.node.topology import Node, onednn_restriction
@@ -177,7 +178,13 @@ def refuse_missing_parts(asked: str, precision: str) -> None:
         )
 
 
-def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterOptimizer) -> Engine:
+def build_engine(
+    name: str,
+    precision: str,
+    model: nn.Module,
+    optimizer: MasterOptimizer,
+    convolutions: Mapping[str, Sequence[str]] | None = None,
+) -> Engine:
     """Prepares a model and its optimizer for training.
 
     Args:
@@ -185,6 +192,8 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
         precision: as :func:`choose_precision` resolved it.
         model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
+        convolutions: what Winograd's algorithm computes, as :func:`knltrain.models.convolutions.choose` decided; by
+            default nothing.
 
     Raises:
         ConfigError: fused in bf16, with a convolution that it leaves to PyTorch, where PyTorch would sum it in bf16.
@@ -195,6 +204,7 @@ def build_engine(name: str, precision: str, model: nn.Module, optimizer: MasterO
         widen_layer_norms(model)
     if name == "fused":
         fuse(model)
+        use(model, convolutions or {})
         if precision == "bf16":
             _refuse_sums_in_bf16(model)
             masters = _use_working_copies(model, optimizer)

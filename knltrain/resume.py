@@ -106,10 +106,12 @@ class Start:
     Attributes:
         folder: the checkpoint that it goes on from; None: from the beginning.
         changes: fields that were changed in its course, each with the step, as JSON types.
+        convolutions: which of them Winograd's algorithm computed, so that it still does; None: that is to be chosen.
     """
 
     folder: Path | None
     changes: list[dict[str, Any]]
+    convolutions: dict[str, list[str]] | None
 
     def restore(
         self,
@@ -219,7 +221,7 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
         KnltrainError: a checkpoint that was named is damaged, or every one of the run is.
     """
     history: list[dict[str, Any]] = []
-    folder = None
+    folder = convolutions = None
     if group.is_first:
         record = guard_out(config, out, allowed)
         checkpoint.remove_leftovers(out)
@@ -233,14 +235,16 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
             if config.resume not in ("auto", state["config"].get("resume")):
                 guard_checkpoint(config, folder, state, allowed)
                 changed |= changes(configuration.flatten(state["config"]), config)
+            if "conv" not in changed:
+                convolutions = state["made"].get("convolutions", {})
         for name in sorted(allowed - changed.keys()):
             console.warn(f"--allow-change {name} has no effect: it is as it was, or may always change")
         history = record.get("changes", [])
         for name, (was, now) in changed.items():
             history.append({"step": step, "field": name, "before": was, "after": now})
             console.line(f"from step {step} on, {name} is {now} and no longer {was}")
-    found = group.from_first(str(folder or ""))
-    return Start(Path(found) if found else None, history)
+    found, convolutions = json.loads(group.from_first(json.dumps([str(folder or ""), convolutions])))
+    return Start(Path(found) if found else None, history, convolutions)
 
 
 def deciding(config: RunConfig) -> dict[str, object]:

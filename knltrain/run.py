@@ -166,6 +166,8 @@ def announce(
     console.line(
         f"{plan['precision']}, engine {plan['engine']}, {plan['threads']} threads and {plan['workers']} decoders a rank"
     )
+    if plan["convolutions"]:
+        console.line(f"convolutions: {len(plan['convolutions'])} by Winograd's algorithm, as config.json lists them")
     if run.group.backend:
         backend = run.group.backend
         console.line(

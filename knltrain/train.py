@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -34,6 +35,7 @@ from knltrain.evaluate import evaluate
 from knltrain.health import RewindError, Watch
 from knltrain.metrics import MetricsLog, write_json
 from knltrain.models import model_of, refuse_unbuildable
+from knltrain.models.convolutions import choose as choose_convolutions
 from knltrain.node.binding import Place, drift, find_place, running_on
 from knltrain.node.memory import keep_freed_memory, resident_mb
 from knltrain.node.neighbours import Neighbours, Taken
@@ -291,6 +293,15 @@ def train(  # noqa: C901, PLR0915
         made = {"world_size": ranks.size, "threads": threads, "isa": node.isa, "kernels": isa(), "engine": engine_name,
                 "precision": precision, "backend": group.backend.name if group.backend else "none",
                 "torch": torch.__version__}  # fmt: skip
+        convolutions = start.convolutions
+        if convolutions is None:
+            chosen = choose_convolutions(
+                config, num_classes=len(train_set.classes), engine=engine_name, precision=precision, node=node,
+                threads=threads, images=shares[-1].local_batch,
+            )  # fmt: skip
+            convolutions = json.loads(group.from_first(json.dumps(chosen)))
+        if convolutions:
+            made["convolutions"] = convolutions
 
         def build(start: resume.Start) -> _Built:
             torch.manual_seed(config.seed)
@@ -303,7 +314,7 @@ def train(  # noqa: C901, PLR0915
             if config.ema_decay:
                 average = WeightAverage(model, config.ema_decay)
                 start.restore_average(average.model, group)
-            engine = build_engine(engine_name, precision, model, optimizer)
+            engine = build_engine(engine_name, precision, model, optimizer, convolutions)
             watch = Watch(config, out, group, engine, course, shares, train_set, console.warn)
             return engine, progress, watch, average, origin
 
@@ -328,7 +339,8 @@ def train(  # noqa: C901, PLR0915
         plan = {"launcher": ranks.launcher, "world_size": ranks.size, "ranks_per_node": ranks.local_size,
                 "threads": threads, "workers": workers, "backend": "none", "local_batch": shares[-1].local_batch,
                 "accumulate": shares[-1].accumulate, "steps": course.total_steps, "precision": precision,
-                "engine": engine.name, "kernels": isa(), "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
+                "engine": engine.name, "kernels": isa(), "convolutions": convolutions,
+                "malloc": malloc, "affinity": place.as_dict()}  # fmt: skip
         if group.backend:
             plan |= {"backend": group.backend.name, "backend_version": group.backend.version,
                      "transport": group.backend.transport, "interface": group.interface,

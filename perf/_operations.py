@@ -45,6 +45,12 @@ def timed(work: Callable[[], object], repeats: int) -> list[float]:
 
 
 PRODUCTS = ("convolution", "matrix product")
+# Operations of ours that are one gradient of a convolution.
+_GRADIENTS = {
+    "knltrain::conv_weight_grad": "weight gradient",
+    "knltrain::winograd_conv2d_input": "data gradient",
+    "knltrain::winograd_conv2d_weight": "weight gradient",
+}
 # Of this argument, a convolution's gradient takes the shape alone.
 _UNREAD = {"data gradient": "input", "weight gradient": "weight"}
 
@@ -178,8 +184,8 @@ def kind_of(func: OpOverload) -> str:
 
 def _parts(func: OpOverload, phase: str, args: Any, out: Any) -> Iterator[tuple[str, Any, Any]]:
     """What is timed apart: a convolution's two gradients, which oneDNN computes one after the other; all else whole."""
-    if func.name() == "knltrain::conv_weight_grad":
-        yield "weight gradient", args, out
+    if part := _GRADIENTS.get(func.name()):
+        yield part, args, out
         return
     if func is not torch.ops.aten.convolution_backward.default:
         yield phase, args, out
@@ -208,12 +214,16 @@ def _is_written(argument: Any) -> bool:
 
 
 def _arithmetic(func: OpOverload, args: Any, output: Any) -> tuple[float, torch.dtype]:
-    """FLOP of a product, two per multiply-add, and the type that it is computed in; 0 for all else."""
+    """FLOP of a product, two per multiply-add, and the type that it is computed in; 0 for all else.
+
+    Convolutions are counted as direct sums, whatever computes them: Winograd's algorithm may exceed a processor's peak.
+    """
     name = func.name().partition("::")[2].partition(".")[0]
-    if name in ("convolution", "convolution_backward"):
-        result, weight = (args[0], args[2]) if name.endswith("backward") else (output, args[1])
+    if name in ("convolution", "convolution_backward", "winograd_conv2d", "winograd_conv2d_input"):
+        weight = args[2] if name == "convolution_backward" else args[1]
+        result = args[0] if name in ("convolution_backward", "winograd_conv2d_input") else output
         return 2 * result.numel() * weight[0].numel(), weight.dtype
-    if name == "conv_weight_grad":
+    if name in ("conv_weight_grad", "winograd_conv2d_weight"):
         return 2 * args[1].numel() * output[0].numel(), output.dtype
     if name in ("mm", "bmm", "addmm"):
         a, b = args[-2:]

@@ -88,7 +88,7 @@ def compare(
             turns = turns[1:] + turns[:1]
     if not turns:
         raise KnltrainError("no engine runs here: " + "; ".join(f"{n}: {row['reason']}" for n, row in rows.items()))
-    settings = {key: value for key, value in processes[turns[0]].settings.items() if key != "engine"}
+    settings = {k: value for k, value in processes[turns[0]].settings.items() if k not in ("engine", "convolutions")}
     return {**settings, "steps": steps, "engines": list(rows.values()), "ratio_to": _add_ratios(rows),
             **provenance(node)}  # fmt: skip
 

@@ -21,6 +21,7 @@ from knltrain.data.loader import Batch, Loader, Share
 from knltrain.engine import build_engine, choose_engine, choose_precision
 from knltrain.errors import ConfigError
 from knltrain.models import model_of
+from knltrain.models.convolutions import choose
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb
 from knltrain.node.neighbours import Neighbours
@@ -72,8 +73,13 @@ class TrainingStep:
         )
         dataset = open_part(config, "train") if config.data else None
         torch.manual_seed(config.seed)
-        model = model_of(config, len(dataset.classes) if dataset else _CLASSES)
-        self.engine = build_engine(name, precision, model, build_optimizer(model, config.optim))
+        classes = len(dataset.classes) if dataset else _CLASSES
+        model = model_of(config, classes)
+        convolutions = choose(
+            config, num_classes=classes, engine=name, precision=precision, node=self.node, threads=self.threads,
+            images=config.global_batch,
+        )  # fmt: skip
+        self.engine = build_engine(name, precision, model, build_optimizer(model, config.optim), convolutions)
         self._config = config
         self._share = Share(config.global_batch, config.global_batch, rank=0, world_size=1)
         self._loader: Loader | None = None
@@ -83,6 +89,7 @@ class TrainingStep:
             "image_size": config.image_size,
             "precision": precision,
             "engine": name,
+            "convolutions": convolutions,
             "optimizer": f"{config.optim.name}/{config.optim.variant}",
             "threads": self.threads,
             "kernels": isa(),

@@ -81,7 +81,7 @@ def refuse_unbuildable(config: RunConfig) -> None:
         ConfigError: as :func:`build_model`, or it does not take images of a size that they will have.
     """
     # The device meta would do without memory too, but a convolution and a batch norm there import torch._dynamo: 1 s.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(), _WithoutValues():
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(), WithoutValues():
         model = model_of(config, num_classes=1)
         weights = [weight.shape for weight in model.parameters()]
         _refuse_size(model, config, "image-size")
@@ -92,7 +92,7 @@ def refuse_unbuildable(config: RunConfig) -> None:
             _refuse_size(other, config.at_size(size), "schedule.image-sizes")
 
 
-class _WithoutValues(TorchFunctionMode):
+class WithoutValues(TorchFunctionMode):
     """Leaves tensors as they are where random numbers would be drawn for them: most of the time that building takes."""
 
     def __torch_function__(

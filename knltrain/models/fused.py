@@ -15,13 +15,16 @@ from torch import Tensor, nn
 from knltrain.models import resnet
 from knltrain.ops import bf16
 from knltrain.ops.batchnorm import batch_norm_act
-from knltrain.ops.convgrad import conv2d
+from knltrain.ops.convgrad import DIRECT, conv2d
 from knltrain.ops.dropout import dropout
 from knltrain.ops.pool import max_pool2d
 
 
 class FusedConv2d(nn.Conv2d):
-    """nn.Conv2d with a faster weight gradient in bf16."""
+    """nn.Conv2d with a faster weight gradient in bf16, and Winograd's algorithm where it was chosen."""
+
+    # What Winograd's algorithm computes; see knltrain.models.convolutions.
+    by = DIRECT
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # an image in float32, in evaluation
@@ -34,6 +37,7 @@ class FusedConv2d(nn.Conv2d):
             padding=cast("tuple[int, int]", self.padding),
             dilation=cast("tuple[int, int]", self.dilation),
             groups=self.groups,
+            by=self.by,
         )
 
 
@@ -139,9 +143,14 @@ def fuse(model: nn.Module) -> None:
     _fuse_blocks(model)
 
 
+def fuses_convolution(module: nn.Module) -> bool:
+    """Whether a module becomes a :class:`FusedConv2d`."""
+    return type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+
+
 def _fuse_layers(model: nn.Module) -> None:
     for module in list(model.modules()):
-        if type(module) is nn.Conv2d and module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        if fuses_convolution(module):
             module.__class__ = FusedConv2d
         elif type(module) is nn.Linear:
             module.__class__ = FusedLinear

@@ -1,7 +1,10 @@
-"""What ``knltrain tune`` measured on this kind of node, and which engine and which layout of ranks won.
+"""What was measured on this kind of node.
 
-The file is a list of measurements: settings, and what came out of them. A measurement is of use where its settings
-are those asked for; settings that a later version adds do not hide what this one wrote.
+By ``knltrain tune``, which engine and which layout of ranks is the fastest; by any run, which algorithm computes each
+convolution.
+
+A file is a list of measurements: settings, and what came out of them. A measurement is of use where its settings are
+those asked for; settings that a later version adds do not hide what this one wrote.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ import json
 import os
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,11 @@ _MOST = 1 << 31
 def measured_file() -> Path:
     """Where the measurements are."""
     return cache_folder() / "measured.json"
+
+
+def convolutions_file() -> Path:
+    """Where those of convolutions are."""
+    return cache_folder() / "convolutions.json"
 
 
 def settings_of(model: str, precision: str, node: Node, threads: int) -> dict[str, object]:
@@ -58,14 +66,14 @@ def stored_engine(model: str, precision: str, node: Node, threads: int) -> str |
         threads: compute threads of a rank.
     """
     settings = settings_of(model, precision, node, threads)
-    found = [one["fastest"] for one in _read() if settings.items() <= one["settings"].items()]
+    found = [one["fastest"] for one in _tuned() if settings.items() <= one["settings"].items()]
     return str(found[-1]) if found else None
 
 
 def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]:
     """Returns images/s of every model that ``knltrain tune`` measured in these settings, with its fastest engine."""
     rates = {}
-    for one in _read():
+    for one in _tuned():
         model = str(one["settings"].get("model"))
         if settings_of(model, precision, node, threads).items() <= one["settings"].items():
             rows = one.get("engines")
@@ -104,7 +112,7 @@ def stored_layout(node: Node) -> MeasuredLayout | None:
 
     Whatever the model was: a node is divided before anybody says what it will train.
     """
-    for one in reversed(_read()):
+    for one in reversed(_tuned()):
         try:
             layout = Layout(**one["layout"])
             settings, here = one["settings"], layout_settings("", "", node, layout)
@@ -142,30 +150,66 @@ def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
     Returns:
         The file.
     """
-    kept = [one for one in _read() if one["settings"] != settings]
-    text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
     path = measured_file()
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
-        aside.write(text)
-    os.replace(aside.name, path)
+    _add(path, _tuned(), settings, result)
     return path
 
 
-def _read() -> list[dict[str, Any]]:
-    path = measured_file()
+def stored_convolutions(settings: Mapping[str, object]) -> dict[str, list[str]] | None:
+    """Returns which results of which convolutions are Winograd's, as measured in these settings, or None.
+
+    Args:
+        settings: those of :func:`settings_of`, and others that tell measurements apart.
+    """
+    measured = _read(convolutions_file(), "winograd", dict, "the next run")
+    found = [one["winograd"] for one in measured if one["settings"] == settings]
+    return found[-1] if found else None
+
+
+def store_convolutions(settings: Mapping[str, object], winograd: Mapping[str, Sequence[str]]) -> None:
+    """Adds what was measured; without it, each run measures anew, which is said.
+
+    Args:
+        settings: as :func:`stored_convolutions` will be asked for.
+        winograd: by convolution, the results that Winograd's algorithm is faster in.
+    """
+    path = convolutions_file()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _add(path, _read(path, "winograd", dict, "this run"), settings, {"winograd": dict(winograd)})
+    except OSError as error:
+        warnings.warn(f"{path}: {error.strerror}: convolutions are measured again at each start; set KNLTRAIN_CACHE to "
+                      "a folder that can be written", stacklevel=2)  # fmt: skip
+
+
+def _add(
+    path: Path, before: Sequence[Mapping[str, Any]], settings: Mapping[str, object], result: Mapping[str, object]
+) -> None:
+    kept = [one for one in before if one["settings"] != settings]
+    text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
+        aside.write(text)
+    os.replace(aside.name, path)
+
+
+def _tuned() -> list[dict[str, Any]]:
+    return _read(measured_file(), "fastest", str, "`knltrain tune`")
+
+
+def _read(path: Path, result: str, kind: type, writer: str) -> list[dict[str, Any]]:
     try:
         with open_regular(path) as file:
             measurements = json.loads(file.read())
         if isinstance(measurements, list) and all(
-            isinstance(one["settings"], dict) and isinstance(one["fastest"], str) for one in measurements
+            isinstance(one["settings"], dict) and isinstance(one[result], kind) for one in measurements
         ):
             return measurements
-        problem = "not what knltrain tune writes"
+        problem = "not what knltrain writes"
     except FileNotFoundError:
         return []
     except OSError as error:
         problem = str(error.strerror)
     except (ValueError, TypeError, KeyError, RecursionError):
-        problem = "damaged, or not what knltrain tune writes"
-    warnings.warn(f"{path}: {problem}; ignored. `knltrain tune` writes it anew", stacklevel=3)
+        problem = "damaged, or not what knltrain writes"
+    warnings.warn(f"{path}: {problem}; ignored. {writer} writes it anew", stacklevel=3)
     return []

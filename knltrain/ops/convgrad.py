@@ -1,18 +1,35 @@
-"""A convolution whose weight gradient is computed by a kernel of ours where that is the faster one."""
+"""A convolution that is computed by kernels of ours where those are the faster ones."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from knltrain.node.topology import read_node
-from knltrain.ops import bf16
+from knltrain.ops import bf16, winograd
 from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_devices, isa, kernels
+
+
+class Winograd(NamedTuple):
+    """Which of a convolution's three results Winograd's algorithm computes; the others are summed directly.
+
+    Attributes:
+        forward: the output.
+        input: the gradient of the input.
+        weight: the gradient of the weights.
+    """
+
+    forward: bool = False
+    input: bool = False
+    weight: bool = False
+
+
+DIRECT = Winograd()
 
 
 def conv2d(
@@ -24,8 +41,9 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
+    by: Winograd = DIRECT,
 ) -> Tensor:
-    """torch.nn.functional.conv2d of tensors of one type, with a faster way back.
+    """torch.nn.functional.conv2d of tensors of one type, with faster ways there and back.
 
     Args:
         x: N x C x H x W, channels-last.
@@ -35,11 +53,12 @@ def conv2d(
         padding: zeros around x, in pixels.
         dilation: distance of the kernel's elements, in pixels.
         groups: of channels, each convolved alone.
+        by: what Winograd's algorithm computes; float32, of what :func:`knltrain.ops.winograd.takes` accepts.
 
     Returns:
         N x K x H' x W', channels-last.
     """
-    y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups)  # type: ignore[no-untyped-call]
+    y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups, by)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -54,10 +73,14 @@ class _Conv2d(torch.autograd.Function):
         padding: tuple[int, int],
         dilation: tuple[int, int],
         groups: int,
+        by: Winograd,
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = (stride, padding, dilation, groups)
+        ctx.by = by
         ctx.bias_sizes = None if bias is None else list(bias.shape)
+        if by.forward:
+            return winograd.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding, groups)
         return bf16.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -66,18 +89,28 @@ class _Conv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = dy.contiguous(memory_format=torch.channels_last)
+        if ctx.by != DIRECT:
+            x = x.contiguous(memory_format=torch.channels_last)
         ours = needs_weight and kernel_is_faster(x, dy, weight, dilation, groups)
         dx = dweight = dbias = None
-        theirs = (needs_x, needs_weight and not ours, needs_bias and not ours)
+        theirs = (
+            needs_x and not ctx.by.input,
+            needs_weight and not ours and not ctx.by.weight,
+            needs_bias and not ours and not ctx.by.weight,
+        )
         if any(theirs):
             dx, dweight, dbias = bf16.conv2d_backward(
                 dy, x, weight, ctx.bias_sizes, stride, padding, dilation, groups, theirs
             )
-        if ours:
+        if needs_x and ctx.by.input:
+            dx = winograd.conv2d_input(dy, weight, padding, groups)
+        if needs_weight and ctx.by.weight:
+            dweight = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)
+        elif ours:
             dweight = conv_weight_grad(x, dy, list(weight.shape), stride, padding, groups)
-            if needs_bias:
-                dbias = dy.sum((0, 2, 3))
-        return dx, dweight, dbias, None, None, None, None
+        if needs_bias and dbias is None:
+            dbias = dy.sum((0, 2, 3))
+        return dx, dweight, dbias, None, None, None, None, None
 
 
 def kernel_is_faster(x: Tensor, dy: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> bool:

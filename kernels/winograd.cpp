@@ -1,0 +1,538 @@
+// Convolutions of float32 with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
+//
+// Outputs are computed in tiles of 4x4. With m points (6 for a kernel of 3x3, 8 for 5x5), a tile's m x m inputs, the
+// kernel and the outputs are each transformed, and the convolution becomes m * m matrix products over channels:
+//
+//     Y = A' [ sum over c of (G w G') * (B' x B) ] A        products: m * m for 16 outputs, where 16 * 9 (or 25) were
+//
+// The gradient of the input is the same with turned weights, that of the weights is its exact adjoint:
+//
+//     dw = G' [ sum over tiles of (B' x B) * (A dY A') ] G
+//
+// The matrices follow from the points, 0, infinity and pairs +-a (Lavin and Gray, arXiv:1509.09308; Cook and Toom's
+// construction). Small points of few bits keep rounding down: +-3/4 and +-3/2 nearly halve that of +-1 and +-2.
+//
+// Transformed data lies as [point][panel of 16 channels][tile][16], weights as [point][panel][channel][16]: transforms
+// write whole cache lines, and products read both in order.
+#include <cstdlib>
+
+#include "isa.h"
+#include "kernels.h"
+
+namespace knltrain {
+namespace KNLTRAIN_ISA {
+namespace {
+
+constexpr int kTile = 4;    // outputs of a tile, each way
+constexpr int kPanel = 16;  // channels that lie together
+constexpr int kVectors = kPanel / vec::lanes;
+constexpr int64_t kLine = 64, kLineNumbers = kLine / sizeof(float);
+
+constexpr bool kWide = vec::lanes == 16;
+// Rows and panels of a product that the registers hold.
+constexpr int kRows = kWide ? 14 : 6, kPanels = kWide ? 2 : 1;
+// What a block of tiles and its products may take of a second-level cache, and how many panels of outputs it has.
+// Weights that are bigger do not stay there: more tiles at a time then, so that they are read less often.
+constexpr int64_t kBlockBytes = kWide ? 1 << 20 : 512 << 10, kBlockPanels = kWide ? 4 : 2;
+constexpr int64_t kBigWeights = 3 << 20, kBigTiles = kWide ? 112 : 252, kBigPanels = 8;
+// Fewer tiles a task than this, and tasks share out the outputs: sums of its own cost a task as much as these tiles.
+constexpr int64_t kEnoughTiles = 128;
+
+int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// B', G and A of a kernel's size. Rows are points: 0, +a, -a, +b, -b, ..., infinity.
+template <int kernel> struct Matrices {
+    static constexpr int points = kernel + kTile - 1;
+    float input[points][points] = {}, weights[points][kernel] = {}, output[points][kTile] = {};
+
+    constexpr Matrices() {
+        constexpr double pairs[] = {kernel == 3 ? 0.75 : 0.5, kernel == 3 ? 1.5 : 1, 2};
+        double point[points - 1] = {};
+        for (int i = 1; i < points - 1; ++i) point[i] = i % 2 ? pairs[i / 2] : -pairs[i / 2 - 1];
+        for (int i = 0; i < points; ++i) {
+            // The polynomial whose roots are the other finite points; at each point it has the value `scale`.
+            double polynomial[points] = {1}, scale = 1;
+            for (int other = 0, degree = 0; other < points - 1; ++other) {
+                if (other == i) continue;
+                for (int at = ++degree; at > 0; --at) polynomial[at] = polynomial[at - 1] - point[other] * polynomial[at];
+                polynomial[0] *= -point[other];
+                if (i < points - 1) scale *= point[i] - point[other];
+            }
+            for (int j = 0; j < points; ++j) input[i][j] = float(polynomial[j]);
+            double power = 1;
+            for (int j = 0; j < (kernel > kTile ? kernel : kTile); ++j) {
+                if (j < kernel) weights[i][j] = float(i < points - 1 ? power / scale : j == kernel - 1);
+                if (j < kTile) output[i][j] = float(i < points - 1 ? power : j == kTile - 1);
+                if (i < points - 1) power *= point[i];
+            }
+        }
+    }
+};
+template <int kernel> constexpr Matrices<kernel> matrices{};
+
+inline KNLTRAIN_INLINE void add(vec &sum, bool &empty, float factor, vec x) {
+    if (factor == 0) return;
+    if (empty)
+        sum = factor == 1 ? x : splat(factor) * x;
+    else
+        sum = factor == 1 ? sum + x : fma(splat(factor), x, sum);
+    empty = false;
+}
+
+// out = m in: rows of a pair differ in the sign of every other factor.
+template <int points, int size>
+inline KNLTRAIN_INLINE void spread(const float (&m)[points][size], const vec (&in)[size], vec (&out)[points]) {
+    out[0] = out[points - 1] = zero();
+    bool no_first = true, no_last = true;
+#pragma GCC unroll 8
+    for (int j = 0; j < size; ++j) {
+        add(out[0], no_first, m[0][j], in[j]);
+        add(out[points - 1], no_last, m[points - 1][j], in[j]);
+    }
+#pragma GCC unroll 8
+    for (int i = 1; i < points - 1; i += 2) {
+        vec same = zero(), other = zero();
+        bool no_same = true, no_other = true;
+#pragma GCC unroll 8
+        for (int j = 0; j < size; ++j) {
+            if (m[i][j] == m[i + 1][j])
+                add(same, no_same, m[i][j], in[j]);
+            else
+                add(other, no_other, m[i][j], in[j]);
+        }
+        out[i] = same + other;
+        out[i + 1] = same - other;
+    }
+}
+
+// out = m' in.
+template <int points, int size>
+inline KNLTRAIN_INLINE void gather(const float (&m)[points][size], const vec (&in)[points], vec (&out)[size]) {
+    vec sum[points], difference[points];
+#pragma GCC unroll 8
+    for (int i = 1; i < points - 1; i += 2) sum[i] = in[i] + in[i + 1], difference[i] = in[i] - in[i + 1];
+#pragma GCC unroll 8
+    for (int j = 0; j < size; ++j) {
+        out[j] = zero();
+        bool empty = true;
+        add(out[j], empty, m[0][j], in[0]);
+#pragma GCC unroll 8
+        for (int i = 1; i < points - 1; i += 2) add(out[j], empty, m[i][j], m[i][j] == m[i + 1][j] ? sum[i] : difference[i]);
+        add(out[j], empty, m[points - 1][j], in[points - 1]);
+    }
+}
+
+// m in m': in(i, j) gives size x size vectors, out(i, j, vector) takes points x points.
+template <int points, int size, class In, class Out>
+inline KNLTRAIN_INLINE void spread_both(const float (&m)[points][size], In in, Out out) {
+    vec half[points][size];
+#pragma GCC unroll 8
+    for (int j = 0; j < size; ++j) {
+        vec column[size], spreaded[points];
+#pragma GCC unroll 8
+        for (int i = 0; i < size; ++i) column[i] = in(i, j);
+        spread(m, column, spreaded);
+#pragma GCC unroll 8
+        for (int i = 0; i < points; ++i) half[i][j] = spreaded[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < points; ++i) {
+        vec row[points];
+        spread(m, half[i], row);
+#pragma GCC unroll 8
+        for (int j = 0; j < points; ++j) out(i, j, row[j]);
+    }
+}
+
+// m' in m: the other way.
+template <int points, int size, class In, class Out>
+inline KNLTRAIN_INLINE void gather_both(const float (&m)[points][size], In in, Out out) {
+    vec half[size][points];
+#pragma GCC unroll 8
+    for (int j = 0; j < points; ++j) {
+        vec column[points], gathered[size];
+#pragma GCC unroll 8
+        for (int i = 0; i < points; ++i) column[i] = in(i, j);
+        gather(m, column, gathered);
+#pragma GCC unroll 8
+        for (int i = 0; i < size; ++i) half[i][j] = gathered[i];
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < size; ++i) {
+        vec row[size];
+        gather(m, half[i], row);
+#pragma GCC unroll 8
+        for (int j = 0; j < size; ++j) out(i, j, row[j]);
+    }
+}
+
+// One side of a convolution, cut into tiles: what is read or written at `size` x `size` pixels a tile.
+struct Map {
+    int64_t height, width, channels, pad_h, pad_w, tiles_h, tiles_w;
+
+    // The place of each pixel of a tile, or `outside` beyond the map.
+    template <int size, class T> void addresses(T *map, int64_t tile, T *outside, T **at) const {
+        const int64_t image = tile / (tiles_h * tiles_w), row = tile / tiles_w % tiles_h, column = tile % tiles_w;
+        for (int i = 0; i < size; ++i) {
+            const int64_t y = row * kTile - pad_h + i;
+            for (int j = 0; j < size; ++j) {
+                const int64_t x = column * kTile - pad_w + j;
+                const bool inside = y >= 0 && y < height && x >= 0 && x < width;
+                at[i * size + j] = inside ? map + ((image * height + y) * width + x) * channels : outside;
+            }
+        }
+    }
+};
+
+// Transformed tiles: [point][panel][tile][16]. Points lie a line further apart than they need: at powers of two, all
+// would fall on the same lines of the cache.
+struct Tiles {
+    float *data;
+    int64_t room, panels;  // tiles that there is room for, panels of channels
+    int64_t panel() const { return room * kPanel; }
+    int64_t point() const { return panels * panel() + kPanel; }
+    static int64_t numbers(int points, int64_t room, int64_t panels) {
+        return points * points * (panels * room * kPanel + kPanel);
+    }
+};
+
+// Transforms `count` tiles from `first`, channels [channel, channel + 16 * tiles.panels).
+template <int size, int points>
+void transform_tiles(const float (&m)[points][size], const Map &map, const float *from, const float *zeros, int64_t first,
+                     int64_t count, int64_t channel, const Tiles &tiles) {
+    const float *places[2][size * size];
+    map.addresses<size>(from + channel, first, zeros, places[0]);
+    for (int64_t tile = 0; tile < count; ++tile) {
+        const float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
+        map.addresses<size>(from + channel, first + (tile + 1 < count ? tile + 1 : tile), zeros, next);
+        for (int64_t panel = 0; panel < tiles.panels; ++panel) {
+            // The next tile's lines; its first columns are this one's last.
+            for (int i = 0; i < size; ++i)
+                for (int j = size - kTile; j < size; ++j) _mm_prefetch(next[i * size + j] + panel * kPanel, _MM_HINT_T0);
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t offset = panel * kPanel + v * vec::lanes;
+                float *to = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
+                spread_both(
+                    m, [&](int i, int j) KNLTRAIN_INLINE { return load(at[i * size + j] + offset); },
+                    [&](int i, int j, vec x) KNLTRAIN_INLINE { store(to + (i * points + j) * tiles.point(), x); });
+            }
+        }
+    }
+}
+
+// Back to pixels, with the bias added.
+template <int points>
+void output_tiles(const float (&m)[points][kTile], const Map &map, float *to, float *nowhere, int64_t first, int64_t count,
+                  int64_t channel, const float *bias, const Tiles &tiles) {
+    float *places[2][kTile * kTile];
+    map.addresses<kTile>(to + channel, first, nowhere, places[0]);
+    for (int64_t tile = 0; tile < count; ++tile) {
+        float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
+        map.addresses<kTile>(to + channel, first + (tile + 1 < count ? tile + 1 : tile), nowhere, next);
+        for (int64_t panel = 0; panel < tiles.panels; ++panel) {
+            for (int i = 0; i < kTile * kTile; ++i) __builtin_prefetch(next[i] + panel * kPanel, 1);
+            for (int v = 0; v < kVectors; ++v) {
+                const int64_t offset = panel * kPanel + v * vec::lanes;
+                const float *from = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
+                const vec shift = bias == nullptr ? zero() : load(bias + channel + offset);
+                gather_both(
+                    m, [&](int i, int j) KNLTRAIN_INLINE { return load(from + (i * points + j) * tiles.point()); },
+                    [&](int i, int j, vec y) KNLTRAIN_INLINE { store(at[i * kTile + j] + offset, y + shift); });
+            }
+        }
+    }
+}
+
+// c = a b for `rows` tiles and `panels` panels of output channels; a: [panel][tile][16], b: [panel][depth][16].
+template <int rows, int panels>
+void multiply(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel) {
+    constexpr int width = panels * kVectors;
+    vec sum[rows][width];
+    for (int r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w) sum[r][w] = zero();
+    for (int64_t from = 0; from < depth; from += kPanel, a += a_panel) {
+        for (int d = 0; d < kPanel; ++d) {
+            vec bs[width];
+            for (int w = 0; w < width; ++w)
+                bs[w] = load(b + (w / kVectors) * depth * kPanel + (from + d) * kPanel + w % kVectors * vec::lanes);
+            for (int r = 0; r < rows; ++r) {
+                const vec as = splat(a[r * kPanel + d]);
+                for (int w = 0; w < width; ++w) sum[r][w] = fma(as, bs[w], sum[r][w]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w)
+            store(c + (w / kVectors) * c_panel + r * kPanel + w % kVectors * vec::lanes, sum[r][w]);
+}
+
+// As many rows at once as the registers hold, then fewer.
+template <int panels, int rows = kRows>
+void multiply_rows(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel,
+                   int64_t left) {
+    for (; left >= rows; left -= rows, a += rows * kPanel, c += rows * kPanel)
+        multiply<rows, panels>(a, a_panel, b, depth, c, c_panel);
+    if constexpr (rows > 1) multiply_rows<panels, (rows > 8 ? 8 : rows / 2)>(a, a_panel, b, depth, c, c_panel, left);
+}
+
+// p = d' v for `rows` output channels and `panels` panels of input channels, summed over tiles.
+template <int rows, int panels>
+void multiply_outer(const float *d, const float *v, int64_t v_panel, int64_t tiles, float *p, int64_t p_row) {
+    constexpr int width = panels * kVectors;
+    vec sum[rows][width];
+    for (int r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w) sum[r][w] = zero();
+    for (int64_t tile = 0; tile < tiles; ++tile, d += kPanel, v += kPanel) {
+        vec vs[width];
+        for (int w = 0; w < width; ++w) vs[w] = load(v + (w / kVectors) * v_panel + w % kVectors * vec::lanes);
+        for (int r = 0; r < rows; ++r) {
+            const vec ds = splat(d[r]);
+            for (int w = 0; w < width; ++w) sum[r][w] = fma(ds, vs[w], sum[r][w]);
+        }
+    }
+    for (int r = 0; r < rows; ++r)
+        for (int w = 0; w < width; ++w) store(p + r * p_row + w * vec::lanes, sum[r][w]);
+}
+
+// All of one point: outputs x inputs.
+template <int panels> void multiply_panels(const Tiles &d, const Tiles &v, int point, int64_t tiles, float *p) {
+    constexpr int rows = kWide ? 8 : 4;
+    const int64_t row = v.panels * kPanel;
+    for (int64_t j = 0; j < v.panels; j += panels)
+        for (int64_t k = 0; k < d.panels * kPanel; k += rows)
+            multiply_outer<rows, panels>(d.data + point * d.point() + k / kPanel * d.panel() + k % kPanel,
+                                         v.data + point * v.point() + j * v.panel(), v.panel(), tiles,
+                                         p + k * row + j * kPanel, row);
+}
+
+void multiply_point(const Tiles &d, const Tiles &v, int point, int64_t tiles, float *p) {
+    if (kWide && v.panels % 3 == 0)
+        multiply_panels<3>(d, v, point, tiles, p);
+    else if (kWide && v.panels % 2 == 0)
+        multiply_panels<2>(d, v, point, tiles, p);
+    else
+        multiply_panels<1>(d, v, point, tiles, p);
+}
+
+// G w G' of one group, as [point][panel of 16 outputs][input][16]. Turned: the kernel by 180 degrees, and what were
+// outputs are inputs.
+template <int kernel> struct Weights {
+    const float *from;  // outputs x kernel x kernel x inputs of a group
+    int64_t inputs, outputs;
+    bool turned;
+    int64_t point() const { return inputs * outputs + kPanel; }
+
+    // Blocks of 16 outputs and 16 inputs, [begin, end) of them.
+    void transform(int64_t begin, int64_t end, float *to) const {
+        constexpr int points = Matrices<kernel>::points, taps = kernel * kernel;
+        for (int64_t block = begin; block < end; ++block) {
+            const int64_t output = block / (inputs / kPanel) * kPanel, input = block % (inputs / kPanel) * kPanel;
+            float block_taps[kPanel][taps][kPanel];  // input, tap, output
+            for (int i = 0; i < kPanel; ++i)
+                for (int tap = 0; tap < taps; ++tap) {
+                    const float *line = turned ? from + ((input + i) * taps + taps - 1 - tap) * outputs + output
+                                               : from + ((output + i) * taps + tap) * inputs + input;
+                    for (int j = 0; j < kPanel; ++j) (turned ? block_taps[i][tap][j] : block_taps[j][tap][i]) = line[j];
+                }
+            for (int i = 0; i < kPanel; ++i)
+                for (int v = 0; v < kVectors; ++v) {
+                    float *row = to + output * inputs + (input + i) * kPanel + v * vec::lanes;
+                    spread_both(
+                        matrices<kernel>.weights,
+                        [&](int r, int s) KNLTRAIN_INLINE { return load(block_taps[i][r * kernel + s] + v * vec::lanes); },
+                        [&](int r, int s, vec x) KNLTRAIN_INLINE { store(row + (r * points + s) * point(), x); });
+                }
+        }
+    }
+};
+
+// How tasks share the work: each takes some of the tiles, or where tiles are few, some of them and some of the outputs.
+struct Shares {
+    int64_t tiles, panels;
+    int by_tile, by_output;
+
+    Shares(int tasks, int64_t tiles, int64_t panels, int64_t enough) : tiles(tiles), panels(panels), by_output(1) {
+        auto fits = [&](int parts) { return tasks % parts == 0 && parts <= panels; };
+        for (int parts = 2; parts <= tasks && tiles / (tasks / by_output) < enough; ++parts)
+            if (fits(parts)) by_output = parts;
+        by_tile = tasks / by_output;
+    }
+    int64_t first_tile(int task) const { return tiles * (task / by_output) / by_tile; }
+    int64_t end_tile(int task) const { return tiles * (task / by_output + 1) / by_tile; }
+    int64_t first_panel(int task) const { return panels * (task % by_output) / by_output; }
+    int64_t end_panel(int task) const { return panels * (task % by_output + 1) / by_output; }
+    // Blocks of at most so many tiles, all alike.
+    int64_t block_tiles(int64_t most_tiles) const {
+        const int64_t share = ceil_div(tiles, by_tile);
+        return ceil_div(share, ceil_div(share, most_tiles));
+    }
+};
+
+// Numbers in a row, each part at the beginning of a line.
+struct Memory {
+    int64_t numbers = 0;
+    int64_t add(int64_t count) {
+        const int64_t at = numbers;
+        numbers += ceil_div(count, kLineNumbers) * kLineNumbers;
+        return at;
+    }
+};
+
+// One group's products and outputs for the tiles [first, first + count), whose transformed inputs are in `a`.
+template <int kernel>
+void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const float *weights, int64_t group,
+                    int64_t first_panel, int64_t end_panel, int64_t block_panels, int64_t first, int64_t count,
+                    float *products, float *nowhere) {
+    constexpr int points = Matrices<kernel>::points;
+    const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups;
+    for (int64_t panel = first_panel; panel < end_panel; panel += block_panels) {
+        const Tiles c{products, a.room, least(block_panels, end_panel - panel)};
+        for (int point = 0; point < points * points; ++point) {
+            const float *as = a.data + point * a.point();
+            const float *b = weights + point * (inputs * outputs + kPanel) + panel * inputs * kPanel;
+            float *to = c.data + point * c.point();
+            int64_t i = 0;
+            for (; i + kPanels <= c.panels; i += kPanels)
+                multiply_rows<kPanels>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), count);
+            for (; i < c.panels; ++i)
+                multiply_rows<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), count);
+        }
+        output_tiles<points>(matrices<kernel>.output, out, p.y, nowhere, first, count, group * outputs + panel * kPanel,
+                             p.bias, c);
+    }
+}
+
+template <int kernel> bool convolve(const Winograd &p) {
+    constexpr int points = Matrices<kernel>::points;
+    const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
+    const int64_t tiles_h = ceil_div(p.out_h, kTile), tiles_w = ceil_div(p.out_w, kTile);
+    const Map in{p.in_h, p.in_w, p.in_channels, p.pad_h, p.pad_w, tiles_h, tiles_w};
+    const Map out{p.out_h, p.out_w, p.out_channels, 0, 0, tiles_h, tiles_w};
+    const Shares shares(p.tasks, p.images * tiles_h * tiles_w, panels, 2 * kRows);
+
+    const int64_t weight_numbers = points * points * (inputs * outputs + kPanel);
+    const bool big = weight_numbers * int64_t(sizeof(float)) > kBigWeights;
+    const int64_t block_panels = least(big ? kBigPanels : kBlockPanels, ceil_div(panels, shares.by_output));
+    const int64_t fit = kBlockBytes / (points * points * int64_t(sizeof(float)) * (inputs + block_panels * kPanel));
+    const int64_t block_tiles = shares.block_tiles(big ? kBigTiles : most(kRows, fit / kRows * kRows));
+
+    Memory memory;
+    const int64_t zeros_at = memory.add(p.in_channels), weights_at = memory.add(p.groups * weight_numbers);
+    const int64_t own_at = memory.numbers;
+    const int64_t a_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
+    const int64_t products_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
+    const int64_t nowhere_at = memory.add(p.out_channels), own = memory.numbers - own_at;
+    float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
+    if (base == nullptr) return false;
+    memset(base + zeros_at, 0, p.in_channels * sizeof(float));
+
+    auto weights = [&](int task) {
+        const int64_t blocks = panels * (inputs / kPanel);
+        for (int64_t group = 0; group < p.groups; ++group) {
+            const Weights<kernel> w{p.weight + group * inputs * outputs * kernel * kernel, inputs, outputs, p.turned};
+            w.transform(blocks * task / p.tasks, blocks * (task + 1) / p.tasks, base + weights_at + group * weight_numbers);
+        }
+    };
+    each_task(p.tasks, weights);
+    auto work = [&](int task) {
+        float *mine = base + task * own;
+        const Tiles a{mine + a_at, block_tiles, inputs / kPanel};
+        for (int64_t group = 0; group < p.groups; ++group)
+            for (int64_t first = shares.first_tile(task); first < shares.end_tile(task); first += block_tiles) {
+                const int64_t count = least(block_tiles, shares.end_tile(task) - first);
+                transform_tiles<points>(matrices<kernel>.input, in, p.x, base + zeros_at, first, count, group * inputs, a);
+                multiply_tiles<kernel>(p, out, a, base + weights_at + group * weight_numbers, group,
+                                       shares.first_panel(task), shares.end_panel(task), block_panels, first, count,
+                                       mine + products_at, mine + nowhere_at);
+            }
+    };
+    each_task(p.tasks, work);
+    free(base);
+    return true;
+}
+
+// dw of one block of tiles and outputs: a number of taps for every pair of channels, written or, later, added to.
+template <int kernel>
+void add_weights(const float *products, int64_t point_numbers, int64_t outputs, int64_t inputs, bool first, float *sums) {
+    constexpr int points = Matrices<kernel>::points;
+    for (int64_t at = 0; at < outputs * inputs; at += vec::lanes) {
+        float *to = sums + at / inputs * kernel * kernel * inputs + at % inputs;
+        gather_both(
+            matrices<kernel>.weights,
+            [&](int i, int j) KNLTRAIN_INLINE { return load(products + (i * points + j) * point_numbers + at); },
+            [&](int i, int j, vec w) KNLTRAIN_INLINE {
+                float *tap = to + (i * kernel + j) * inputs;
+                store(tap, first ? w : load(tap) + w);
+            });
+    }
+}
+
+template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
+    constexpr int points = Matrices<kernel>::points, taps = kernel * kernel;
+    const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
+    const int64_t tiles_h = ceil_div(p.out_h, kTile), tiles_w = ceil_div(p.out_w, kTile);
+    const int64_t size = p.out_channels * taps * inputs;
+    const Map in{p.in_h, p.in_w, p.in_channels, p.pad_h, p.pad_w, tiles_h, tiles_w};
+    const Map out{p.out_h, p.out_w, p.out_channels, 0, 0, tiles_h, tiles_w};
+    const Shares shares(p.tasks, p.images * tiles_h * tiles_w, panels, kEnoughTiles);
+    const int64_t block_tiles = shares.block_tiles(kernel == 3 ? 64 : 48), block_panels = least(2, panels);
+    const int64_t point_numbers = block_panels * kPanel * inputs + kPanel;
+
+    Memory memory;
+    const int64_t zeros_at = memory.add(most(p.in_channels, p.out_channels));
+    const int64_t sums_at = memory.add((shares.by_tile - 1) * size), own_at = memory.numbers;
+    const int64_t v_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
+    const int64_t d_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
+    const int64_t products_at = memory.add(points * points * point_numbers), own = memory.numbers - own_at;
+    float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
+    if (base == nullptr) return false;
+    float *zeros = base + zeros_at, *sums = base + sums_at;
+    memset(zeros, 0, most(p.in_channels, p.out_channels) * sizeof(float));
+
+    // The first share of the tiles is summed in dw, the others each in a place of its own.
+    auto sums_of = [&](int64_t part) { return part == 0 ? p.dw : sums + (part - 1) * size; };
+    auto work = [&](int task) {
+        float *mine = base + task * own;
+        const int64_t begin = shares.first_tile(task), end = shares.end_tile(task);
+        const Tiles v{mine + v_at, block_tiles, inputs / kPanel};
+        for (int64_t group = 0; group < p.groups; ++group)
+            for (int64_t first = begin; first == begin || first < end; first += block_tiles) {
+                const int64_t count = least(block_tiles, end - first);
+                transform_tiles<points>(matrices<kernel>.input, in, p.x, zeros, first, count, group * inputs, v);
+                for (int64_t panel = shares.first_panel(task); panel < shares.end_panel(task); panel += block_panels) {
+                    const Tiles d{mine + d_at, block_tiles, least(block_panels, shares.end_panel(task) - panel)};
+                    const int64_t output = group * outputs + panel * kPanel;
+                    transform_tiles<kTile>(matrices<kernel>.output, out, p.dy, zeros, first, count, output, d);
+                    for (int point = 0; point < points * points; ++point)
+                        multiply_point(d, v, point, count, mine + products_at + point * point_numbers);
+                    add_weights<kernel>(mine + products_at, point_numbers, d.panels * kPanel, inputs, first == begin,
+                                        sums_of(task / shares.by_output) + output * taps * inputs);
+                }
+            }
+    };
+    each_task(p.tasks, work);
+    auto finish = [&](int task) {
+        const int64_t lines = size / kPanel, begin = lines * task / p.tasks, end = lines * (task + 1) / p.tasks;
+        for (int64_t at = begin * kPanel; at < end * kPanel; at += vec::lanes) {
+            vec total = load(p.dw + at);
+            for (int part = 1; part < shares.by_tile; ++part) total += load(sums_of(part) + at);
+            store(p.dw + at, total);
+        }
+    };
+    if (shares.by_tile > 1) each_task(p.tasks, finish);
+    free(base);
+    return true;
+}
+
+}  // namespace
+
+bool winograd(const Winograd &p) { return p.kernel == 3 ? convolve<3>(p) : convolve<5>(p); }
+
+bool winograd_weight_grad(const WinogradWeightGrad &p) {
+    return p.kernel == 3 ? weight_gradient<3>(p) : weight_gradient<5>(p);
+}
+
+}  // namespace KNLTRAIN_ISA
+}  // namespace knltrain
