@@ -12,6 +12,9 @@
 // The matrices follow from the points, 0, infinity and pairs +-a (Lavin and Gray, arXiv:1509.09308; Cook and Toom's
 // construction). Small points of few bits keep rounding down: +-3/4 and +-3/2 nearly halve that of +-1 and +-2.
 //
+// Where a map is no multiple of 4, its last tiles are smaller: for fewer outputs, fewer of the points do, with the same
+// transformed weights. Rows of B' take up that their scale is another.
+//
 // Transformed data lies as [point][panel of 16 channels][tile][16], weights as [point][panel][channel][16]: transforms
 // write whole cache lines, and products read both in order.
 #include <cstdlib>
@@ -42,35 +45,45 @@ int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// B', G and A of a kernel's size. Rows are points: 0, +a, -a, +b, -b, ..., infinity.
-template <int kernel> struct Matrices {
-    static constexpr int points = kernel + kTile - 1;
-    float input[points][points] = {}, weights[points][kernel] = {}, output[points][kTile] = {};
+// B', G and A of a kernel's and a tile's size. Rows are points: 0, +a, -a, +b, -b, ..., and infinity where they are even
+// in number. Those of a smaller tile are the first of a whole one's, and its infinity.
+template <int kernel, int outputs = kTile> struct Matrices {
+    static constexpr int points = kernel + outputs - 1, all = kernel + kTile - 1;
+    float input[points][points] = {}, weights[points][kernel] = {}, output[points][outputs] = {};
 
     constexpr Matrices() {
         constexpr double pairs[] = {kernel == 3 ? 0.75 : 0.5, kernel == 3 ? 1.5 : 1, 2};
-        double point[points - 1] = {};
-        for (int i = 1; i < points - 1; ++i) point[i] = i % 2 ? pairs[i / 2] : -pairs[i / 2 - 1];
+        constexpr int finite = points - 1 + points % 2, all_finite = all - 1 + all % 2;
+        double point[all_finite] = {};
+        for (int i = 1; i < all_finite; ++i) point[i] = i % 2 ? pairs[i / 2] : -pairs[i / 2 - 1];
         for (int i = 0; i < points; ++i) {
-            // The polynomial whose roots are the other finite points; at each point it has the value `scale`.
-            double polynomial[points] = {1}, scale = 1;
-            for (int other = 0, degree = 0; other < points - 1; ++other) {
+            // The polynomial whose roots are the other finite points; at each point of a whole tile it has the value
+            // `scale`, which weights are divided by, and here it is multiplied by what is left of that.
+            double polynomial[points + 1] = {1}, scale = 1, left = 1;
+            for (int other = 0, degree = 0; other < finite; ++other) {
                 if (other == i) continue;
                 for (int at = ++degree; at > 0; --at) polynomial[at] = polynomial[at - 1] - point[other] * polynomial[at];
                 polynomial[0] *= -point[other];
-                if (i < points - 1) scale *= point[i] - point[other];
             }
-            for (int j = 0; j < points; ++j) input[i][j] = float(polynomial[j]);
+            for (int other = 0; i < finite && other < all_finite; ++other) {
+                if (other == i) continue;
+                scale *= point[i] - point[other];
+                if (other >= finite) left *= point[i] - point[other];
+            }
+            for (int j = 0; j < points; ++j) input[i][j] = float(polynomial[j] * left);
             double power = 1;
-            for (int j = 0; j < (kernel > kTile ? kernel : kTile); ++j) {
-                if (j < kernel) weights[i][j] = float(i < points - 1 ? power / scale : j == kernel - 1);
-                if (j < kTile) output[i][j] = float(i < points - 1 ? power : j == kTile - 1);
-                if (i < points - 1) power *= point[i];
+            for (int j = 0; j < (kernel > outputs ? kernel : outputs); ++j) {
+                if (j < kernel) weights[i][j] = float(i < finite ? power / scale : j == kernel - 1);
+                if (j < outputs) output[i][j] = float(i < finite ? power : j == outputs - 1);
+                if (i < finite) power *= point[i];
             }
         }
     }
 };
-template <int kernel> constexpr Matrices<kernel> matrices{};
+template <int kernel, int outputs = kTile> constexpr Matrices<kernel, outputs> matrices{};
+
+// Where the i-th of so many points is among those of a whole tile.
+inline int place(int i, int points, int all) { return points % 2 == 0 && i == points - 1 ? all - 1 : i; }
 
 inline KNLTRAIN_INLINE void add(vec &sum, bool &empty, float factor, vec x) {
     if (factor == 0) return;
@@ -84,15 +97,12 @@ inline KNLTRAIN_INLINE void add(vec &sum, bool &empty, float factor, vec x) {
 // out = m in: rows of a pair differ in the sign of every other factor.
 template <int points, int size>
 inline KNLTRAIN_INLINE void spread(const float (&m)[points][size], const vec (&in)[size], vec (&out)[points]) {
-    out[0] = out[points - 1] = zero();
-    bool no_first = true, no_last = true;
+    out[0] = zero();
+    bool no_first = true;
 #pragma GCC unroll 8
-    for (int j = 0; j < size; ++j) {
-        add(out[0], no_first, m[0][j], in[j]);
-        add(out[points - 1], no_last, m[points - 1][j], in[j]);
-    }
+    for (int j = 0; j < size; ++j) add(out[0], no_first, m[0][j], in[j]);
 #pragma GCC unroll 8
-    for (int i = 1; i < points - 1; i += 2) {
+    for (int i = 1; i + 1 < points; i += 2) {
         vec same = zero(), other = zero();
         bool no_same = true, no_other = true;
 #pragma GCC unroll 8
@@ -105,6 +115,11 @@ inline KNLTRAIN_INLINE void spread(const float (&m)[points][size], const vec (&i
         out[i] = same + other;
         out[i + 1] = same - other;
     }
+    if (points % 2) return;
+    out[points - 1] = zero();
+    bool no_last = true;
+#pragma GCC unroll 8
+    for (int j = 0; j < size; ++j) add(out[points - 1], no_last, m[points - 1][j], in[j]);
 }
 
 // out = m' in.
@@ -112,15 +127,16 @@ template <int points, int size>
 inline KNLTRAIN_INLINE void gather(const float (&m)[points][size], const vec (&in)[points], vec (&out)[size]) {
     vec sum[points], difference[points];
 #pragma GCC unroll 8
-    for (int i = 1; i < points - 1; i += 2) sum[i] = in[i] + in[i + 1], difference[i] = in[i] - in[i + 1];
+    for (int i = 1; i + 1 < points; i += 2) sum[i] = in[i] + in[i + 1], difference[i] = in[i] - in[i + 1];
 #pragma GCC unroll 8
     for (int j = 0; j < size; ++j) {
         out[j] = zero();
         bool empty = true;
         add(out[j], empty, m[0][j], in[0]);
 #pragma GCC unroll 8
-        for (int i = 1; i < points - 1; i += 2) add(out[j], empty, m[i][j], m[i][j] == m[i + 1][j] ? sum[i] : difference[i]);
-        add(out[j], empty, m[points - 1][j], in[points - 1]);
+        for (int i = 1; i + 1 < points; i += 2)
+            add(out[j], empty, m[i][j], m[i][j] == m[i + 1][j] ? sum[i] : difference[i]);
+        if (points % 2 == 0) add(out[j], empty, m[points - 1][j], in[points - 1]);
     }
 }
 
@@ -168,6 +184,66 @@ inline KNLTRAIN_INLINE void gather_both(const float (&m)[points][size], In in, O
     }
 }
 
+// The same where height and width are not known before, by way of memory.
+constexpr int kMost = 8;
+using Half = vec[kMost][kMost];
+
+template <int points, int size, class In>
+int spread_columns(const float (&m)[points][size], int width, In in, Half &half) {
+    for (int j = 0; j < width; ++j) {
+        vec column[size], spreaded[points];
+        for (int i = 0; i < size; ++i) column[i] = in(i, j);
+        spread(m, column, spreaded);
+        for (int i = 0; i < points; ++i) half[i][j] = spreaded[i];
+    }
+    return points;
+}
+template <int points, int size, class Out>
+void spread_rows(const float (&m)[points][size], int height, const Half &half, int all, Out out) {
+    for (int i = 0; i < height; ++i) {
+        vec row[size], spreaded[points];
+        for (int j = 0; j < size; ++j) row[j] = half[i][j];
+        spread(m, row, spreaded);
+        for (int j = 0; j < points; ++j) out(place(i, height, all), place(j, points, all), spreaded[j]);
+    }
+}
+template <int points, int size, class In>
+void gather_columns(const float (&m)[points][size], int width, int all, In in, Half &half) {
+    for (int j = 0; j < width; ++j) {
+        vec column[points], gathered[size];
+        for (int i = 0; i < points; ++i) column[i] = in(place(i, points, all), place(j, width, all));
+        gather(m, column, gathered);
+        for (int i = 0; i < size; ++i) half[i][j] = gathered[i];
+    }
+}
+template <int points, int size, class Out>
+void gather_rows(const float (&m)[points][size], int height, const Half &half, Out out) {
+    for (int i = 0; i < height; ++i) {
+        vec row[points], gathered[size];
+        for (int j = 0; j < points; ++j) row[j] = half[i][j];
+        gather(m, row, gathered);
+        for (int j = 0; j < size; ++j) out(i, j, gathered[j]);
+    }
+}
+
+// body(the matrices of a tile with so many outputs one way).
+template <int kernel, class Body> void with_matrices(int outputs, Body body) {
+    if (outputs == 1) return body(matrices<kernel, 1>);
+    if (outputs == 2) return body(matrices<kernel, 2>);
+    if (outputs == 3) return body(matrices<kernel, 3>);
+    return body(matrices<kernel, 4>);
+}
+
+// What is transformed: inputs by B', or the output's gradients by A.
+struct Inputs {
+    template <class M> static constexpr const auto &of(const M &m) { return m.input; }
+    static constexpr int size(int kernel, int outputs) { return kernel + outputs - 1; }
+};
+struct Outputs {
+    template <class M> static constexpr const auto &of(const M &m) { return m.output; }
+    static constexpr int size(int, int outputs) { return outputs; }
+};
+
 // One side of a convolution, cut into tiles: what is read or written at `size` x `size` pixels a tile.
 struct Map {
     int64_t height, width, channels, pad_h, pad_w, tiles_h, tiles_w;
@@ -186,6 +262,45 @@ struct Map {
     }
 };
 
+// Tiles that are worked on together, whole and smaller ones: those with fewer rows, the whole ones, those with fewer
+// columns, those with both. So the tiles that have a point are next to each other, whichever point it is.
+struct Block {
+    int32_t *tile;
+    int last_rows, last_columns;  // outputs of the last tiles of a column, and of a row
+    int64_t count[4];
+
+    void fill(const Map &map, int64_t first, int64_t end) {
+        int64_t at[4] = {};
+        memset(count, 0, sizeof count);
+        for (int pass = 0; pass < 2; ++pass) {
+            for (int64_t id = first; id < end; ++id) {
+                const bool low = last_rows < kTile && id / map.tiles_w % map.tiles_h == map.tiles_h - 1;
+                const bool narrow = last_columns < kTile && id % map.tiles_w == map.tiles_w - 1;
+                const int kind = low ? (narrow ? 3 : 0) : (narrow ? 2 : 1);
+                if (pass == 0)
+                    ++count[kind];
+                else
+                    tile[at[kind]++] = int32_t(id);
+            }
+            for (int kind = 1; kind < 4; ++kind) at[kind] = at[kind - 1] + count[kind - 1];
+        }
+    }
+    int64_t size() const { return count[0] + count[1] + count[2] + count[3]; }
+    int rows(int64_t at) const { return at < count[0] || at >= size() - count[3] ? last_rows : kTile; }
+    int columns(int64_t at) const { return at >= count[0] + count[1] ? last_columns : kTile; }
+    // The tiles that have a point: [begin, end).
+    template <int kernel> void range(int point, int64_t &begin, int64_t &end) const {
+        constexpr int all = kernel + kTile - 1;
+        auto has = [](int outputs, int i) {
+            const int points = kernel + outputs - 1;
+            return i < points - 1 + points % 2 || (points % 2 == 0 && i == all - 1);
+        };
+        const bool low = has(last_rows, point / all), narrow = has(last_columns, point % all);
+        begin = low ? 0 : count[0];
+        end = count[0] + count[1] + (narrow ? count[2] : 0) + (low && narrow ? count[3] : 0);
+    }
+};
+
 // Transformed tiles: [point][panel][tile][16]. Points lie a line further apart than they need: at powers of two, all
 // would fall on the same lines of the cache.
 struct Tiles {
@@ -193,53 +308,78 @@ struct Tiles {
     int64_t room, panels;  // tiles that there is room for, panels of channels
     int64_t panel() const { return room * kPanel; }
     int64_t point() const { return panels * panel() + kPanel; }
+    Tiles from(int64_t tile) const { return {data + tile * kPanel, room, panels}; }
     static int64_t numbers(int points, int64_t room, int64_t panels) {
         return points * points * (panels * room * kPanel + kPanel);
     }
 };
 
-// Transforms `count` tiles from `first`, channels [channel, channel + 16 * tiles.panels).
-template <int size, int points>
-void transform_tiles(const float (&m)[points][size], const Map &map, const float *from, const float *zeros, int64_t first,
-                     int64_t count, int64_t channel, const Tiles &tiles) {
+// Transforms the tiles of a block, channels [channel, channel + 16 * tiles.panels).
+template <int kernel, class Side>
+void transform_tiles(const Map &map, const float *from, const float *zeros, const Block &block, int64_t channel,
+                     const Tiles &tiles) {
+    constexpr int size = Side::size(kernel, kTile), points = Matrices<kernel>::points;
     const float *places[2][size * size];
-    map.addresses<size>(from + channel, first, zeros, places[0]);
+    const int64_t count = block.size();
+    if (count) map.addresses<size>(from + channel, block.tile[0], zeros, places[0]);
     for (int64_t tile = 0; tile < count; ++tile) {
         const float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
-        map.addresses<size>(from + channel, first + (tile + 1 < count ? tile + 1 : tile), zeros, next);
+        map.addresses<size>(from + channel, block.tile[tile + 1 < count ? tile + 1 : tile], zeros, next);
+        const int rows = block.rows(tile), columns = block.columns(tile);
         for (int64_t panel = 0; panel < tiles.panels; ++panel) {
-            // The next tile's lines; its first columns are this one's last.
+            // The next tile's lines; its first columns are often this one's last.
             for (int i = 0; i < size; ++i)
                 for (int j = size - kTile; j < size; ++j) _mm_prefetch(next[i * size + j] + panel * kPanel, _MM_HINT_T0);
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t offset = panel * kPanel + v * vec::lanes;
                 float *to = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
-                spread_both(
-                    m, [&](int i, int j) KNLTRAIN_INLINE { return load(at[i * size + j] + offset); },
-                    [&](int i, int j, vec x) KNLTRAIN_INLINE { store(to + (i * points + j) * tiles.point(), x); });
+                auto in = [&](int i, int j) KNLTRAIN_INLINE { return load(at[i * size + j] + offset); };
+                auto out = [&](int i, int j, vec x) KNLTRAIN_INLINE { store(to + (i * points + j) * tiles.point(), x); };
+                if (rows == kTile && columns == kTile) {
+                    spread_both(Side::of(matrices<kernel>), in, out);
+                    continue;
+                }
+                Half half;
+                int height = 0;
+                with_matrices<kernel>(rows, [&](const auto &m) {
+                    height = spread_columns(Side::of(m), Side::size(kernel, columns), in, half);
+                });
+                with_matrices<kernel>(columns,
+                                      [&](const auto &m) { spread_rows(Side::of(m), height, half, points, out); });
             }
         }
     }
 }
 
 // Back to pixels, with the bias added.
-template <int points>
-void output_tiles(const float (&m)[points][kTile], const Map &map, float *to, float *nowhere, int64_t first, int64_t count,
-                  int64_t channel, const float *bias, const Tiles &tiles) {
+template <int kernel>
+void output_tiles(const Map &map, float *to, float *nowhere, const Block &block, int64_t channel, const float *bias,
+                  const Tiles &tiles) {
+    constexpr int points = Matrices<kernel>::points;
     float *places[2][kTile * kTile];
-    map.addresses<kTile>(to + channel, first, nowhere, places[0]);
+    const int64_t count = block.size();
+    if (count) map.addresses<kTile>(to + channel, block.tile[0], nowhere, places[0]);
     for (int64_t tile = 0; tile < count; ++tile) {
         float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
-        map.addresses<kTile>(to + channel, first + (tile + 1 < count ? tile + 1 : tile), nowhere, next);
+        map.addresses<kTile>(to + channel, block.tile[tile + 1 < count ? tile + 1 : tile], nowhere, next);
+        const int rows = block.rows(tile), columns = block.columns(tile);
         for (int64_t panel = 0; panel < tiles.panels; ++panel) {
             for (int i = 0; i < kTile * kTile; ++i) __builtin_prefetch(next[i] + panel * kPanel, 1);
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t offset = panel * kPanel + v * vec::lanes;
                 const float *from = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
                 const vec shift = bias == nullptr ? zero() : load(bias + channel + offset);
-                gather_both(
-                    m, [&](int i, int j) KNLTRAIN_INLINE { return load(from + (i * points + j) * tiles.point()); },
-                    [&](int i, int j, vec y) KNLTRAIN_INLINE { store(at[i * kTile + j] + offset, y + shift); });
+                auto in = [&](int i, int j) KNLTRAIN_INLINE { return load(from + (i * points + j) * tiles.point()); };
+                auto out = [&](int i, int j, vec y) KNLTRAIN_INLINE { store(at[i * kTile + j] + offset, y + shift); };
+                if (rows == kTile && columns == kTile) {
+                    gather_both(matrices<kernel>.output, in, out);
+                    continue;
+                }
+                Half half;
+                with_matrices<kernel>(rows, [&](const auto &m) {
+                    gather_columns(m.output, kernel + columns - 1, points, in, half);
+                });
+                with_matrices<kernel>(columns, [&](const auto &m) { gather_rows(m.output, rows, half, out); });
             }
         }
     }
@@ -380,27 +520,33 @@ struct Memory {
     }
 };
 
-// One group's products and outputs for the tiles [first, first + count), whose transformed inputs are in `a`.
+Block block_of(const Map &out, float *room) {
+    auto last = [](int64_t size) { return int(size % kTile ? size % kTile : kTile); };
+    return {reinterpret_cast<int32_t *>(room), last(out.height), last(out.width), {}};
+}
+
+// One group's products and outputs for a block of tiles, whose transformed inputs are in `a`.
 template <int kernel>
 void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const float *weights, int64_t group,
-                    int64_t first_panel, int64_t end_panel, int64_t block_panels, int64_t first, int64_t count,
-                    float *products, float *nowhere) {
+                    int64_t first_panel, int64_t end_panel, int64_t block_panels, const Block &block, float *products,
+                    float *nowhere) {
     constexpr int points = Matrices<kernel>::points;
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups;
     for (int64_t panel = first_panel; panel < end_panel; panel += block_panels) {
         const Tiles c{products, a.room, least(block_panels, end_panel - panel)};
         for (int point = 0; point < points * points; ++point) {
-            const float *as = a.data + point * a.point();
+            int64_t begin, end;
+            block.range<kernel>(point, begin, end);
+            const float *as = a.data + point * a.point() + begin * kPanel;
             const float *b = weights + point * (inputs * outputs + kPanel) + panel * inputs * kPanel;
-            float *to = c.data + point * c.point();
+            float *to = c.data + point * c.point() + begin * kPanel;
             int64_t i = 0;
             for (; i + kPanels <= c.panels; i += kPanels)
-                multiply_rows<kPanels>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), count);
+                multiply_rows<kPanels>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
             for (; i < c.panels; ++i)
-                multiply_rows<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), count);
+                multiply_rows<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
         }
-        output_tiles<points>(matrices<kernel>.output, out, p.y, nowhere, first, count, group * outputs + panel * kPanel,
-                             p.bias, c);
+        output_tiles<kernel>(out, p.y, nowhere, block, group * outputs + panel * kPanel, p.bias, c);
     }
 }
 
@@ -423,7 +569,8 @@ template <int kernel> bool convolve(const Winograd &p) {
     const int64_t own_at = memory.numbers;
     const int64_t a_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t products_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
-    const int64_t nowhere_at = memory.add(p.out_channels), own = memory.numbers - own_at;
+    const int64_t nowhere_at = memory.add(p.out_channels), block_at = memory.add(block_tiles);
+    const int64_t own = memory.numbers - own_at;
     float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
     if (base == nullptr) return false;
     memset(base + zeros_at, 0, p.in_channels * sizeof(float));
@@ -439,12 +586,13 @@ template <int kernel> bool convolve(const Winograd &p) {
     auto work = [&](int task) {
         float *mine = base + task * own;
         const Tiles a{mine + a_at, block_tiles, inputs / kPanel};
+        Block block = block_of(out, mine + block_at);
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = shares.first_tile(task); first < shares.end_tile(task); first += block_tiles) {
-                const int64_t count = least(block_tiles, shares.end_tile(task) - first);
-                transform_tiles<points>(matrices<kernel>.input, in, p.x, base + zeros_at, first, count, group * inputs, a);
+                block.fill(out, first, least(first + block_tiles, shares.end_tile(task)));
+                transform_tiles<kernel, Inputs>(in, p.x, base + zeros_at, block, group * inputs, a);
                 multiply_tiles<kernel>(p, out, a, base + weights_at + group * weight_numbers, group,
-                                       shares.first_panel(task), shares.end_panel(task), block_panels, first, count,
+                                       shares.first_panel(task), shares.end_panel(task), block_panels, block,
                                        mine + products_at, mine + nowhere_at);
             }
     };
@@ -485,7 +633,8 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     const int64_t sums_at = memory.add((shares.by_tile - 1) * size), own_at = memory.numbers;
     const int64_t v_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t d_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
-    const int64_t products_at = memory.add(points * points * point_numbers), own = memory.numbers - own_at;
+    const int64_t products_at = memory.add(points * points * point_numbers), block_at = memory.add(block_tiles);
+    const int64_t own = memory.numbers - own_at;
     float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
     if (base == nullptr) return false;
     float *zeros = base + zeros_at, *sums = base + sums_at;
@@ -497,16 +646,21 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
         float *mine = base + task * own;
         const int64_t begin = shares.first_tile(task), end = shares.end_tile(task);
         const Tiles v{mine + v_at, block_tiles, inputs / kPanel};
+        Block block = block_of(out, mine + block_at);
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = begin; first == begin || first < end; first += block_tiles) {
-                const int64_t count = least(block_tiles, end - first);
-                transform_tiles<points>(matrices<kernel>.input, in, p.x, zeros, first, count, group * inputs, v);
+                block.fill(out, first, least(first + block_tiles, end));
+                transform_tiles<kernel, Inputs>(in, p.x, zeros, block, group * inputs, v);
                 for (int64_t panel = shares.first_panel(task); panel < shares.end_panel(task); panel += block_panels) {
                     const Tiles d{mine + d_at, block_tiles, least(block_panels, shares.end_panel(task) - panel)};
                     const int64_t output = group * outputs + panel * kPanel;
-                    transform_tiles<kTile>(matrices<kernel>.output, out, p.dy, zeros, first, count, output, d);
-                    for (int point = 0; point < points * points; ++point)
-                        multiply_point(d, v, point, count, mine + products_at + point * point_numbers);
+                    transform_tiles<kernel, Outputs>(out, p.dy, zeros, block, output, d);
+                    for (int point = 0; point < points * points; ++point) {
+                        int64_t first_tile, end_tile;
+                        block.range<kernel>(point, first_tile, end_tile);
+                        multiply_point(d.from(first_tile), v.from(first_tile), point, end_tile - first_tile,
+                                       mine + products_at + point * point_numbers);
+                    }
                     add_weights<kernel>(mine + products_at, point_numbers, d.panels * kPanel, inputs, first == begin,
                                         sums_of(task / shares.by_output) + output * taps * inputs);
                 }

@@ -12,12 +12,15 @@ from knltrain.ops import winograd
 from knltrain.ops.convgrad import Winograd, conv2d
 
 # Images, channels in and out, groups, height, width, kernel, padding. Tiles are 4 x 4, panels 16 channels, and products
-# take 14 tiles (6 with AVX2) and one or two panels at a time: some of each are left over.
+# take 14 tiles (6 with AVX2) and one or two panels at a time: some of each are left over. The last tiles of a column
+# and of a row have 1 to 4 outputs, in every combination of those and the size of the kernel.
 SIZES = [
     (1, 16, 16, 1, 1, 1, 3, (1, 1)), (2, 16, 48, 1, 4, 4, 3, (1, 1)), (3, 64, 96, 1, 14, 13, 3, (1, 1)),
     (1, 32, 80, 1, 7, 9, 3, (0, 0)), (2, 64, 32, 2, 9, 5, 3, (2, 0)), (5, 48, 16, 1, 6, 31, 3, (0, 2)),
     (1, 144, 112, 1, 33, 3, 3, (1, 1)), (2, 32, 64, 2, 13, 13, 5, (2, 2)), (1, 16, 32, 1, 5, 5, 5, (0, 0)),
     (3, 96, 96, 3, 8, 11, 5, (4, 1)),
+    *((2, 16, 32, 1, 4 + rows, 4 + columns, kernel, (kernel // 2, kernel // 2))
+      for kernel in (3, 5) for rows in range(1, 5) for columns in range(1, 5)),
 ]  # fmt: skip
 # Root of the mean square error over that of the values, of y, dx and dw, by kernel. The direct sum's is 1e-7 to 8e-7.
 MOST = {3: (3e-6, 4e-6, 3e-6), 5: (3e-6, 5e-6, 3e-6)}
