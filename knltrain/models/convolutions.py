@@ -58,10 +58,17 @@ class Convolution(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds of one result of a convolution: summed directly, and by Winograd's algorithm."""
+    """How long one result of a convolution takes.
+
+    Attributes:
+        direct: seconds of the direct sum.
+        winograd: seconds of Winograd's algorithm.
+        images: that both took.
+    """
 
     direct: float
     winograd: float
+    images: int
 
 
 def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
@@ -122,18 +129,17 @@ def measure(convolution: Convolution, images: int) -> dict[str, Times]:
         "input": (gradient("input"), lambda: winograd.conv2d_input(dy, weight, c.padding, c.groups)),
         "weight": (gradient("weight"), lambda: winograd.conv2d_weight(x, dy, c.weight, c.padding, c.groups)),
     }
-    return {result: Times(*_in_turns(*both)) for result, both in ways.items()}
+    return {result: _in_turns(*both, images) for result, both in ways.items()}
 
 
-def _in_turns(*ways: Callable[[], object]) -> list[float]:
-    best = [float("inf")] * len(ways)
-    for turn in range(1 + _TURNS):
-        for index, way in enumerate(ways):
+def _in_turns(direct: Callable[[], object], winograd: Callable[[], object], images: int) -> Times:
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(1 + _TURNS):
+        for way, taken in zip((direct, winograd), seconds, strict=True):
             start = time.perf_counter()
             way()
-            if turn:
-                best[index] = min(best[index], time.perf_counter() - start)
-    return best
+            taken.append(time.perf_counter() - start)
+    return Times(min(seconds[0][1:]), min(seconds[1][1:]), images)
 
 
 def choose(

@@ -40,7 +40,11 @@ def measured(monkeypatch):
 
     def clock(convolution, images):
         asked.append((convolution, images))
-        return {"forward": Times(2.0, 1.0), "input": Times(1.0, 1.0), "weight": Times(1.0, 2.0)}
+        return {
+            "forward": Times(2.0, 1.0, images),
+            "input": Times(1.0, 1.0, images),
+            "weight": Times(1.0, 2.0, images),
+        }
 
     monkeypatch.setattr(convolutions, "measure", clock)
     return asked
