@@ -462,29 +462,41 @@ template <int kernel> struct Weights {
     const float *from;  // outputs x kernel x kernel x inputs of a group
     int64_t inputs, outputs;
     bool turned;
+    bool big;  // they do not stay in a cache: they are written past it
+    static constexpr int kTaps = kernel * kernel;
     int64_t point() const { return inputs * outputs + kPanel; }
 
     // Blocks of 16 outputs and 16 inputs, [begin, end) of them.
     void transform(int64_t begin, int64_t end, float *to) const {
-        constexpr int points = Matrices<kernel>::points, taps = kernel * kernel;
+        constexpr int points = Matrices<kernel>::points;
         for (int64_t block = begin; block < end; ++block) {
             const int64_t output = block / (inputs / kPanel) * kPanel, input = block % (inputs / kPanel) * kPanel;
-            float block_taps[kPanel][taps][kPanel];  // input, tap, output
-            for (int i = 0; i < kPanel; ++i)
-                for (int tap = 0; tap < taps; ++tap) {
-                    const float *line = turned ? from + ((input + i) * taps + taps - 1 - tap) * outputs + output
-                                               : from + ((output + i) * taps + tap) * inputs + input;
-                    for (int j = 0; j < kPanel; ++j) (turned ? block_taps[i][tap][j] : block_taps[j][tap][i]) = line[j];
-                }
+            float taps[kPanel][kTaps][kPanel];
+            read(output, input, taps);
             for (int i = 0; i < kPanel; ++i)
                 for (int v = 0; v < kVectors; ++v) {
                     float *row = to + output * inputs + (input + i) * kPanel + v * vec::lanes;
-                    spread_both(
-                        matrices<kernel>.weights,
-                        [&](int r, int s) KNLTRAIN_INLINE { return load(block_taps[i][r * kernel + s] + v * vec::lanes); },
-                        [&](int r, int s, vec x) KNLTRAIN_INLINE { store(row + (r * points + s) * point(), x); });
+                    auto in = [&](int r, int s) KNLTRAIN_INLINE { return load(taps[i][r * kernel + s] + v * vec::lanes); };
+                    auto place = [&](int r, int s) KNLTRAIN_INLINE { return row + (r * points + s) * point(); };
+                    if (big)
+                        spread_both(matrices<kernel>.weights, in,
+                                    [&](int r, int s, vec x) KNLTRAIN_INLINE { stream(place(r, s), x); });
+                    else
+                        spread_both(matrices<kernel>.weights, in,
+                                    [&](int r, int s, vec x) KNLTRAIN_INLINE { store(place(r, s), x); });
                 }
         }
+        if (big) _mm_sfence();
+    }
+
+    // 16 inputs x taps x 16 outputs.
+    void read(int64_t output, int64_t input, float (&taps)[kPanel][kTaps][kPanel]) const {
+        for (int i = 0; i < kPanel; ++i)
+            for (int tap = 0; tap < kTaps; ++tap) {
+                const float *line = turned ? from + ((input + i) * kTaps + kTaps - 1 - tap) * outputs + output
+                                           : from + ((output + i) * kTaps + tap) * inputs + input;
+                for (int j = 0; j < kPanel; ++j) (turned ? taps[i][tap][j] : taps[j][tap][i]) = line[j];
+            }
     }
 };
 
@@ -578,7 +590,7 @@ template <int kernel> bool convolve(const Winograd &p) {
     auto weights = [&](int task) {
         const int64_t blocks = panels * (inputs / kPanel);
         for (int64_t group = 0; group < p.groups; ++group) {
-            const Weights<kernel> w{p.weight + group * inputs * outputs * kernel * kernel, inputs, outputs, p.turned};
+            const Weights<kernel> w{p.weight + group * inputs * outputs * kernel * kernel, inputs, outputs, p.turned, big};
             w.transform(blocks * task / p.tasks, blocks * (task + 1) / p.tasks, base + weights_at + group * weight_numbers);
         }
     };

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias, cast
@@ -21,8 +22,9 @@ from knltrain.ops import bf16, convgrad, winograd
 Choices: TypeAlias = dict[str, list[str]]
 
 RESULTS = convgrad.Winograd._fields
-_GFLOP = 4.0  # a measured call, at most: images beyond that tell nothing new
-_TURNS = 3
+# A measured call has at least so much work, and as many tiles as make little of what is done once a call.
+_GFLOP, _TILES = 4.0, 512
+_TURNS = 2
 
 
 class Convolution(NamedTuple):
@@ -100,17 +102,17 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
 
 
 def measure(convolution: Convolution, images: int) -> dict[str, Times]:
-    """Times each result of a convolution both ways, in turns: the best of three calls after one that is not timed.
+    """Times each result of a convolution both ways, in turns: the better of two calls after one that is not timed.
 
     Args:
         convolution: what is computed, on noise.
-        images: of a micro-batch; fewer are taken where those are more than 4 GFLOP.
+        images: of a micro-batch; fewer are taken where those tell as much.
 
     Returns:
         By result: forward, input, weight.
     """
     c = convolution
-    images = max(1, min(images, int(_GFLOP / c.gflop(1))))
+    images = min(images, max(math.ceil(_GFLOP / c.gflop(1)), math.ceil(16 * _TILES / (c.height * c.width))))
     stride = dilation = (1, 1)
     random = torch.Generator()  # of its own: the run's numbers are to stay as they are
     x = torch.randn(images, c.channels, c.height, c.width, generator=random).to(memory_format=torch.channels_last)
