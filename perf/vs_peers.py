@@ -48,6 +48,8 @@ class Contestant:
 CONTESTANTS = {
     "stock": Contestant("stock", "sgd", False, "PyTorch eager, after torchvision's reference training"),
     "stock+launcher": Contestant("stock", "sgd", True, "the same, Intel's launcher, fused SGD"),
+    "nchw": Contestant("nchw", "sgd", False, "PyTorch eager without channels-last, as most people run it"),
+    "nchw+launcher": Contestant("nchw", "sgd", True, "the same, Intel's launcher, fused SGD"),
     "ipex": Contestant("ipex", "sgd", False, "ipex.optimize"),
     "ipex+launcher": Contestant("ipex", "sgd", True, "ipex.optimize, Intel's launcher"),
     "compile+launcher": Contestant("compile", "sgd", True, "torch.compile, Intel's launcher, fused SGD"),

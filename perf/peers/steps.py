@@ -67,9 +67,15 @@ def _sgd(model: nn.Module, job: dict[str, Any]) -> torch.optim.Optimizer:
     )
 
 
-def _reference_step(model: nn.Module, optimizer: torch.optim.Optimizer, job: dict[str, Any]) -> Step:
+def _reference_step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    job: dict[str, Any],
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Step:
     """train_one_epoch of torchvision's references/classification, for a CPU."""
     images, labels = _batch(job)
+    images = images.contiguous(memory_format=memory_format)
     criterion = nn.CrossEntropyLoss()
     model.train()
 
@@ -88,6 +94,12 @@ def stock(job: dict[str, Any]) -> Step:
     """PyTorch in eager mode, channels-last, autocast."""
     model = _peers_model(job)
     return _reference_step(model, _sgd(model, job), job)
+
+
+def nchw(job: dict[str, Any]) -> Step:
+    """The same without channels-last, as most people run it."""
+    model = _peers_model(job).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return _reference_step(model, _sgd(model, job), job, torch.contiguous_format)
 
 
 def compiled(job: dict[str, Any]) -> Step:
@@ -181,6 +193,7 @@ def knltrain(job: dict[str, Any]) -> Step:
 
 RECIPES: dict[str, Callable[[dict[str, Any]], Step]] = {
     "stock": stock,
+    "nchw": nchw,
     "compile": compiled,
     "ipex": ipex,
     "timm": timm,
