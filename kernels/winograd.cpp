@@ -38,6 +38,8 @@ constexpr int kRows = kWide ? 14 : 6, kPanels = kWide ? 2 : 1;
 // Weights that are bigger do not stay there: more tiles at a time then, so that they are read less often.
 constexpr int64_t kBlockBytes = kWide ? 1 << 20 : 512 << 10, kBlockPanels = kWide ? 4 : 2;
 constexpr int64_t kBigWeights = 3 << 20, kBigTiles = kWide ? 112 : 252, kBigPanels = 8;
+// Products that are summed one after the other; such sums are then added up. A long sum rounds more.
+constexpr int64_t kSum = 64;
 // Fewer tiles a task than this, and tasks share out the outputs: sums of its own cost a task as much as these tiles.
 constexpr int64_t kEnoughTiles = 128;
 
@@ -389,23 +391,27 @@ void output_tiles(const Map &map, float *to, float *nowhere, const Block &block,
 template <int rows, int panels>
 void multiply(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel) {
     constexpr int width = panels * kVectors;
-    vec sum[rows][width];
-    for (int r = 0; r < rows; ++r)
-        for (int w = 0; w < width; ++w) sum[r][w] = zero();
-    for (int64_t from = 0; from < depth; from += kPanel, a += a_panel) {
-        for (int d = 0; d < kPanel; ++d) {
-            vec bs[width];
-            for (int w = 0; w < width; ++w)
-                bs[w] = load(b + (w / kVectors) * depth * kPanel + (from + d) * kPanel + w % kVectors * vec::lanes);
-            for (int r = 0; r < rows; ++r) {
-                const vec as = splat(a[r * kPanel + d]);
-                for (int w = 0; w < width; ++w) sum[r][w] = fma(as, bs[w], sum[r][w]);
+    for (int64_t first = 0; first < depth; first += kSum) {
+        vec sum[rows][width];
+        for (int r = 0; r < rows; ++r)
+            for (int w = 0; w < width; ++w) sum[r][w] = zero();
+        for (int64_t from = first; from < least(first + kSum, depth); from += kPanel, a += a_panel) {
+            for (int d = 0; d < kPanel; ++d) {
+                vec bs[width];
+                for (int w = 0; w < width; ++w)
+                    bs[w] = load(b + (w / kVectors) * depth * kPanel + (from + d) * kPanel + w % kVectors * vec::lanes);
+                for (int r = 0; r < rows; ++r) {
+                    const vec as = splat(a[r * kPanel + d]);
+                    for (int w = 0; w < width; ++w) sum[r][w] = fma(as, bs[w], sum[r][w]);
+                }
             }
         }
+        for (int r = 0; r < rows; ++r)
+            for (int w = 0; w < width; ++w) {
+                float *to = c + (w / kVectors) * c_panel + r * kPanel + w % kVectors * vec::lanes;
+                store(to, first == 0 ? sum[r][w] : load(to) + sum[r][w]);
+            }
     }
-    for (int r = 0; r < rows; ++r)
-        for (int w = 0; w < width; ++w)
-            store(c + (w / kVectors) * c_panel + r * kPanel + w % kVectors * vec::lanes, sum[r][w]);
 }
 
 // As many rows at once as the registers hold, then fewer.

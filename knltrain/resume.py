@@ -235,7 +235,8 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
             if config.resume not in ("auto", state["config"].get("resume")):
                 guard_checkpoint(config, folder, state, allowed)
                 changed |= changes(configuration.flatten(state["config"]), config)
-            if "conv" not in changed:
+            # Of the checkpoint and not of OUT/config.json, which a run writes before its first checkpoint.
+            if state["config"].get("conv", RunConfig().conv) == config.conv:
                 convolutions = state["made"].get("convolutions", {})
         for name in sorted(allowed - changed.keys()):
             console.warn(f"--allow-change {name} has no effect: it is as it was, or may always change")

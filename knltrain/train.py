@@ -293,13 +293,11 @@ def train(  # noqa: C901, PLR0915
         made = {"world_size": ranks.size, "threads": threads, "isa": node.isa, "kernels": isa(), "engine": engine_name,
                 "precision": precision, "backend": group.backend.name if group.backend else "none",
                 "torch": torch.__version__}  # fmt: skip
-        convolutions = start.convolutions
-        if convolutions is None:
-            chosen = choose_convolutions(
-                config, num_classes=len(train_set.classes), engine=engine_name, precision=precision, node=node,
-                threads=threads, images=shares[-1].local_batch,
-            )  # fmt: skip
-            convolutions = json.loads(group.from_first(json.dumps(chosen)))
+        chosen = choose_convolutions(
+            config, num_classes=len(train_set.classes), engine=engine_name, precision=precision, node=node,
+            threads=threads, images=shares[-1].local_batch, recorded=start.convolutions,
+        )  # fmt: skip
+        convolutions = json.loads(group.from_first(json.dumps(chosen)))
         if convolutions:
             made["convolutions"] = convolutions
 

@@ -153,6 +153,7 @@ def choose(
     node: Node,
     threads: int,
     images: int,
+    recorded: Choices | None = None,
 ) -> Choices:
     """Decides what Winograd's algorithm computes, as ``config.conv`` says.
 
@@ -164,6 +165,7 @@ def choose(
         node: where it runs.
         threads: compute threads.
         images: of a micro-batch.
+        recorded: what was chosen when the run began, to be kept.
 
     Raises:
         ConfigError: conv winograd, in bf16, by another engine than fused, or on a network that has nothing for it.
@@ -175,6 +177,8 @@ def choose(
             raise ConfigError("conv winograd: it computes in float32; add --precision fp32")
     if config.conv == "direct" or engine != "fused" or precision != "fp32":
         return {}
+    if recorded is not None:
+        return recorded
     convolutions = eligible(config, num_classes)
     if config.conv == "winograd":
         if not convolutions:

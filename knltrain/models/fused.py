@@ -37,7 +37,7 @@ class FusedConv2d(nn.Conv2d):
             padding=cast("tuple[int, int]", self.padding),
             dilation=cast("tuple[int, int]", self.dilation),
             groups=self.groups,
-            by=self.by,
+            by=self.by if x.dim() == 4 else DIRECT,
         )
 
 

@@ -189,7 +189,11 @@ def _add(
     text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
     with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
         aside.write(text)
-    os.replace(aside.name, path)
+    try:
+        os.replace(aside.name, path)
+    except OSError:
+        os.unlink(aside.name)
+        raise
 
 
 def _tuned() -> list[dict[str, Any]]:

@@ -80,7 +80,8 @@ class _Conv2d(torch.autograd.Function):
         ctx.by = by
         ctx.bias_sizes = None if bias is None else list(bias.shape)
         if by.forward:
-            return winograd.conv2d(x.contiguous(memory_format=torch.channels_last), weight, bias, padding, groups)
+            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+            return winograd.conv2d(x, weight, bias, padding, groups)
         return bf16.conv2d(x, weight, bias, stride, padding, dilation, groups)
 
     @staticmethod
@@ -89,22 +90,24 @@ class _Conv2d(torch.autograd.Function):
         stride, padding, dilation, groups = ctx.geometry
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         dy = dy.contiguous(memory_format=torch.channels_last)
-        if ctx.by != DIRECT:
-            x = x.contiguous(memory_format=torch.channels_last)
-        ours = needs_weight and kernel_is_faster(x, dy, weight, dilation, groups)
+        by, ours = ctx.by, needs_weight and kernel_is_faster(x, dy, weight, dilation, groups)
+        if torch.is_grad_enabled():  # these gradients are to have gradients, which PyTorch's have and the kernels' not
+            by, ours = DIRECT, False
+        if by != DIRECT:
+            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
         dx = dweight = dbias = None
         theirs = (
-            needs_x and not ctx.by.input,
-            needs_weight and not ours and not ctx.by.weight,
-            needs_bias and not ours and not ctx.by.weight,
+            needs_x and not by.input,
+            needs_weight and not ours and not by.weight,
+            needs_bias and not ours and not by.weight,
         )
         if any(theirs):
             dx, dweight, dbias = bf16.conv2d_backward(
                 dy, x, weight, ctx.bias_sizes, stride, padding, dilation, groups, theirs
             )
-        if needs_x and ctx.by.input:
+        if needs_x and by.input:
             dx = winograd.conv2d_input(dy, weight, padding, groups)
-        if needs_weight and ctx.by.weight:
+        if needs_weight and by.weight:
             dweight = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)
         elif ours:
             dweight = conv_weight_grad(x, dy, list(weight.shape), stride, padding, groups)

@@ -143,6 +143,13 @@ def test_a_cache_that_cannot_be_written_is_done_without(measured, tmp_path, monk
     assert "again at each start" in str(said[-1].message)
 
 
+def test_a_folder_in_the_files_place_is_done_without_and_leaves_nothing(measured):
+    convolutions_file().mkdir(parents=True)
+    with pytest.warns(UserWarning, match="Is a directory"):
+        assert chosen()
+    assert list(convolutions_file().parent.iterdir()) == [convolutions_file()]
+
+
 def test_asked_for_it_is_all_or_nothing(measured):
     assert chosen(override(CONFIG, {"conv": "direct"})) == {}
     assert chosen(override(CONFIG, {"conv": "winograd"})) == {path: list(RESULTS) for path in eligible(CONFIG, 10)}
@@ -217,6 +224,28 @@ def test_a_run_from_before_there_was_a_choice_goes_on_without(config, tmp_path, 
     run(config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["plan"]["convolutions"] == {}
     assert not measured
+
+
+def test_a_change_that_was_killed_before_its_checkpoint_is_not_forgotten(config, tmp_path, measured):
+    """OUT/config.json has it by then, and the checkpoint has not."""
+    run(config, max_steps=4, conv="winograd")
+    path = tmp_path / "run" / "config.json"
+    record = json.loads(path.read_text())
+    record["config"]["conv"] = "direct"
+    path.write_text(json.dumps(record))
+    run(config, max_steps=5, conv="direct")
+    assert json.loads(path.read_text())["plan"]["convolutions"] == {}
+    record = json.loads(path.read_text())
+    record["config"]["conv"] = "auto"
+    path.write_text(json.dumps(record))
+    run(config, conv="auto")
+    assert set(map(tuple, json.loads(path.read_text())["plan"]["convolutions"].values())) == {("forward",)}
+
+
+def test_another_engine_does_not_claim_them(config, tmp_path):
+    run(config, max_steps=4, conv="winograd")
+    with pytest.raises(ConfigError, match="add --engine fused"):
+        run(config, max_steps=5, conv="winograd", engine="eager")
 
 
 def test_another_algorithm_is_another_run_unless_that_is_allowed(config, tmp_path, measured):
