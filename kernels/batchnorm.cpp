@@ -94,19 +94,26 @@ double total(const double *sums, int64_t channel, const BatchNorm &p) {
     return value;
 }
 
+// Whether what the tasks write there goes around the caches.
+template <class T> bool is_streamed(const BatchNorm &p, const T *target) {
+    const bool aligned = p.channels % vec::lanes == 0 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+    return aligned && p.rows / p.tasks * p.channels * int64_t(sizeof(T)) > kStreamBytes;
+}
+
 // A whole vector, to be stored around the caches.
 struct around_caches : whole {};
 template <class T> inline void put(T *p, vec a, int n) { store_first(p, a, n); }
 template <class T> inline void put(T *p, vec a, whole) { store(p, a); }
 template <class T> inline void put(T *p, vec a, around_caches) { stream(p, a); }
+template <class T> inline void put(T *p, vec a, int n, bool) { store_first(p, a, n); }
+template <class T> inline void put(T *p, vec a, whole, bool streamed) { streamed ? stream(p, a) : store(p, a); }
 
 // body(offset, channel, count) for every vector of a task's rows, the last block of rows first, unless the caches do not
 // hold so much anyway.
 template <class T, class Body> inline void transform_rows(const BatchNorm &p, int task, const T *target, Body body) {
     const Span rows = part(p.rows, task, p.tasks);
     const int64_t channels = p.channels;
-    const bool aligned = channels % vec::lanes == 0 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
-    if (aligned && (rows.end - rows.begin) * channels * int64_t(sizeof(T)) > kStreamBytes) {
+    if (is_streamed(p, target)) {
         for (int64_t row = rows.begin; row < rows.end; ++row)
             for (int64_t ch = 0; ch < channels; ch += vec::lanes) body(row * channels + ch, ch, around_caches{});
         _mm_sfence();
@@ -179,6 +186,7 @@ template <class T, bool with_residual, bool with_relu> void backward(const Batch
                                     : fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
         return where_positive(z, gradient);
     };
+    const bool streamed = is_streamed(p, dresidual);
     auto sums = [&](int task) {
         sum_rows(p, task, [=](int64_t at, int64_t ch, auto count, vec &first, vec &second) KNLTRAIN_INLINE {
             fetch_ahead(x + at);
@@ -186,10 +194,11 @@ template <class T, bool with_residual, bool with_relu> void backward(const Batch
             const vec d = load_first(x + at, count) - load_first(mean + ch, count);
             const vec dz = through_relu(at, ch, count, d);
             // Kept for the second pass, which then need not read y and dy again.
-            if (with_residual) store_first(dresidual + at, dz, count);
+            if (with_residual) put(dresidual + at, dz, count, streamed);
             first += dz;
             second = fma(dz, d, second);
         });
+        if (with_residual) _mm_sfence();
     };
     each_task(p.tasks, sums);
     for (int64_t ch = 0; ch < p.channels; ++ch) {

@@ -163,14 +163,27 @@ NB_MODULE(_kernels, m) {
         "conv_weight_grad",
         [](Address x, Address dy, Address dw, const std::vector<int64_t> &x_shape, const std::vector<int64_t> &dy_shape,
            const std::vector<int64_t> &kernel, const std::vector<int64_t> &stride, const std::vector<int64_t> &padding,
-           int64_t groups, bool to_bf16, int tasks) {
+           int64_t groups, bool is_bf16, int tasks) {
             ConvWeightGrad p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
             p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
             p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
-            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.to_bf16 = to_bf16, p.tasks = tasks;
+            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.is_bf16 = is_bf16, p.tasks = tasks;
             return chosen->conv_weight_grad(p);
+        },
+        nb::call_guard<nb::gil_scoped_release>());
+    m.def(
+        "pointwise",
+        [](Address x, Address weight, Address bias, Address y, const std::vector<int64_t> &x_shape,
+           const std::vector<int64_t> &y_shape, const std::vector<int64_t> &stride, bool turned, int tasks) {
+            Pointwise p{};
+            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
+            p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
+            p.stride_h = stride[0], p.stride_w = stride[1], p.turned = turned;
+            p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
+            p.tasks = tasks;
+            return chosen->pointwise(p);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(

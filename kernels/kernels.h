@@ -27,13 +27,26 @@ struct BatchNorm {
     double *scratch;  // (2 tasks + 2) * channels numbers
 };
 
-// The gradient of a bf16 convolution's weights, without dilation. Channels of a group: a multiple of 16 in, of 8 out.
+// The gradient of a convolution's weights, without dilation. Channels of a group: a multiple of 8 out; in, of 16 where
+// there are several groups.
 struct ConvWeightGrad {
     int64_t images, in_channels, out_channels, groups;
     int64_t in_h, in_w, out_h, out_w, kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
     const void *x, *dy;  // N x H x W x C
     void *dw;            // out_channels x kernel_h x kernel_w x in_channels / groups
-    bool to_bf16;        // dw: bf16, or else float32
+    bool is_bf16;        // x, dy and dw: bf16, or else float32
+    int tasks;
+};
+
+// A float32 convolution with a kernel of 1x1, without padding, dilation or groups. Channels: multiples of 16.
+struct Pointwise {
+    int64_t images, in_channels, out_channels;
+    int64_t in_h, in_w, out_h, out_w, stride_h, stride_w;
+    bool turned;          // this computes the gradient of such a convolution's input: y is the larger one
+    const float *x;       // N x H x W x C
+    const float *weight;  // out_channels x in_channels; turned: in_channels x out_channels
+    const float *bias;    // or null
+    float *y;
     int tasks;
 };
 
@@ -153,6 +166,7 @@ struct Kernels {
     void (*local_response_norm_backward)(const ResponseNorm &);
     void (*max_pool_forward)(const MaxPool &);
     void (*max_pool_backward)(const MaxPool &);
+    bool (*pointwise)(const Pointwise &);  // false: no memory
     void (*lars_step)(const ParameterList &);
     void (*sgd_step)(const ParameterList &);
     bool (*winograd)(const Winograd &);  // false: no memory

@@ -13,6 +13,7 @@ void local_response_norm_forward(const ResponseNorm &);
 void local_response_norm_backward(const ResponseNorm &);
 void max_pool_forward(const MaxPool &);
 void max_pool_backward(const MaxPool &);
+bool pointwise(const Pointwise &);
 void lars_step(const ParameterList &);
 void sgd_step(const ParameterList &);
 bool winograd(const Winograd &);
@@ -24,6 +25,7 @@ extern const Kernels kernels{
     dropout_forward, dropout_backward,
     local_response_norm_forward, local_response_norm_backward,
     max_pool_forward, max_pool_backward,
+    pointwise,
     lars_step, sgd_step,
     winograd, winograd_weight_grad,
 };

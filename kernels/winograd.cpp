@@ -17,23 +17,15 @@
 //
 // Transformed data lies as [point][panel of 16 channels][tile][16], weights as [point][panel][channel][16]: transforms
 // write whole cache lines, and products read both in order.
-#include <cstdlib>
-
 #include "isa.h"
 #include "kernels.h"
+#include "products.h"
 
 namespace knltrain {
 namespace KNLTRAIN_ISA {
 namespace {
 
-constexpr int kTile = 4;    // outputs of a tile, each way
-constexpr int kPanel = 16;  // channels that lie together
-constexpr int kVectors = kPanel / vec::lanes;
-constexpr int64_t kLine = 64, kLineNumbers = kLine / sizeof(float);
-
-constexpr bool kWide = vec::lanes == 16;
-// Rows and panels of a product that the registers hold.
-constexpr int kRows = kWide ? 14 : 6, kPanels = kWide ? 2 : 1;
+constexpr int kTile = 4;  // outputs of a tile, each way
 // What a block of tiles and its products may take of a second-level cache, and how many panels of outputs it has.
 // Weights that are bigger do not stay there: more tiles at a time then, so that they are read less often.
 constexpr int64_t kBlockBytes = kWide ? 1 << 20 : 512 << 10, kBlockPanels = kWide ? 4 : 2;
@@ -42,10 +34,6 @@ constexpr int64_t kBigWeights = 3 << 20, kBigTiles = kWide ? 112 : 252, kBigPane
 constexpr int64_t kSum = 64;
 // Fewer tiles a task than this, and tasks share out the outputs: sums of its own cost a task as much as these tiles.
 constexpr int64_t kEnoughTiles = 128;
-
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // B', G and A of a kernel's and a tile's size. Rows are points: 0, +a, -a, +b, -b, ..., and infinity where they are even
 // in number. Those of a smaller tile are the first of a whole one's, and its infinity.
@@ -387,40 +375,20 @@ void output_tiles(const Map &map, float *to, float *nowhere, const Block &block,
     }
 }
 
-// c = a b for `rows` tiles and `panels` panels of output channels; a: [panel][tile][16], b: [panel][depth][16].
-template <int rows, int panels>
-void multiply(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel) {
-    constexpr int width = panels * kVectors;
-    for (int64_t first = 0; first < depth; first += kSum) {
-        vec sum[rows][width];
-        for (int r = 0; r < rows; ++r)
-            for (int w = 0; w < width; ++w) sum[r][w] = zero();
-        for (int64_t from = first; from < least(first + kSum, depth); from += kPanel, a += a_panel) {
-            for (int d = 0; d < kPanel; ++d) {
-                vec bs[width];
-                for (int w = 0; w < width; ++w)
-                    bs[w] = load(b + (w / kVectors) * depth * kPanel + (from + d) * kPanel + w % kVectors * vec::lanes);
-                for (int r = 0; r < rows; ++r) {
-                    const vec as = splat(a[r * kPanel + d]);
-                    for (int w = 0; w < width; ++w) sum[r][w] = fma(as, bs[w], sum[r][w]);
-                }
-            }
-        }
-        for (int r = 0; r < rows; ++r)
-            for (int w = 0; w < width; ++w) {
-                float *to = c + (w / kVectors) * c_panel + r * kPanel + w % kVectors * vec::lanes;
-                store(to, first == 0 ? sum[r][w] : load(to) + sum[r][w]);
-            }
-    }
-}
-
-// As many rows at once as the registers hold, then fewer.
-template <int panels, int rows = kRows>
-void multiply_rows(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel,
-                   int64_t left) {
-    for (; left >= rows; left -= rows, a += rows * kPanel, c += rows * kPanel)
-        multiply<rows, panels>(a, a_panel, b, depth, c, c_panel);
-    if constexpr (rows > 1) multiply_rows<panels, (rows > 8 ? 8 : rows / 2)>(a, a_panel, b, depth, c, c_panel, left);
+// c = a b of one point, for `panels` panels of outputs; a: [panel][tile][16], b: [panel][depth][16].
+template <int panels>
+void multiply_point(const float *a, int64_t a_panel, const float *b, int64_t depth, float *c, int64_t c_panel,
+                    int64_t tiles) {
+    Ahead nothing;
+    by_rows(tiles, [&](auto rows, int64_t tile) KNLTRAIN_INLINE {
+        for (int64_t from = 0; from < depth; from += kSum)
+            multiply<rows.count, panels>(
+                a + tile * kPanel + from / kPanel * a_panel, a_panel, b + from * kPanel, depth * kPanel,
+                least(kSum, depth - from), nothing, [&](int r, int w, vec sum) KNLTRAIN_INLINE {
+                    float *to = c + (w / kVectors) * c_panel + (tile + r) * kPanel + w % kVectors * vec::lanes;
+                    store(to, from == 0 ? sum : load(to) + sum);
+                });
+    });
 }
 
 // p = d' v for `rows` output channels and `panels` panels of input channels, summed over tiles.
@@ -453,7 +421,7 @@ template <int panels> void multiply_panels(const Tiles &d, const Tiles &v, int p
                                          p + k * row + j * kPanel, row);
 }
 
-void multiply_point(const Tiles &d, const Tiles &v, int point, int64_t tiles, float *p) {
+void multiply_outer_point(const Tiles &d, const Tiles &v, int point, int64_t tiles, float *p) {
     if (kWide && v.panels % 3 == 0)
         multiply_panels<3>(d, v, point, tiles, p);
     else if (kWide && v.panels % 2 == 0)
@@ -506,38 +474,6 @@ template <int kernel> struct Weights {
     }
 };
 
-// How tasks share the work: each takes some of the tiles, or where tiles are few, some of them and some of the outputs.
-struct Shares {
-    int64_t tiles, panels;
-    int by_tile, by_output;
-
-    Shares(int tasks, int64_t tiles, int64_t panels, int64_t enough) : tiles(tiles), panels(panels), by_output(1) {
-        auto fits = [&](int parts) { return tasks % parts == 0 && parts <= panels; };
-        for (int parts = 2; parts <= tasks && tiles / (tasks / by_output) < enough; ++parts)
-            if (fits(parts)) by_output = parts;
-        by_tile = tasks / by_output;
-    }
-    int64_t first_tile(int task) const { return tiles * (task / by_output) / by_tile; }
-    int64_t end_tile(int task) const { return tiles * (task / by_output + 1) / by_tile; }
-    int64_t first_panel(int task) const { return panels * (task % by_output) / by_output; }
-    int64_t end_panel(int task) const { return panels * (task % by_output + 1) / by_output; }
-    // Blocks of at most so many tiles, all alike.
-    int64_t block_tiles(int64_t most_tiles) const {
-        const int64_t share = ceil_div(tiles, by_tile);
-        return ceil_div(share, ceil_div(share, most_tiles));
-    }
-};
-
-// Numbers in a row, each part at the beginning of a line.
-struct Memory {
-    int64_t numbers = 0;
-    int64_t add(int64_t count) {
-        const int64_t at = numbers;
-        numbers += ceil_div(count, kLineNumbers) * kLineNumbers;
-        return at;
-    }
-};
-
 Block block_of(const Map &out, float *room) {
     auto last = [](int64_t size) { return int(size % kTile ? size % kTile : kTile); };
     return {reinterpret_cast<int32_t *>(room), last(out.height), last(out.width), {}};
@@ -560,9 +496,9 @@ void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const flo
             float *to = c.data + point * c.point() + begin * kPanel;
             int64_t i = 0;
             for (; i + kPanels <= c.panels; i += kPanels)
-                multiply_rows<kPanels>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
+                multiply_point<kPanels>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
             for (; i < c.panels; ++i)
-                multiply_rows<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
+                multiply_point<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
         }
         output_tiles<kernel>(out, p.y, nowhere, block, group * outputs + panel * kPanel, p.bias, c);
     }
@@ -580,7 +516,7 @@ template <int kernel> bool convolve(const Winograd &p) {
     const bool big = weight_numbers * int64_t(sizeof(float)) > kBigWeights;
     const int64_t block_panels = least(big ? kBigPanels : kBlockPanels, ceil_div(panels, shares.by_output));
     const int64_t fit = kBlockBytes / (points * points * int64_t(sizeof(float)) * (inputs + block_panels * kPanel));
-    const int64_t block_tiles = shares.block_tiles(big ? kBigTiles : most(kRows, fit / kRows * kRows));
+    const int64_t block_tiles = shares.block_items(big ? kBigTiles : most(kRows, fit / kRows * kRows));
 
     Memory memory;
     const int64_t zeros_at = memory.add(p.in_channels), weights_at = memory.add(p.groups * weight_numbers);
@@ -606,8 +542,8 @@ template <int kernel> bool convolve(const Winograd &p) {
         const Tiles a{mine + a_at, block_tiles, inputs / kPanel};
         Block block = block_of(out, mine + block_at);
         for (int64_t group = 0; group < p.groups; ++group)
-            for (int64_t first = shares.first_tile(task); first < shares.end_tile(task); first += block_tiles) {
-                block.fill(out, first, least(first + block_tiles, shares.end_tile(task)));
+            for (int64_t first = shares.first_item(task); first < shares.end_item(task); first += block_tiles) {
+                block.fill(out, first, least(first + block_tiles, shares.end_item(task)));
                 transform_tiles<kernel, Inputs>(in, p.x, base + zeros_at, block, group * inputs, a);
                 multiply_tiles<kernel>(p, out, a, base + weights_at + group * weight_numbers, group,
                                        shares.first_panel(task), shares.end_panel(task), block_panels, block,
@@ -643,12 +579,12 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     const Map in{p.in_h, p.in_w, p.in_channels, p.pad_h, p.pad_w, tiles_h, tiles_w};
     const Map out{p.out_h, p.out_w, p.out_channels, 0, 0, tiles_h, tiles_w};
     const Shares shares(p.tasks, p.images * tiles_h * tiles_w, panels, kEnoughTiles);
-    const int64_t block_tiles = shares.block_tiles(kernel == 3 ? 64 : 48), block_panels = least(2, panels);
+    const int64_t block_tiles = shares.block_items(kernel == 3 ? 64 : 48), block_panels = least(2, panels);
     const int64_t point_numbers = block_panels * kPanel * inputs + kPanel;
 
     Memory memory;
     const int64_t zeros_at = memory.add(most(p.in_channels, p.out_channels));
-    const int64_t sums_at = memory.add((shares.by_tile - 1) * size), own_at = memory.numbers;
+    const int64_t sums_at = memory.add((shares.by_item - 1) * size), own_at = memory.numbers;
     const int64_t v_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t d_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
     const int64_t products_at = memory.add(points * points * point_numbers), block_at = memory.add(block_tiles);
@@ -662,7 +598,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     auto sums_of = [&](int64_t part) { return part == 0 ? p.dw : sums + (part - 1) * size; };
     auto work = [&](int task) {
         float *mine = base + task * own;
-        const int64_t begin = shares.first_tile(task), end = shares.end_tile(task);
+        const int64_t begin = shares.first_item(task), end = shares.end_item(task);
         const Tiles v{mine + v_at, block_tiles, inputs / kPanel};
         Block block = block_of(out, mine + block_at);
         for (int64_t group = 0; group < p.groups; ++group)
@@ -676,7 +612,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
                     for (int point = 0; point < points * points; ++point) {
                         int64_t first_tile, end_tile;
                         block.range<kernel>(point, first_tile, end_tile);
-                        multiply_point(d.from(first_tile), v.from(first_tile), point, end_tile - first_tile,
+                        multiply_outer_point(d.from(first_tile), v.from(first_tile), point, end_tile - first_tile,
                                        mine + products_at + point * point_numbers);
                     }
                     add_weights<kernel>(mine + products_at, point_numbers, d.panels * kPanel, inputs, first == begin,
@@ -689,11 +625,11 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
         const int64_t lines = size / kPanel, begin = lines * task / p.tasks, end = lines * (task + 1) / p.tasks;
         for (int64_t at = begin * kPanel; at < end * kPanel; at += vec::lanes) {
             vec total = load(p.dw + at);
-            for (int part = 1; part < shares.by_tile; ++part) total += load(sums_of(part) + at);
+            for (int part = 1; part < shares.by_item; ++part) total += load(sums_of(part) + at);
             store(p.dw + at, total);
         }
     };
-    if (shares.by_tile > 1) each_task(p.tasks, finish);
+    if (shares.by_item > 1) each_task(p.tasks, finish);
     free(base);
     return true;
 }

@@ -233,8 +233,9 @@ class RunConfig:
     )
     conv: ConvName = _field(
         "auto",
-        "convolutions of engine fused in fp32: as PyTorch sums them, by Winograd's algorithm, which multiplies less "
-        "and rounds more, or auto: layer by layer what is faster on this node, measured once and kept over a resume",
+        "convolutions of engine fused in fp32: direct (PyTorch's), winograd (by that algorithm where it can, which "
+        "multiplies less and rounds more), or auto: layer by layer what is faster on this node, PyTorch's or the "
+        "native kernels', measured once and kept over a resume",
     )
     seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")

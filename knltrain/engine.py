@@ -192,7 +192,7 @@ def build_engine(
         precision: as :func:`choose_precision` resolved it.
         model: channels-last, with its initial or resumed weights; changed in place.
         optimizer: of the model's parameters; changed in place.
-        convolutions: what Winograd's algorithm computes, as :func:`knltrain.models.convolutions.choose` decided; by
+        convolutions: what native kernels compute, as :func:`knltrain.models.convolutions.choose` decided; by
             default nothing.
 
     Raises:

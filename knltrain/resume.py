@@ -106,7 +106,7 @@ class Start:
     Attributes:
         folder: the checkpoint that it goes on from; None: from the beginning.
         changes: fields that were changed in its course, each with the step, as JSON types.
-        convolutions: which of them Winograd's algorithm computed, so that it still does; None: that is to be chosen.
+        convolutions: what native kernels computed of them, so that they still do; None: that is to be chosen.
     """
 
     folder: Path | None

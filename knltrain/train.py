@@ -295,7 +295,7 @@ def train(  # noqa: C901, PLR0915
                 "torch": torch.__version__}  # fmt: skip
         chosen = choose_convolutions(
             config, num_classes=len(train_set.classes), engine=engine_name, precision=precision, node=node,
-            threads=threads, images=shares[-1].local_batch, recorded=start.convolutions,
+            threads=threads, images=shares[-1].local_batch, keep=ranks.local_rank == 0, recorded=start.convolutions,
         )  # fmt: skip
         convolutions = json.loads(group.from_first(json.dumps(chosen)))
         if convolutions:

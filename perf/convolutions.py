@@ -1,4 +1,4 @@
-"""What Winograd's algorithm gains on each convolution of a network, and what it rounds."""
+"""What the kernels gain on each float32 convolution of a network, and what they round."""
 
 from __future__ import annotations
 
@@ -14,54 +14,55 @@ from knltrain.config import RunConfig
 from knltrain.console import Console
 
 _CLASSES = 1000
+_RESULTS = ("forward", "input", "weight")
 
 
 def errors(convolution: Any) -> dict[str, dict[str, float]]:
     """How far both ways are from float64, on one image as after a ReLU, weights of He's initialisation.
 
     Returns:
-        By result (forward, input, weight) and way (direct, winograd), the root of the mean square error over that of
-        the values.
+        By result (forward, input, weight) and way (direct: PyTorch's; native: the kernels'), the root of the mean
+        square error over that of the values.
     """
     import torch
     import torch.nn.functional as F
     from torch.nn.grad import conv2d_input, conv2d_weight
 
     from knltrain.models.convolutions import RESULTS
-    from knltrain.ops import winograd
+    from knltrain.ops import convgrad
 
     c = convolution
     torch.manual_seed(0)
-    geometry: tuple[Any, ...] = (1, c.padding, 1, c.groups)
     x = torch.randn(1, c.channels, c.height, c.width).relu().to(memory_format=torch.channels_last)
     fan_in = c.weight[1] * c.weight[2] * c.weight[3]
     weight = (torch.randn(c.weight) * (2 / fan_in) ** 0.5).to(memory_format=torch.channels_last)
-    dy = torch.randn_like(F.conv2d(x, weight, None, *geometry))
+    dy = torch.randn_like(F.conv2d(x, weight, None, *c.geometry))
 
     def directly(x: torch.Tensor, weight: torch.Tensor, dy: torch.Tensor) -> list[torch.Tensor]:
         return [
-            F.conv2d(x, weight, None, *geometry),
-            conv2d_input(x.shape, weight, dy, *geometry),
-            conv2d_weight(x, weight.shape, dy, *geometry),
+            F.conv2d(x, weight, None, *c.geometry),
+            conv2d_input(x.shape, weight, dy, *c.geometry),
+            conv2d_weight(x, weight.shape, dy, *c.geometry),
         ]
 
     exact = directly(x.double(), weight.double(), dy.double())
-    by_winograd = [
-        winograd.conv2d(x, weight, None, c.padding, c.groups),
-        winograd.conv2d_input(dy, weight, c.padding, c.groups),
-        winograd.conv2d_weight(x, dy, c.weight, c.padding, c.groups),
-    ]
+    needs = (c.native().input, c.native().weight, False)
+    y = convgrad.forward(x, weight, None, c.geometry, c.native())
+    by_kernels = (y, *convgrad.backward(dy, x, weight, None, c.geometry, needs, c.native())[:2])
     return {
         result: {
             way: float((got.double() - true).square().mean().sqrt() / true.square().mean().sqrt())
-            for way, got in (("direct", direct), ("winograd", ours))
+            for way, got in (("direct", direct), ("native", ours))
         }
-        for result, true, direct, ours in zip(RESULTS, exact, directly(x, weight, dy), by_winograd, strict=True)
+        for result, there_is, true, direct, ours in zip(
+            RESULTS, c.native(), exact, directly(x, weight, dy), by_kernels, strict=True
+        )
+        if there_is
     }
 
 
 def rows_of(config: RunConfig, console: Console) -> list[dict[str, Any]]:
-    """Measures every kind of convolution of a network that Winograd's algorithm computes, in the network's order."""
+    """Measures every kind of convolution of a network that there are kernels for, in the network's order."""
     from knltrain.models.convolutions import eligible, measure
 
     rows = []
@@ -74,13 +75,14 @@ def rows_of(config: RunConfig, console: Console) -> list[dict[str, Any]]:
         rows.append(
             {
                 "convolution": str(convolution),
+                "winograd": convolution.has_winograd(),
                 "layers": paths,
                 "gflop_per_image": convolution.gflop(1),
                 **{
                     result: {
                         "direct_s": one.direct,
-                        "winograd_s": one.winograd,
-                        "gain": one.direct / one.winograd,
+                        "native_s": one.native,
+                        "gain": one.direct / one.native,
                         "images": one.images,
                         **{f"{way}_error": error for way, error in off[result].items()},
                     }
@@ -94,15 +96,16 @@ def rows_of(config: RunConfig, console: Console) -> list[dict[str, Any]]:
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
     """GFLOP/s, counted as direct sums, and errors."""
     table = Table(title=title, box=box.SIMPLE_HEAD, pad_edge=False)
-    for heading in ("convolution", "", "direct, GFLOP/s", "Winograd", "gain", "direct, error", "Winograd"):
+    for heading in ("convolution", "", "PyTorch's, GFLOP/s", "kernels'", "gain", "PyTorch's, error", "kernels'"):
         table.add_column(heading, justify="left" if heading in ("convolution", "") else "right")
     for row in rows:
-        for result in ("forward", "input", "weight"):
+        name = row["convolution"]
+        for result in (result for result in _RESULTS if result in row):
             one = row[result]
             work = row["gflop_per_image"] * one["images"]
-            table.add_row(row["convolution"] if result == "forward" else "", result, f"{work / one['direct_s']:.0f}",
-                          f"{work / one['winograd_s']:.0f}", f"{one['gain']:.2f}", f"{one['direct_error']:.1e}",
-                          f"{one['winograd_error']:.1e}")  # fmt: skip
+            table.add_row(name, result, f"{work / one['direct_s']:.0f}", f"{work / one['native_s']:.0f}",
+                          f"{one['gain']:.2f}", f"{one['direct_error']:.1e}", f"{one['native_error']:.1e}")  # fmt: skip
+            name = ""
     return table
 
 
@@ -110,13 +113,13 @@ def drawing_of(rows: list[dict[str, Any]]) -> Figure:
     """The gain of each result of each convolution."""
     figure = Figure(figsize=(6, 1 + 0.5 * len(rows)), layout="constrained")
     axis = figure.subplots()
-    for offset, result in enumerate(("forward", "input", "weight")):
-        places = [index + 0.25 * (offset - 1) for index in range(len(rows))]
-        axis.barh(places, [row[result]["gain"] for row in rows], height=0.22, label=result)
+    for offset, result in enumerate(_RESULTS):
+        places = [index + 0.25 * (offset - 1) for index, row in enumerate(rows) if result in row]
+        axis.barh(places, [row[result]["gain"] for row in rows if result in row], height=0.22, label=result)
     axis.axvline(1, color="black", linewidth=0.8)
     axis.set_yticks(range(len(rows)), [row["convolution"].replace(", ", "\n", 1) for row in rows], fontsize=6)
     axis.invert_yaxis()
-    axis.set_xlabel("times as fast as the direct sum")
+    axis.set_xlabel("times as fast as PyTorch's")
     axis.legend(fontsize=7)
     axis.spines[["top", "right"]].set_visible(False)
     return figure
@@ -130,7 +133,7 @@ def drawing_of(rows: list[dict[str, Any]]) -> Figure:
 def main(
     model: str | None, batch: int | None, image_size: int | None, out: str | None, quick: bool, as_json: bool
 ) -> None:
-    """Time every convolution that Winograd's algorithm computes, both ways in turns, and compare them with float64.
+    """Time every float32 convolution that there is a kernel for, both ways in turns, and compare them with float64.
 
     KNLTRAIN_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2 ATEN_CPU_CAPABILITY=avx2 shows it as on a processor with AVX2 alone.
     """

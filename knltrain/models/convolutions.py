@@ -1,7 +1,8 @@
-"""Which algorithm computes each float32 convolution of a network: measured here, layer by layer, both ways in turns."""
+"""What computes each float32 convolution of a network: measured here, layer by layer, both ways in turns."""
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,14 +17,14 @@ from knltrain.models import WithoutValues, model_of
 from knltrain.models.fused import FusedConv2d, fuses_convolution
 from knltrain.node.measured import settings_of, store_convolutions, stored_convolutions
 from knltrain.node.topology import Node
-from knltrain.ops import bf16, convgrad, winograd
+from knltrain.ops import convgrad, winograd
 
-# By a convolution's path in the network, which of its results (the fields of convgrad.Winograd) are Winograd's.
+# By a convolution's path in the network, which of its results (the fields of convgrad.Native) native kernels compute.
 Choices: TypeAlias = dict[str, list[str]]
 
-RESULTS = convgrad.Winograd._fields
-# A measured call has at least so much work, and as many tiles as make little of what is done once a call.
-_GFLOP, _TILES = 4.0, 512
+RESULTS = convgrad.Native._fields
+# A measured call has at least so much work, and as many pixels as make little of what is done once a call.
+_GFLOP, _PIXELS = 2.0, 8192
 _TURNS = 2
 
 
@@ -35,46 +36,57 @@ class Convolution(NamedTuple):
         height: of the input, in pixels.
         width: of the input, in pixels.
         weight: K, C/groups, R, S.
-        padding: zeros around the input, in pixels.
-        groups: of channels, each convolved alone.
+        geometry: how the kernel moves.
     """
 
     channels: int
     height: int
     width: int
     weight: tuple[int, ...]
-    padding: tuple[int, int]
-    groups: int
+    geometry: convgrad.Geometry
 
     def __str__(self) -> str:
         of = f"{self.channels}x{self.height}x{self.width} by {'x'.join(map(str, self.weight))}"
-        return f"{of}, padding {self.padding[0]},{self.padding[1]}, groups {self.groups}"
+        stride, padding, dilation = (f"{down},{across}" for down, across in self.geometry[:3])
+        return f"{of}, stride {stride}, padding {padding}, dilation {dilation}, groups {self.geometry.groups}"
 
     def gflop(self, images: int) -> float:
         """Of one result, summed directly, with 2 per multiply-add."""
-        outputs, inputs, kernel, _ = self.weight
+        outputs, inputs, *kernel = self.weight
+        stride, padding, dilation, _ = self.geometry
         height, width = (
-            size + 2 * pad - kernel + 1 for size, pad in zip((self.height, self.width), self.padding, strict=True)
+            (size + 2 * pad - reach * (length - 1) - 1) // step + 1
+            for size, pad, reach, length, step in zip(
+                (self.height, self.width), padding, dilation, kernel, stride, strict=True
+            )
         )
-        return 2e-9 * images * height * width * outputs * inputs * kernel * kernel
+        return 2e-9 * images * height * width * outputs * inputs * math.prod(kernel)
+
+    def native(self) -> convgrad.Native:
+        """Which of its results there are kernels for."""
+        return convgrad.native_results(self.channels, self.weight, self.geometry)
+
+    def has_winograd(self) -> bool:
+        """Whether those are by Winograd's algorithm."""
+        return winograd.takes(self.channels, self.weight, *self.geometry)
 
 
 class Times(NamedTuple):
     """How long one result of a convolution takes.
 
     Attributes:
-        direct: seconds of the direct sum.
-        winograd: seconds of Winograd's algorithm.
+        direct: seconds of PyTorch's, a direct sum.
+        native: seconds of the kernels'.
         images: that both took.
     """
 
     direct: float
-    winograd: float
+    native: float
     images: int
 
 
 def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
-    """The convolutions of a network that Winograd's algorithm computes, by path; found by running one image.
+    """The convolutions of a network that there are kernels for, by path; found by running one image.
 
     Args:
         config: names the network, and the size of the image.
@@ -86,9 +98,13 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(module, nn.Conv2d)
             _, channels, height, width = arguments[0].shape
-            shape, padding = tuple(module.weight.shape), cast("tuple[int, int]", module.padding)
-            if winograd.takes(channels, shape, module.stride, padding, module.dilation, module.groups):
-                found.setdefault(path, Convolution(channels, height, width, shape, padding, module.groups))
+            stride, padding, dilation = (
+                cast("tuple[int, int]", pair) for pair in (module.stride, module.padding, module.dilation)
+            )
+            geometry = convgrad.Geometry(stride, padding, dilation, module.groups)
+            one = Convolution(channels, height, width, tuple(module.weight.shape), geometry)
+            if any(one.native()):
+                found.setdefault(path, one)
 
         return hook
 
@@ -102,7 +118,7 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
 
 
 def measure(convolution: Convolution, images: int) -> dict[str, Times]:
-    """Times each result of a convolution both ways, in turns: the better of two calls after one that is not timed.
+    """Times each result that there is a kernel for, both ways, in turns: the better of two calls after one that is not.
 
     Args:
         convolution: what is computed, on noise.
@@ -112,32 +128,30 @@ def measure(convolution: Convolution, images: int) -> dict[str, Times]:
         By result: forward, input, weight.
     """
     c = convolution
-    images = min(images, max(math.ceil(_GFLOP / c.gflop(1)), math.ceil(16 * _TILES / (c.height * c.width))))
-    stride = dilation = (1, 1)
+    images = min(images, max(math.ceil(_GFLOP / c.gflop(1)), math.ceil(_PIXELS / (c.height * c.width))))
     random = torch.Generator()  # of its own: the run's numbers are to stay as they are
     x = torch.randn(images, c.channels, c.height, c.width, generator=random).to(memory_format=torch.channels_last)
     weight = torch.randn(c.weight, generator=random).to(memory_format=torch.channels_last)
-    dy = winograd.conv2d(x, weight, None, c.padding, c.groups)
+    dy = convgrad.forward(x, weight, None, c.geometry, convgrad.NONE)
 
-    def gradient(of: str) -> Callable[[], object]:
-        mask = (of == "input", of == "weight", False)
-        return lambda: bf16.conv2d_backward(dy, x, weight, None, stride, c.padding, dilation, c.groups, mask)
+    def call(result: str, by: convgrad.Native) -> object:
+        if result == "forward":
+            return convgrad.forward(x, weight, None, c.geometry, by)
+        needs = (result == "input", result == "weight", False)
+        return convgrad.backward(dy, x, weight, None, c.geometry, needs, by)
 
-    ways: dict[str, tuple[Callable[[], object], Callable[[], object]]] = {
-        "forward": (
-            lambda: bf16.conv2d(x, weight, None, stride, c.padding, dilation, c.groups),
-            lambda: winograd.conv2d(x, weight, None, c.padding, c.groups),
-        ),
-        "input": (gradient("input"), lambda: winograd.conv2d_input(dy, weight, c.padding, c.groups)),
-        "weight": (gradient("weight"), lambda: winograd.conv2d_weight(x, dy, c.weight, c.padding, c.groups)),
-    }
-    return {result: _in_turns(*both, images) for result, both in ways.items()}
+    times = {}
+    for result, there_is in c.native()._asdict().items():
+        if there_is:
+            direct, native = (functools.partial(call, result, by) for by in (convgrad.NONE, c.native()))
+            times[result] = _in_turns(direct, native, images)
+    return times
 
 
-def _in_turns(direct: Callable[[], object], winograd: Callable[[], object], images: int) -> Times:
+def _in_turns(direct: Callable[[], object], native: Callable[[], object], images: int) -> Times:
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(1 + _TURNS):
-        for way, taken in zip((direct, winograd), seconds, strict=True):
+        for way, taken in zip((direct, native), seconds, strict=True):
             start = time.perf_counter()
             way()
             taken.append(time.perf_counter() - start)
@@ -153,9 +167,10 @@ def choose(
     node: Node,
     threads: int,
     images: int,
+    keep: bool = True,
     recorded: Choices | None = None,
 ) -> Choices:
-    """Decides what Winograd's algorithm computes, as ``config.conv`` says.
+    """Decides what native kernels compute, as ``config.conv`` says.
 
     Args:
         config: names the network, the size of its images, and conv.
@@ -165,6 +180,7 @@ def choose(
         node: where it runs.
         threads: compute threads.
         images: of a micro-batch.
+        keep: store what was measured: one rank of a node does, for another's measurement may say something else.
         recorded: what was chosen when the run began, to be kept.
 
     Raises:
@@ -181,6 +197,7 @@ def choose(
         return recorded
     convolutions = eligible(config, num_classes)
     if config.conv == "winograd":
+        convolutions = {path: one for path, one in convolutions.items() if one.has_winograd()}
         if not convolutions:
             raise ConfigError(f"conv winograd: {config.model} has no convolution of 3 x 3 or 5 x 5 with stride 1 and "
                               "multiples of 16 channels; leave it out")  # fmt: skip
@@ -188,11 +205,20 @@ def choose(
     if not convolutions:
         return {}
     settings = {**settings_of(config.model, precision, node, threads), "images": images, "size": config.image_size}
-    found = stored_convolutions(settings)
-    if found is None or not all(_known(found.get(str(one))) for one in convolutions.values()):
-        found = {str(one): _faster(measure(one, images)) for one in set(convolutions.values())}
-        store_convolutions(settings, found)
+    found = _faster_ones(set(convolutions.values()), settings, images, keep)
     return {path: list(found[str(one)]) for path, one in convolutions.items() if found[str(one)]}
+
+
+def _faster_ones(
+    convolutions: set[Convolution], settings: dict[str, object], images: int, keep: bool
+) -> Mapping[str, Sequence[str]]:
+    """By convolution, in which results the kernels are faster: as it is stored for such settings, or measured now."""
+    found = stored_convolutions(settings)
+    if found is None or not all(_known(found.get(str(one))) for one in convolutions):
+        found = {str(one): _faster(measure(one, images)) for one in convolutions}
+        if keep:
+            store_convolutions(settings, found)
+    return found
 
 
 def _known(results: object) -> bool:
@@ -201,7 +227,7 @@ def _known(results: object) -> bool:
 
 
 def _faster(times: Mapping[str, Times]) -> list[str]:
-    return [result for result, one in times.items() if one.winograd < one.direct]
+    return [result for result, one in times.items() if one.native < one.direct]
 
 
 def use(model: nn.Module, choices: Mapping[str, Sequence[str]]) -> None:
@@ -214,4 +240,4 @@ def use(model: nn.Module, choices: Mapping[str, Sequence[str]]) -> None:
     for path, results in choices.items():
         module = model.get_submodule(path)
         assert isinstance(module, FusedConv2d)
-        module.by = convgrad.Winograd(**dict.fromkeys(results, True))
+        module.by = convgrad.Native(**dict.fromkeys(results, True))

@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from knltrain.models import resnet
 from knltrain.ops import bf16
 from knltrain.ops.batchnorm import batch_norm_act
-from knltrain.ops.convgrad import DIRECT, conv2d
+from knltrain.ops.convgrad import NONE, conv2d
 from knltrain.ops.dropout import dropout
 from knltrain.ops.pool import max_pool2d
 
 
 class FusedConv2d(nn.Conv2d):
-    """nn.Conv2d with a faster weight gradient in bf16, and Winograd's algorithm where it was chosen."""
+    """nn.Conv2d with a faster weight gradient in bf16, and in float32 what was chosen."""
 
-    # What Winograd's algorithm computes; see knltrain.models.convolutions.
-    by = DIRECT
+    # What native kernels compute of it in float32; see knltrain.models.convolutions.
+    by = NONE
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:  # an image in float32, in evaluation
@@ -37,7 +37,7 @@ class FusedConv2d(nn.Conv2d):
             padding=cast("tuple[int, int]", self.padding),
             dilation=cast("tuple[int, int]", self.dilation),
             groups=self.groups,
-            by=self.by if x.dim() == 4 else DIRECT,
+            by=self.by if x.dim() == 4 else NONE,
         )
 
 

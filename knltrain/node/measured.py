@@ -156,27 +156,27 @@ def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
 
 
 def stored_convolutions(settings: Mapping[str, object]) -> dict[str, list[str]] | None:
-    """Returns which results of which convolutions are Winograd's, as measured in these settings, or None.
+    """Returns which results of which convolutions the kernels are faster in, as measured in these settings, or None.
 
     Args:
         settings: those of :func:`settings_of`, and others that tell measurements apart.
     """
-    measured = _read(convolutions_file(), "winograd", dict, "the next run")
-    found = [one["winograd"] for one in measured if one["settings"] == settings]
+    measured = _read(convolutions_file(), "native", dict, "the next run")
+    found = [one["native"] for one in measured if one["settings"] == settings]
     return found[-1] if found else None
 
 
-def store_convolutions(settings: Mapping[str, object], winograd: Mapping[str, Sequence[str]]) -> None:
+def store_convolutions(settings: Mapping[str, object], native: Mapping[str, Sequence[str]]) -> None:
     """Adds what was measured; without it, each run measures anew, which is said.
 
     Args:
         settings: as :func:`stored_convolutions` will be asked for.
-        winograd: by convolution, the results that Winograd's algorithm is faster in.
+        native: by convolution, the results that the kernels are faster in.
     """
     path = convolutions_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _add(path, _read(path, "winograd", dict, "this run"), settings, {"winograd": dict(winograd)})
+        _add(path, _read(path, "native", dict, "this run"), settings, {"native": dict(native)})
     except OSError as error:
         warnings.warn(f"{path}: {error.strerror}: convolutions are measured again at each start; set KNLTRAIN_CACHE to "
                       "a folder that can be written", stacklevel=2)  # fmt: skip

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from knltrain.node.topology import read_node
-from knltrain.ops import bf16, winograd
+from knltrain.ops import bf16, pointwise, winograd
 from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_devices, isa, kernels
 
 
-class Winograd(NamedTuple):
-    """Which of a convolution's three results Winograd's algorithm computes; the others are summed directly.
+class Native(NamedTuple):
+    """Which of a convolution's three results native kernels compute; the others are PyTorch's.
 
     Attributes:
         forward: the output.
@@ -29,7 +29,40 @@ class Winograd(NamedTuple):
     weight: bool = False
 
 
-DIRECT = Winograd()
+NONE = Native()
+
+
+class Geometry(NamedTuple):
+    """How the kernel of a convolution moves.
+
+    Attributes:
+        stride: down and across, in pixels.
+        padding: zeros around the input, in pixels.
+        dilation: distance of the kernel's elements, in pixels.
+        groups: of channels, each convolved alone.
+    """
+
+    stride: tuple[int, int] = (1, 1)
+    padding: tuple[int, int] = (0, 0)
+    dilation: tuple[int, int] = (1, 1)
+    groups: int = 1
+
+    def is_pointwise(self, weight: Tensor) -> bool:
+        """Whether :mod:`knltrain.ops.pointwise` computes it."""
+        return pointwise.takes(weight.shape, self.stride, self.padding, self.groups)
+
+
+def native_results(channels: int, weight_shape: Sequence[int], geometry: Geometry) -> Native:
+    """Which results of a float32 convolution there are kernels for.
+
+    Args:
+        channels: of the whole input.
+        weight_shape: K, C/groups, R, S.
+        geometry: how the kernel moves.
+    """
+    stride, padding, dilation, groups = geometry
+    both = pointwise.takes(weight_shape, stride, padding, groups) or winograd.takes(channels, weight_shape, *geometry)
+    return Native(both, both, both or (dilation == (1, 1) and _takes_weight(weight_shape, groups)))
 
 
 def conv2d(
@@ -41,7 +74,7 @@ def conv2d(
     padding: tuple[int, int] = (0, 0),
     dilation: tuple[int, int] = (1, 1),
     groups: int = 1,
-    by: Winograd = DIRECT,
+    by: Native = NONE,
 ) -> Tensor:
     """torch.nn.functional.conv2d of tensors of one type, with faster ways there and back.
 
@@ -53,73 +86,91 @@ def conv2d(
         padding: zeros around x, in pixels.
         dilation: distance of the kernel's elements, in pixels.
         groups: of channels, each convolved alone.
-        by: what Winograd's algorithm computes; float32, of what :func:`knltrain.ops.winograd.takes` accepts.
+        by: what native kernels compute of it, in float32: of what :func:`native_results` gives.
 
     Returns:
         N x K x H' x W', channels-last.
     """
-    y: Tensor = _Conv2d.apply(x, weight, bias, stride, padding, dilation, groups, by)  # type: ignore[no-untyped-call]
+    y: Tensor = _Conv2d.apply(x, weight, bias, Geometry(stride, padding, dilation, groups), by)  # type: ignore[no-untyped-call]
     return y
+
+
+def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, by: Native) -> Tensor:
+    """What :func:`conv2d` computes, without a gradient."""
+    if not by.forward:
+        return bf16.conv2d(x, weight, bias, *geometry)
+    x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    if geometry.is_pointwise(weight):
+        return pointwise.conv2d(x, weight, bias, geometry.stride)
+    return winograd.conv2d(x, weight, bias, geometry.padding, geometry.groups)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: list[int] | None,
+    geometry: Geometry,
+    needs: tuple[bool, bool, bool],
+    by: Native,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of :func:`conv2d`'s x, weight and bias, those of them that are needed.
+
+    Args:
+        dy: gradient of the output, channels-last.
+        x: as it was given.
+        weight: likewise.
+        bias_sizes: shape of the bias, or None.
+        geometry: as it was given.
+        needs: which gradients are computed.
+        by: which of them native kernels compute.
+    """
+    if by != NONE:
+        x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    dx = dweight = dbias = None
+    theirs = (needs[0] and not by.input, needs[1] and not by.weight, needs[2] and not by.weight)
+    if any(theirs):
+        dx, dweight, dbias = bf16.conv2d_backward(dy, x, weight, bias_sizes, *geometry, theirs)
+    if needs[0] and by.input:
+        if geometry.is_pointwise(weight):
+            dx = pointwise.conv2d_input(dy, weight, x.shape[2:], geometry.stride)
+        else:
+            dx = winograd.conv2d_input(dy, weight, geometry.padding, geometry.groups)
+    if needs[1] and by.weight:
+        shape, (stride, padding, dilation, groups) = list(weight.shape), geometry
+        if x.dtype == torch.float32 and winograd.takes(x.shape[1], shape, stride, padding, dilation, groups):
+            dweight = winograd.conv2d_weight(x, dy, shape, padding, groups)
+        else:
+            dweight = conv_weight_grad(x, dy, shape, stride, padding, groups)
+    if needs[2] and dbias is None:
+        dbias = dy.sum((0, 2, 3))
+    return dx, dweight, dbias
 
 
 class _Conv2d(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        stride: tuple[int, int],
-        padding: tuple[int, int],
-        dilation: tuple[int, int],
-        groups: int,
-        by: Winograd,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, by: Native) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.geometry = (stride, padding, dilation, groups)
-        ctx.by = by
+        ctx.geometry, ctx.by = geometry, by
         ctx.bias_sizes = None if bias is None else list(bias.shape)
-        if by.forward:
-            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-            return winograd.conv2d(x, weight, bias, padding, groups)
-        return bf16.conv2d(x, weight, bias, stride, padding, dilation, groups)
+        return forward(x, weight, bias, geometry, by)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.geometry
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dy = dy.contiguous(memory_format=torch.channels_last)
-        by, ours = ctx.by, needs_weight and kernel_is_faster(x, dy, weight, dilation, groups)
+        needs = ctx.needs_input_grad[:3]
+        dy, by = dy.contiguous(memory_format=torch.channels_last), ctx.by
         if torch.is_grad_enabled():  # these gradients are to have gradients, which PyTorch's have and the kernels' not
-            by, ours = DIRECT, False
-        if by != DIRECT:
-            x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-        dx = dweight = dbias = None
-        theirs = (
-            needs_x and not by.input,
-            needs_weight and not ours and not by.weight,
-            needs_bias and not ours and not by.weight,
-        )
-        if any(theirs):
-            dx, dweight, dbias = bf16.conv2d_backward(
-                dy, x, weight, ctx.bias_sizes, stride, padding, dilation, groups, theirs
-            )
-        if needs_x and by.input:
-            dx = winograd.conv2d_input(dy, weight, padding, groups)
-        if needs_weight and by.weight:
-            dweight = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)
-        elif ours:
-            dweight = conv_weight_grad(x, dy, list(weight.shape), stride, padding, groups)
-        if needs_bias and dbias is None:
-            dbias = dy.sum((0, 2, 3))
-        return dx, dweight, dbias, None, None, None, None, None
+            by = NONE
+        elif needs[1] and kernel_is_faster(x, dy, weight, ctx.geometry.dilation, ctx.geometry.groups):
+            by = by._replace(weight=True)
+        return *backward(dy, x, weight, ctx.bias_sizes, ctx.geometry, needs, by), None, None
 
 
 def kernel_is_faster(x: Tensor, dy: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> bool:
-    """Whether :func:`conv_weight_grad` takes these and is the faster way.
+    """Whether :func:`conv_weight_grad` takes these and is known to be the faster way: in bf16.
 
-    It is written for AVX512_BF16. Where the processor has AMX, oneDNN uses it and is ahead.
+    There it is written for AVX512_BF16. Where the processor has AMX, oneDNN uses it and is ahead.
     """
     return (
         x.dtype == dy.dtype == weight.dtype == torch.bfloat16
@@ -149,15 +200,15 @@ def conv_weight_grad(
     """The gradient of a convolution's weights: the sum over images and pixels of dy times the x that it met.
 
     Args:
-        x: N x C x H x W, bf16, channels-last.
+        x: N x C x H x W, float32 or bf16, channels-last.
         dy: N x K x H' x W', likewise.
         weight_shape: K, C/groups, R, S.
         stride: down and across, in pixels.
         padding: zeros around x, in pixels.
-        groups: of channels; each has a multiple of 16 in and of 8 out.
+        groups: of channels; each has a multiple of 8 out and, where there are several, of 16 in.
 
     Returns:
-        K x C/groups x R x S, bf16, channels-last; summed in float32.
+        K x C/groups x R x S of x's type, channels-last; summed in float32.
 
     Raises:
         ValueError: a wrong type, layout, shape or device.
@@ -185,7 +236,7 @@ def _conv_weight_grad(
             stride,
             padding,
             groups,
-            True,
+            x.dtype == torch.bfloat16,
             torch.get_num_threads(),
         ):
             return ours
@@ -200,16 +251,22 @@ def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding
     return torch.empty(weight_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
+def _takes_weight(weight_shape: Sequence[int], groups: int) -> bool:
+    outputs, inputs = weight_shape[:2]
+    return outputs % groups == outputs // groups % 8 == 0 and (groups == 1 or inputs % 16 == 0)
+
+
 def _check(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> None:
     for name, tensor in (("x", x), ("dy", dy)):
-        check(name, tensor, (torch.bfloat16,))
+        check(name, tensor, (x.dtype,) if x.dtype == torch.bfloat16 else (torch.float32,))
         if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; "
                              "it must be N x C x H x W, channels-last")  # fmt: skip
     outputs, inputs, *kernel = weight_shape
-    if groups < 1 or x.shape[1] != inputs * groups or outputs % groups or inputs % 16 or outputs // groups % 8:
+    if groups < 1 or x.shape[1] != inputs * groups or not _takes_weight(weight_shape, groups):
         raise ValueError(f"weight of shape {tuple(weight_shape)} in {groups} groups does not go with x of "
-                         f"{x.shape[1]} channels; groups must have a multiple of 16 in and of 8 out")  # fmt: skip
+                         f"{x.shape[1]} channels; groups must have a multiple of 8 out and, where there are several, "
+                         "of 16 in")  # fmt: skip
     if min(kernel) < 1:
         raise ValueError(f"weight has shape {tuple(weight_shape)}: a kernel without elements")
     if min(stride) < 1 or min(padding) < 0:

@@ -1,4 +1,4 @@
-"""Which algorithm computes each convolution: what there is to choose, how it is chosen, and that a run keeps to it."""
+"""What computes each convolution: what there is to choose, how it is chosen, and that a run keeps to it."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from knltrain.models.fused import FusedConv2d
 from knltrain.node.measured import convolutions_file
 from knltrain.node.topology import read_node
 from knltrain.ops import native
-from knltrain.ops.convgrad import DIRECT, Winograd
+from knltrain.ops.convgrad import NONE, Geometry, Native
 from knltrain.optim import build_optimizer
 
 CONFIG = RunConfig(model="alexnet_bn_small", image_size=32)
@@ -36,99 +36,123 @@ def needs_kernels(tmp_path, monkeypatch):
 
 @pytest.fixture
 def measured(monkeypatch):
-    """The clock says that Winograd's algorithm is faster forward and slower for weights; gives what it was asked of."""
+    """The clock says that the kernels are faster forward and slower for weights; gives what it was asked of."""
     asked = []
 
     def clock(convolution, images):
         asked.append((convolution, images))
-        return {
-            "forward": Times(2.0, 1.0, images),
-            "input": Times(1.0, 1.0, images),
-            "weight": Times(1.0, 2.0, images),
-        }
+        seconds = {"forward": (2.0, 1.0), "input": (1.0, 1.0), "weight": (1.0, 2.0)}
+        native = convolution.native()._asdict()
+        return {result: Times(*both, images) for result, both in seconds.items() if native[result]}
 
     monkeypatch.setattr(convolutions, "measure", clock)
     return asked
 
 
-def chosen(config=CONFIG, *, engine="fused", precision="fp32", images=8):
-    return choose(
-        config, num_classes=10, engine=engine, precision=precision, node=read_node(), threads=1, images=images
-    )
+def chosen(config=CONFIG, *, engine="fused", precision="fp32", images=8, keep=True):
+    here = {"node": read_node(), "threads": 1, "images": images, "keep": keep}
+    return choose(config, num_classes=10, engine=engine, precision=precision, **here)
 
 
 def test_what_there_is_to_choose():
-    """Of ResNet-50, those of 3 x 3 that do not stride; of AlexNet, all but the first."""
+    """By Winograd's algorithm, of ResNet-50, those of 3 x 3 that do not stride; of AlexNet, all but the first."""
     found = eligible(RunConfig(model="resnet50"), 10)
-    assert len(found) == 13
-    assert found["layer1.0.conv2"] == Convolution(64, 56, 56, (64, 64, 3, 3), (1, 1), 1)
-    assert found["layer4.2.conv2"] == Convolution(512, 7, 7, (512, 512, 3, 3), (1, 1), 1)
-    assert "layer2.0.conv2" not in found
+    assert len(found) == 53
+    winograd = {path for path, one in found.items() if one.has_winograd()}
+    assert len(winograd) == 13
+    assert found["layer1.0.conv2"] == Convolution(64, 56, 56, (64, 64, 3, 3), Geometry((1, 1), (1, 1)))
+    assert found["layer4.2.conv2"] == Convolution(512, 7, 7, (512, 512, 3, 3), Geometry((1, 1), (1, 1)))
+    assert found["layer2.0.conv2"] == Convolution(128, 56, 56, (128, 128, 3, 3), Geometry((2, 2), (1, 1)))
+    assert "layer2.0.conv2" not in winograd
+    everything, weights = Native(True, True, True), Native(False, False, True)
+    assert {path for path, one in found.items() if one.native() == weights} == {
+        "conv1", "layer2.0.conv2", "layer3.0.conv2", "layer4.0.conv2"
+    }  # fmt: skip
+    assert {one.native() for one in found.values()} == {everything, weights}
     found = eligible(RunConfig(model="alexnet_bn", image_size=227), 10)
-    assert [path.rpartition(".")[2] for path in found] == ["conv2", "conv3", "conv4", "conv5"]
-    assert found["features.conv2"] == Convolution(96, 27, 27, (256, 48, 5, 5), (2, 2), 2)
+    winograd = [path.rpartition(".")[2] for path, one in found.items() if one.has_winograd()]
+    assert winograd == ["conv2", "conv3", "conv4", "conv5"]
+    assert found["features.conv2"] == Convolution(96, 27, 27, (256, 48, 5, 5), Geometry((1, 1), (2, 2), groups=2))
+    assert found["features.conv1"].native() == weights
 
 
 def test_finding_them_draws_no_numbers():
     before = torch.get_rng_state()
     eligible(CONFIG, 10)
-    measure(Convolution(16, 8, 8, (16, 16, 3, 3), (1, 1), 1), images=2)
+    measure(Convolution(16, 8, 8, (16, 16, 3, 3), Geometry(padding=(1, 1))), images=2)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_arithmetic_is_counted():
-    assert Convolution(64, 56, 56, (128, 32, 3, 3), (1, 1), 2).gflop(10) == pytest.approx(
-        2e-9 * 10 * 56 * 56 * 128 * 32 * 9
-    )
-    assert Convolution(16, 9, 7, (16, 16, 5, 5), (0, 2), 1).gflop(1) == pytest.approx(2e-9 * 5 * 7 * 16 * 16 * 25)
+    one = Convolution(64, 56, 56, (128, 32, 3, 3), Geometry(padding=(1, 1), groups=2))
+    assert one.gflop(10) == pytest.approx(2e-9 * 10 * 56 * 56 * 128 * 32 * 9)
+    one = Convolution(16, 9, 7, (16, 16, 5, 5), Geometry(padding=(0, 2)))
+    assert one.gflop(1) == pytest.approx(2e-9 * 5 * 7 * 16 * 16 * 25)
+    one = Convolution(16, 9, 8, (16, 16, 3, 1), Geometry((2, 3), (0, 0), (2, 1)))
+    assert one.gflop(1) == pytest.approx(2e-9 * 3 * 3 * 16 * 16 * 3)
 
 
-def test_each_result_is_timed_both_ways():
-    times = measure(Convolution(32, 8, 8, (32, 16, 5, 5), (2, 2), 2), images=4)
-    assert tuple(times) == RESULTS
+@pytest.mark.parametrize(
+    "convolution, results",
+    [
+        (Convolution(32, 8, 8, (32, 16, 5, 5), Geometry(padding=(2, 2), groups=2)), RESULTS),
+        (Convolution(32, 8, 8, (48, 32, 1, 1), Geometry((2, 2))), RESULTS),
+        (Convolution(3, 9, 9, (16, 3, 3, 3), Geometry((2, 2))), ("weight",)),
+    ],
+    ids=str,
+)
+def test_each_result_is_timed_both_ways(convolution, results):
+    times = measure(convolution, images=4)
+    assert tuple(times) == results
     for one in times.values():
         assert 0 < one.direct < 10
-        assert 0 < one.winograd < 10
+        assert 0 < one.native < 10
 
 
 def test_a_large_convolution_is_measured_on_fewer_images(monkeypatch):
     taken = []
-    original = convolutions.winograd.conv2d
+    original = convolutions.convgrad.forward
     monkeypatch.setattr(
-        convolutions.winograd, "conv2d", lambda x, *rest: taken.append(x.shape[0]) or original(x, *rest)
+        convolutions.convgrad, "forward", lambda x, *rest: taken.append(x.shape[0]) or original(x, *rest)
     )
-    large = Convolution(64, 56, 56, (64, 64, 3, 3), (1, 1), 1)
+    large = Convolution(64, 56, 56, (64, 64, 3, 3), Geometry(padding=(1, 1)))
     measure(large, images=1000)
-    assert set(taken) == {math.ceil(4 / large.gflop(1))}
+    assert set(taken) == {math.ceil(2 / large.gflop(1))}
 
 
 def test_auto_takes_what_is_faster_and_measures_once(measured):
     paths = eligible(CONFIG, 10)
-    assert chosen() == {path: ["forward"] for path in paths}
+    forward = {path: ["forward"] for path, one in paths.items() if one.native().forward}
+    assert chosen() == forward
     assert {convolution for convolution, _ in measured} == set(paths.values())
     assert len(measured) == len(set(paths.values()))
     assert {images for _, images in measured} == {8}
     measured.clear()
-    assert chosen() == {path: ["forward"] for path in paths}
+    assert chosen() == forward
     assert not measured
     assert chosen(images=9)
     assert measured
 
 
-@pytest.mark.parametrize("found", ["[", "{}", '[{"settings": {}}]', '[{"settings": {}, "winograd": 5}]'])
+def test_ranks_beside_the_first_of_a_node_store_nothing(measured):
+    assert chosen(keep=False)
+    assert not convolutions_file().exists()
+
+
+@pytest.mark.parametrize("found", ["[", "{}", '[{"settings": {}}]', '[{"settings": {}, "native": 5}]'])
 def test_a_file_that_something_else_wrote_is_measured_anew(measured, found):
     convolutions_file().parent.mkdir(parents=True)
     convolutions_file().write_text(found)
     with pytest.warns(UserWarning, match=r"convolutions.json: .*ignored"):
         assert chosen()
     assert measured
-    assert json.loads(convolutions_file().read_text())[-1]["winograd"]
+    assert json.loads(convolutions_file().read_text())[-1]["native"]
 
 
 def test_what_a_later_version_knows_is_measured_anew(measured):
     chosen()
     (entry,) = json.loads(convolutions_file().read_text())
-    entry["winograd"] = {key: ["forward", "bias"] for key in entry["winograd"]}
+    entry["native"] = {key: ["forward", "bias"] for key in entry["native"]}
     convolutions_file().write_text(json.dumps([entry]))
     measured.clear()
     assert all(results == ["forward"] for results in chosen().values())
@@ -152,7 +176,9 @@ def test_a_folder_in_the_files_place_is_done_without_and_leaves_nothing(measured
 
 def test_asked_for_it_is_all_or_nothing(measured):
     assert chosen(override(CONFIG, {"conv": "direct"})) == {}
-    assert chosen(override(CONFIG, {"conv": "winograd"})) == {path: list(RESULTS) for path in eligible(CONFIG, 10)}
+    assert chosen(override(CONFIG, {"conv": "winograd"})) == {
+        path: list(RESULTS) for path, one in eligible(CONFIG, 10).items() if one.has_winograd()
+    }
     assert not measured
 
 
@@ -166,7 +192,7 @@ def test_elsewhere_there_is_no_choice(measured, engine, precision):
 def test_a_network_without_any_is_refused_where_they_are_asked_for():
     config = RunConfig(model="torchvision:squeezenet1_0", conv="winograd")
     pytest.importorskip("torchvision")
-    if not eligible(config, 10):
+    if not any(one.has_winograd() for one in eligible(config, 10).values()):
         with pytest.raises(ConfigError, match="has no convolution"):
             chosen(config)
 
@@ -177,10 +203,10 @@ def test_the_engine_does_as_was_chosen():
     paths = eligible(config, 10)
     first = next(iter(paths))
     engine = build_engine("fused", "fp32", model, build_optimizer(model, config.optim), {first: ["input", "weight"]})
-    assert engine.model.get_submodule(first).by == Winograd(forward=False, input=True, weight=True)
+    assert engine.model.get_submodule(first).by == Native(forward=False, input=True, weight=True)
     others = [m.by for path, m in engine.model.named_modules() if isinstance(m, FusedConv2d) and path != first]
     assert others
-    assert set(others) == {DIRECT}
+    assert set(others) == {NONE}
 
 
 def run(config, **changes):

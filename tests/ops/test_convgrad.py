@@ -36,17 +36,17 @@ def channels_last(*shape, dtype=torch.bfloat16):
     return torch.randn(shape).to(dtype).contiguous(memory_format=torch.channels_last)
 
 
-def make_case(size, kernel=(3, 3), stride=(1, 1), padding=(1, 1)):
+def make_case(size, kernel=(3, 3), stride=(1, 1), padding=(1, 1), dtype=torch.bfloat16):
     """The arguments of conv_weight_grad."""
     images, inputs, outputs, groups, height, width = size
-    x = channels_last(images, inputs, height, width)
+    x = channels_last(images, inputs, height, width, dtype=dtype)
     weight_shape = [outputs, inputs // groups, *kernel]
     dy = torch.empty_like(F.conv2d(x, x.new_zeros(weight_shape), None, stride, padding, 1, groups))
-    dy = channels_last(*dy.shape)
+    dy = channels_last(*dy.shape, dtype=dtype)
     return x, dy, weight_shape, list(stride), list(padding), groups
 
 
-def check_case(case, got, dilation=(1, 1), half_ulp=BF16):
+def check_case(case, got, dilation=(1, 1)):
     """Against float64, within rounding.
 
     A sum of n products in float32, in any order, is off by at most n units of roundoff of the sum of magnitudes.
@@ -56,6 +56,7 @@ def check_case(case, got, dilation=(1, 1), half_ulp=BF16):
     expected = conv2d_weight(x.double(), weight_shape, dy.double(), *geometry)
     magnitudes = conv2d_weight(x.double().abs(), weight_shape, dy.double().abs(), *geometry)
     terms = dy.numel() // dy.shape[1]
+    half_ulp = BF16 if x.dtype == torch.bfloat16 else FLOAT32
     tolerance = (terms + 2) * FLOAT32 * magnitudes + half_ulp * expected.abs()
     assert got.dtype == x.dtype
     assert got.is_contiguous(memory_format=torch.channels_last)
@@ -71,19 +72,66 @@ def test_is_the_gradient_in_float64(each_isa, kernel, stride, padding, request):
         check_case(case, conv_weight_grad(*case))
 
 
+# Channels in that are no multiple of 16: rows of the kernel, of 1 to 5 vectors, are what is packed.
+UNEVEN = [
+    (2, 3, 16, 1, 31, 29), (3, 1, 8, 1, 9, 7), (5, 17, 24, 1, 6, 11), (1, 24, 64, 1, 13, 12), (2, 3, 64, 1, 8, 40),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "kernel, stride, padding",
+    [*itertools.product(KERNELS, STRIDES, PADDINGS), ((7, 7), (2, 2), (3, 3)), ((11, 11), (4, 4), (2, 2))],
+)
+def test_is_the_gradient_in_float64_of_float32(each_isa, kernel, stride, padding):
+    for size in SIZES + UNEVEN:
+        if min(size[4:]) + 2 * min(padding) >= max(kernel):
+            case = make_case(size, kernel, stride, padding, torch.float32)
+            check_case(case, conv_weight_grad(*case))
+
+
+@pytest.mark.parametrize("each_isa", ["torch", "avx512_bf16"], indirect=True)
+@pytest.mark.parametrize("kernel, stride, padding", [((3, 3), (2, 1), (1, 1)), ((7, 7), (2, 2), (3, 3))])
+def test_any_channels_in(each_isa, kernel, stride, padding):
+    for size in UNEVEN:
+        if min(size[4:]) + 2 * min(padding) >= max(kernel):
+            case = make_case(size, kernel, stride, padding)
+            check_case(case, conv_weight_grad(*case))
+
+
+def test_nothing_beyond_the_tensors_is_read(each_isa):
+    """The last row of the kernel at the last pixel ends within a vector of the tensor's end."""
+    case = make_case((1, 3, 8, 1, 9, 9), (3, 3), (2, 2), (0, 0), torch.float32)
+    x = case[0]
+    room = torch.full((x.numel() + 64,), float("nan"))
+    inside = room[: x.numel()].view(1, 9, 9, 3).permute(0, 3, 1, 2)
+    inside.copy_(x)
+    assert torch.equal(conv_weight_grad(inside, *case[1:]), conv_weight_grad(*case))
+
+
+def test_sums_of_many_pixels_round_little(each_isa):
+    """One long sum of 100,000 products in float32 would be off by 4e-6 of the root mean square."""
+    case = make_case((8, 16, 16, 1, 112, 112), (1, 1), (1, 1), (0, 0), torch.float32)
+    x, dy, *_ = case
+    exact = conv2d_weight(x.double(), case[2], dy.double())
+    off = (conv_weight_grad(*case).double() - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+    assert off < 1e-6
+
+
 @pytest.mark.parametrize("height, width", [(1, 1), (1, 401), (401, 1), (1, 386), (27, 27), (2, 199)])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_any_area(each_isa, kernel, height, width):
-    """Blocks hold at most 384 pixels of a pair of images."""
-    case = make_case((3, 32, 24, 1, height, width), kernel, padding=(kernel[0] // 2, kernel[1] // 2))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_area(each_isa, kernel, height, width, dtype):
+    """Blocks hold at most 384 pixels of an image or a pair."""
+    case = make_case((3, 32, 24, 1, height, width), kernel, padding=(kernel[0] // 2, kernel[1] // 2), dtype=dtype)
     check_case(case, conv_weight_grad(*case))
 
 
 @pytest.mark.parametrize("kernel, stride", [((5, 7), (1, 1)), ((5, 7), (2, 2)), ((3, 3), (2, 2)), ((1, 1), (2, 2))])
-def test_an_output_of_one_pixel(each_isa, kernel, stride):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_output_of_one_pixel(each_isa, kernel, stride, dtype):
     """The kernel covers the image, or nothing is left of it."""
     padding = (0, 0)
-    case = make_case((5, 48, 24, 1, *kernel), kernel, stride, padding)
+    case = make_case((5, 48, 24, 1, *kernel), kernel, stride, padding, dtype)
     assert case[1].shape[2:] == (1, 1)
     check_case(case, conv_weight_grad(*case))
 
@@ -92,11 +140,15 @@ def test_an_output_of_one_pixel(each_isa, kernel, stride):
 LARGE, SMALL = (6, 64, 512, 1, 9, 8), (7, 48, 24, 1, 13, 11)
 
 
-@pytest.mark.parametrize("each_isa", ["torch", "avx512_bf16"], indirect=True)
+@pytest.mark.parametrize(
+    "each_isa, dtype",
+    [("torch", torch.bfloat16), ("avx512_bf16", torch.bfloat16), ("avx2", torch.float32), ("avx512", torch.float32)],
+    indirect=["each_isa"],
+)
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("size", [LARGE, SMALL, (5, 128, 256, 2, 6, 7)], ids=str)
-def test_any_number_of_threads_and_the_same_bits_each_time(each_isa, size, count):
-    case = make_case(size)
+@pytest.mark.parametrize("size", [LARGE, SMALL, (5, 128, 256, 2, 6, 7), (5, 3, 64, 1, 30, 30)], ids=str)
+def test_any_number_of_threads_and_the_same_bits_each_time(each_isa, dtype, size, count):
+    case = make_case(size, dtype=dtype)
     with threads(count):
         first = conv_weight_grad(*case)
         for _ in range(3):
@@ -105,7 +157,7 @@ def test_any_number_of_threads_and_the_same_bits_each_time(each_isa, size, count
 
 
 @pytest.mark.parametrize("each_isa", ["avx2", "avx512f", "avx512"], indirect=True)
-def test_variants_without_bf16_are_torchs(each_isa):
+def test_in_bf16_variants_without_it_are_torchs(each_isa):
     x, dy, weight_shape, stride, padding, groups = case = make_case(SMALL)
     weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
     _, expected, _ = conv2d_backward(dy, x, weight, None, stride, padding, (1, 1), groups, (False, True, False))
@@ -115,10 +167,11 @@ def test_variants_without_bf16_are_torchs(each_isa):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("image", [0, 2])
 @pytest.mark.parametrize("kernel", [(1, 1), (3, 3)])
-def test_what_is_not_finite_stays_with_its_channel(each_isa, kernel, image, bad):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_stays_with_its_channel(each_isa, dtype, kernel, image, bad):
     """In a pixel that every position of the kernel meets; image 2 of 3 has no other to go in a pair with."""
     padding = (kernel[0] // 2, kernel[1] // 2)
-    x, dy, *geometry = make_case((3, 48, 24, 1, 7, 9), kernel, padding=padding)
+    x, dy, *geometry = make_case((3, 48, 24, 1, 7, 9), kernel, padding=padding, dtype=dtype)
     clean = conv_weight_grad(x, dy, *geometry)
     spoilt = x.clone()
     spoilt[image, 20, 3, 4] = bad
@@ -160,7 +213,7 @@ def good_call():
 
 
 WRONG = {
-    "x in float32": {"x": torch.Tensor.float},
+    "x in float64": {"x": torch.Tensor.double, "dy": torch.Tensor.double},
     "dy in float32": {"dy": torch.Tensor.float},
     "x NCHW": {"x": torch.Tensor.contiguous},
     "dy NCHW": {"dy": torch.Tensor.contiguous},
@@ -232,7 +285,7 @@ def test_conv2d_forward_and_backward(each_isa, size, dilation, dtype, ours, with
     exact_y = F.conv2d(x.double(), weight.double(), wide_bias, *geometry)
     magnitudes = F.conv2d(x.double().abs(), weight.double().abs(), wide_bias.abs() if with_bias else None, *geometry)
     assert_within(y, exact_y, half_ulp * exact_y.abs() + (9 * inputs + 2) * FLOAT32 * magnitudes, "y")
-    check_case((x, dy, list(weight.shape), stride, (1, 1), groups), dweight, dilation, half_ulp)
+    check_case((x, dy, list(weight.shape), stride, (1, 1), groups), dweight, dilation)
     arguments = (x.shape, weight.double(), dy.double(), *geometry)
     expected = conv2d_input(*arguments)
     magnitudes = conv2d_input(x.shape, weight.double().abs(), dy.double().abs(), *geometry)

@@ -1,0 +1,138 @@
+"""Float32 convolutions with a kernel of 1 x 1, which are matrix products of pixels and channels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from knltrain.ops.library import operator, register_fake
+from knltrain.ops.native import address, check, kernels
+
+_PANEL = 16  # channels that the kernels take together
+
+
+def takes(weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
+    """Whether the kernels compute such a convolution: 1 x 1 without padding or groups, multiples of 16 channels.
+
+    Args:
+        weight_shape: K, C/groups, R, S.
+        stride: down and across, in pixels.
+        padding: zeros around the input, in pixels.
+        groups: of channels, each convolved alone.
+    """
+    outputs, inputs, *kernel = weight_shape
+    return (
+        kernel == [1, 1]
+        and min(stride) > 0
+        and tuple(padding) == (0, 0)
+        and groups == 1
+        and outputs % _PANEL == inputs % _PANEL == 0
+    )
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]) -> Tensor:
+    """torch.conv2d of a kernel of 1 x 1.
+
+    Args:
+        x: N x C x H x W, float32, channels-last.
+        weight: K x C x 1 x 1; K and C are multiples of 16.
+        bias: K, or None.
+        stride: down and across, in pixels.
+
+    Returns:
+        N x K x H' x W', channels-last.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device.
+    """
+    y: Tensor = torch.ops.knltrain.pointwise_conv2d(x, weight, bias, stride)
+    return y
+
+
+def conv2d_input(dy: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The gradient of :func:`conv2d`'s input.
+
+    Args:
+        dy: gradient of the output, N x K x H' x W', float32, channels-last.
+        weight: K x C x 1 x 1.
+        size: height and width of the input, in pixels.
+        stride: down and across, in pixels.
+
+    Returns:
+        N x C x H x W, channels-last.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device.
+    """
+    dx: Tensor = torch.ops.knltrain.pointwise_conv2d_input(dy, weight, size, stride)
+    return dx
+
+
+@operator("pointwise_conv2d")
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
+    if bias is not None:
+        check("bias", bias, (torch.float32,), (weight.shape[0],))
+    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    module = kernels()
+    if module is not None and y.numel() and module.pointwise(
+        address(x), address(weight), address(bias), address(y), list(x.shape), list(y.shape), stride, False,
+        torch.get_num_threads()
+    ):  # fmt: skip
+        return y
+    return torch.conv2d(x, weight, bias, stride)
+
+
+@operator("pointwise_conv2d_input")
+def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    _check("dy", dy, weight, stride, dy.shape[1] == weight.shape[0])
+    if list(dy.shape[2:]) != _met(size, stride):
+        raise ValueError(f"dy has shape {tuple(dy.shape)}; of an image of {size[0]} x {size[1]} pixels "
+                         f"{' x '.join(map(str, _met(size, stride)))} outputs are made")  # fmt: skip
+    dx = _empty(dy, weight.shape[1], size)
+    module = kernels()
+    if module is not None and dy.numel() and module.pointwise(
+        address(dy), address(weight), 0, address(dx), list(dy.shape), list(dx.shape), stride, True,
+        torch.get_num_threads()
+    ):  # fmt: skip
+        return dx
+    gradients = torch.ops.aten.convolution_backward(
+        dy, dx, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
+    )
+    gradient: Tensor = gradients[0].contiguous(memory_format=torch.channels_last)
+    return gradient
+
+
+@register_fake("pointwise_conv2d")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
+    return _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+
+
+@register_fake("pointwise_conv2d_input")
+def _(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Tensor:
+    return _empty(dy, weight.shape[1], size)
+
+
+def _empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    shape = [like.shape[0], channels, *size]
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _met(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """How many pixels of an image the kernel meets, down and across."""
+    return [(n + step - 1) // step for n, step in zip(size, stride, strict=True)]
+
+
+def _check(name: str, tensor: Tensor, weight: Tensor, stride: list[int], goes_with: bool) -> None:
+    if weight.dim() != 4 or not goes_with or not takes(weight.shape, stride, (0, 0), 1):
+        raise ValueError(
+            f"weight of shape {tuple(weight.shape)} with stride {tuple(stride)} does not go with {name} of shape "
+            f"{tuple(tensor.shape)}; it must be 1 x 1, with multiples of 16 channels in and out"
+        )
+    for which, given in ((name, tensor), ("weight", weight)):
+        check(which, given, (torch.float32,))
+        if given.dim() != 4 or not given.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{which} has shape {tuple(given.shape)}, strides {given.stride()}; "
+                             "it must be N x C x H x W, channels-last")  # fmt: skip
