@@ -202,13 +202,15 @@ NB_MODULE(_kernels, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "winograd_weight_grad",
-        [](Address x, Address dy, Address dw, const std::vector<int64_t> &x_shape, const std::vector<int64_t> &dy_shape,
-           int64_t kernel, const std::vector<int64_t> &padding, int64_t groups, int tasks) {
+        [](Address x, Address dy, Address dw, Address dbias, const std::vector<int64_t> &x_shape,
+           const std::vector<int64_t> &dy_shape, int64_t kernel, const std::vector<int64_t> &padding, int64_t groups,
+           int tasks) {
             WinogradWeightGrad p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
             p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
-            p.x = at<float>(x), p.dy = at<float>(dy), p.dw = at<float>(dw), p.tasks = tasks;
+            p.x = at<float>(x), p.dy = at<float>(dy), p.dw = at<float>(dw), p.dbias = at<float>(dbias);
+            p.tasks = tasks;
             return chosen->winograd_weight_grad(p);
         },
         nb::call_guard<nb::gil_scoped_release>());

@@ -68,6 +68,7 @@ struct WinogradWeightGrad {
     int64_t in_h, in_w, out_h, out_w, kernel, pad_h, pad_w;
     const float *x, *dy;  // N x H x W x C
     float *dw;            // out_channels x kernel x kernel x in_channels / groups
+    float *dbias;         // out_channels, or null
     int tasks;
 };
 

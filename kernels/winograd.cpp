@@ -226,12 +226,19 @@ template <int kernel, class Body> void with_matrices(int outputs, Body body) {
 
 // What is transformed: inputs by B', or the output's gradients by A.
 struct Inputs {
+    static constexpr bool summed = false;
     template <class M> static constexpr const auto &of(const M &m) { return m.input; }
     static constexpr int size(int kernel, int outputs) { return kernel + outputs - 1; }
 };
 struct Outputs {
+    static constexpr bool summed = false;
     template <class M> static constexpr const auto &of(const M &m) { return m.output; }
     static constexpr int size(int, int outputs) { return outputs; }
+};
+
+// The same, and they are added up on the way: the gradient of a bias.
+struct SummedOutputs : Outputs {
+    static constexpr bool summed = true;
 };
 
 // One side of a convolution, cut into tiles: what is read or written at `size` x `size` pixels a tile.
@@ -304,10 +311,10 @@ struct Tiles {
     }
 };
 
-// Transforms the tiles of a block, channels [channel, channel + 16 * tiles.panels).
+// Transforms the tiles of a block, channels [channel, channel + 16 * tiles.panels), and adds them to sums.
 template <int kernel, class Side>
 void transform_tiles(const Map &map, const float *from, const float *zeros, const Block &block, int64_t channel,
-                     const Tiles &tiles) {
+                     const Tiles &tiles, float *sums = nullptr) {
     constexpr int size = Side::size(kernel, kTile), points = Matrices<kernel>::points;
     const float *places[2][size * size];
     const int64_t count = block.size();
@@ -323,19 +330,25 @@ void transform_tiles(const Map &map, const float *from, const float *zeros, cons
             for (int v = 0; v < kVectors; ++v) {
                 const int64_t offset = panel * kPanel + v * vec::lanes;
                 float *to = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
-                auto in = [&](int i, int j) KNLTRAIN_INLINE { return load(at[i * size + j] + offset); };
+                vec sum = Side::summed ? load(sums + offset) : zero();
+                auto in = [&](int i, int j) KNLTRAIN_INLINE {
+                    const vec x = load(at[i * size + j] + offset);
+                    if (Side::summed) sum += x;
+                    return x;
+                };
                 auto out = [&](int i, int j, vec x) KNLTRAIN_INLINE { store(to + (i * points + j) * tiles.point(), x); };
                 if (rows == kTile && columns == kTile) {
                     spread_both(Side::of(matrices<kernel>), in, out);
-                    continue;
+                } else {
+                    Half half;
+                    int height = 0;
+                    with_matrices<kernel>(rows, [&](const auto &m) {
+                        height = spread_columns(Side::of(m), Side::size(kernel, columns), in, half);
+                    });
+                    with_matrices<kernel>(columns,
+                                          [&](const auto &m) { spread_rows(Side::of(m), height, half, points, out); });
                 }
-                Half half;
-                int height = 0;
-                with_matrices<kernel>(rows, [&](const auto &m) {
-                    height = spread_columns(Side::of(m), Side::size(kernel, columns), in, half);
-                });
-                with_matrices<kernel>(columns,
-                                      [&](const auto &m) { spread_rows(Side::of(m), height, half, points, out); });
+                if (Side::summed) store(sums + offset, sum);
             }
         }
     }
@@ -571,6 +584,16 @@ void add_weights(const float *products, int64_t point_numbers, int64_t outputs, 
     }
 }
 
+// Transforms a block of dy, and adds it to the gradient of the bias, if there is one: to float64 sums, a block at a time.
+template <int kernel>
+void transform_outputs(const WinogradWeightGrad &p, const Map &map, const float *zeros, const Block &block,
+                       int64_t output, const Tiles &d, float *sums, double *totals) {
+    if (p.dbias == nullptr) return transform_tiles<kernel, Outputs>(map, p.dy, zeros, block, output, d);
+    memset(sums, 0, d.panels * kPanel * sizeof(float));
+    transform_tiles<kernel, SummedOutputs>(map, p.dy, zeros, block, output, d, sums);
+    for (int64_t i = 0; i < d.panels * kPanel; ++i) totals[output + i] += sums[i];
+}
+
 template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     constexpr int points = Matrices<kernel>::points, taps = kernel * kernel;
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
@@ -585,6 +608,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     Memory memory;
     const int64_t zeros_at = memory.add(most(p.in_channels, p.out_channels));
     const int64_t sums_at = memory.add((shares.by_item - 1) * size), own_at = memory.numbers;
+    const int64_t bias_at = memory.add(2 * p.out_channels), bias_block_at = memory.add(block_panels * kPanel);
     const int64_t v_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t d_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
     const int64_t products_at = memory.add(points * points * point_numbers), block_at = memory.add(block_tiles);
@@ -601,6 +625,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
         const int64_t begin = shares.first_item(task), end = shares.end_item(task);
         const Tiles v{mine + v_at, block_tiles, inputs / kPanel};
         Block block = block_of(out, mine + block_at);
+        if (p.dbias != nullptr) memset(mine + bias_at, 0, p.out_channels * sizeof(double));
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = begin; first == begin || first < end; first += block_tiles) {
                 block.fill(out, first, least(first + block_tiles, end));
@@ -608,7 +633,8 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
                 for (int64_t panel = shares.first_panel(task); panel < shares.end_panel(task); panel += block_panels) {
                     const Tiles d{mine + d_at, block_tiles, least(block_panels, shares.end_panel(task) - panel)};
                     const int64_t output = group * outputs + panel * kPanel;
-                    transform_tiles<kernel, Outputs>(out, p.dy, zeros, block, output, d);
+                    transform_outputs<kernel>(p, out, zeros, block, output, d, mine + bias_block_at,
+                                              reinterpret_cast<double *>(mine + bias_at));
                     for (int point = 0; point < points * points; ++point) {
                         int64_t first_tile, end_tile;
                         block.range<kernel>(point, first_tile, end_tile);
@@ -630,6 +656,12 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
         }
     };
     if (shares.by_item > 1) each_task(p.tasks, finish);
+    for (int64_t output = 0; p.dbias != nullptr && output < p.out_channels; ++output) {
+        double total = 0;
+        for (int task = 0; task < p.tasks; ++task)
+            total += reinterpret_cast<const double *>(base + task * own + bias_at)[output];
+        p.dbias[output] = float(total);
+    }
     free(base);
     return true;
 }

@@ -16,6 +16,7 @@ from knltrain.errors import ConfigError
 from knltrain.models import WithoutValues, model_of
 from knltrain.models.fused import FusedConv2d, fuses_convolution
 from knltrain.node.measured import settings_of, store_convolutions, stored_convolutions
+from knltrain.node.memory import release_freed_memory
 from knltrain.node.topology import Node
 from knltrain.ops import convgrad, winograd
 
@@ -216,6 +217,7 @@ def _faster_ones(
     found = stored_convolutions(settings)
     if found is None or not all(_known(found.get(str(one))) for one in convolutions):
         found = {str(one): _faster(measure(one, images)) for one in convolutions}
+        release_freed_memory()  # a run's tensors have other sizes
         if keep:
             store_convolutions(settings, found)
     return found

@@ -139,7 +139,7 @@ def backward(
     if needs[1] and by.weight:
         shape, (stride, padding, dilation, groups) = list(weight.shape), geometry
         if x.dtype == torch.float32 and winograd.takes(x.shape[1], shape, stride, padding, dilation, groups):
-            dweight = winograd.conv2d_weight(x, dy, shape, padding, groups)
+            dweight, dbias = winograd.conv2d_weight(x, dy, shape, padding, groups, bias=needs[2])
         else:
             dweight = conv_weight_grad(x, dy, shape, stride, padding, groups)
     if needs[2] and dbias is None:

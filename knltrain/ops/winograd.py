@@ -87,8 +87,10 @@ def conv2d_input(dy: Tensor, weight: Tensor, padding: Sequence[int], groups: int
     return dx
 
 
-def conv2d_weight(x: Tensor, dy: Tensor, weight_shape: Sequence[int], padding: Sequence[int], groups: int) -> Tensor:
-    """The gradient of :func:`conv2d`'s weights.
+def conv2d_weight(
+    x: Tensor, dy: Tensor, weight_shape: Sequence[int], padding: Sequence[int], groups: int, *, bias: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of :func:`conv2d`'s weights and bias.
 
     Args:
         x: N x C x H x W, float32, channels-last.
@@ -96,15 +98,16 @@ def conv2d_weight(x: Tensor, dy: Tensor, weight_shape: Sequence[int], padding: S
         weight_shape: K, C/groups, R, R.
         padding: zeros around x, in pixels.
         groups: of channels, each convolved alone.
+        bias: whether there is one.
 
     Returns:
-        K x C/groups x R x R, channels-last.
+        K x C/groups x R x R, channels-last; and K, or None without a bias.
 
     Raises:
         ValueError: a wrong type, layout, shape or device.
     """
-    dweight: Tensor = torch.ops.knltrain.winograd_conv2d_weight(x, dy, weight_shape, padding, groups)
-    return dweight
+    dweight, dbias = torch.ops.knltrain.winograd_conv2d_weight(x, dy, weight_shape, padding, groups, bias)
+    return dweight, dbias if bias else None
 
 
 @operator("winograd_conv2d")
@@ -140,19 +143,21 @@ def _input(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tenso
 
 
 @operator("winograd_conv2d_weight")
-def _weight(x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int) -> Tensor:
+def _weight(
+    x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int, bias: bool
+) -> tuple[Tensor, Tensor]:
     _check(x.shape[1], weight_shape, padding, groups, x=x, dy=dy)
     expected = _output_size(x.shape, weight_shape, padding)
     if list(dy.shape) != expected:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; this convolution's output has {tuple(expected)}")
-    dweight = _empty(weight_shape, x)
+    dweight, dbias = _empty(weight_shape, x), x.new_empty(weight_shape[0] if bias else 0)
     module = kernels()
     if module is not None and x.numel() and dy.numel() and module.winograd_weight_grad(
-        address(x), address(dy), address(dweight), list(x.shape), list(dy.shape), weight_shape[2], padding, groups,
-        torch.get_num_threads()
+        address(x), address(dy), address(dweight), address(dbias if bias else None), list(x.shape), list(dy.shape),
+        weight_shape[2], padding, groups, torch.get_num_threads()
     ):  # fmt: skip
-        return dweight
-    return _backward(dy, x, dweight, padding, groups, 1)
+        return dweight, dbias
+    return _backward(dy, x, dweight, padding, groups, 1), dy.sum((0, 2, 3)) if bias else dbias
 
 
 @register_fake("winograd_conv2d")
@@ -167,8 +172,10 @@ def _(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tensor:
 
 
 @register_fake("winograd_conv2d_weight")
-def _(x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int) -> Tensor:
-    return _empty(weight_shape, x)
+def _(
+    x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    return _empty(weight_shape, x), x.new_empty(weight_shape[0] if bias else 0)
 
 
 def _empty(shape: Sequence[int], like: Tensor) -> Tensor:

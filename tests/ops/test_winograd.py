@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.checks import check_operator, seed_anew, threads
+from ops.checks import FLOAT32, assert_within, check_operator, seed_anew, threads
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knltrain.config import RunConfig
@@ -51,7 +51,7 @@ def results(x, weight, bias, dy, padding, groups):
     return (
         winograd.conv2d(x, weight, bias, padding, groups),
         winograd.conv2d_input(dy, weight, padding, groups),
-        winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups),
+        winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)[0],
     )
 
 
@@ -79,6 +79,22 @@ def assert_close(got, exact):
 def test_is_the_convolution_in_float64(each_isa, size):
     case = make_case(*size)
     assert_close(results(*case), exact_results(*case))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+    "size", [*SIZES[:10], (1, 64, 128, 1, 7, 7, 3, (1, 1)), (9, 32, 48, 1, 30, 31, 3, (1, 1))], ids=str
+)
+def test_the_gradient_of_a_bias_comes_with_that_of_the_weights(each_isa, size, count):
+    x, weight, _, dy, padding, groups = make_case(*size)
+    dy += 1  # a sum of one sign shows what is left out, or counted twice
+    with threads(count):
+        dweight, dbias = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups, bias=True)
+        alone, none = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)
+    assert torch.equal(dweight, alone)
+    assert none is None
+    exact = dy.double().sum((0, 2, 3))
+    assert_within(dbias, exact, 64 * FLOAT32 * dy.double().abs().sum((0, 2, 3)), "dbias")
 
 
 @pytest.mark.parametrize("name", ["alexnet_bn", "alexnet_bn_small", "resnet20", "resnet50", "torchvision:vgg16"])
@@ -132,7 +148,9 @@ def test_what_is_no_number_stays_none_and_keeps_to_its_tiles(each_isa, bad):
     assert torch.equal(y[:, :, 12:], good[:, :, 12:])
     dy[0, 3, 9, 9] = bad
     assert not winograd.conv2d_input(dy, weight, padding, groups)[:, :, 8:11, 8:11].isfinite().any()
-    assert not winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups)[3].isfinite().any()
+    dweight, dbias = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups, bias=True)
+    assert not dweight[3].isfinite().any()
+    assert dbias.isfinite().tolist() == [channel != 3 for channel in range(16)]
 
 
 def test_large_and_small_numbers(each_isa):
@@ -158,7 +176,7 @@ def test_operators_are_as_declared(each_isa):
     x, weight, bias, dy, padding, groups = make_case(*SIZES[4])
     check_operator(torch.ops.knltrain.winograd_conv2d.default, x, weight, bias, padding, groups)
     check_operator(torch.ops.knltrain.winograd_conv2d_input.default, dy, weight, padding, groups)
-    check_operator(torch.ops.knltrain.winograd_conv2d_weight.default, x, dy, list(weight.shape), padding, groups)
+    check_operator(torch.ops.knltrain.winograd_conv2d_weight.default, x, dy, list(weight.shape), padding, groups, True)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +217,9 @@ def test_conv2d_computes_as_it_is_told(by, with_bias, monkeypatch):
     called = []
     for name in ("conv2d", "conv2d_input", "conv2d_weight"):
         function = getattr(winograd, name)
-        monkeypatch.setattr(winograd, name, lambda *given, f=function, n=name: called.append(n) or f(*given))
+        monkeypatch.setattr(
+            winograd, name, lambda *given, f=function, n=name, **more: called.append(n) or f(*given, **more)
+        )
     sources = [tensor.requires_grad_() for tensor in (x, weight, *([bias] if with_bias else []))]
     y = conv2d(*sources, padding=tuple(padding), groups=groups, by=by)
     dx, dw, *dbias = torch.autograd.grad(y, sources, dy)
