@@ -8,3 +8,8 @@ for pair in resnet50:32 alexnet_bn:128 torchvision:vgg16:16; do
         --contestants stock,stock+launcher,nchw+launcher,ipex+launcher,knltrain \
         --out "perf/results/vs-peers-2026-11-29/${model#torchvision:}"
 done
+for model in resnet18 mobilenet_v2 densenet121; do
+    python perf/vs_peers.py --models "torchvision:$model" --batches 32 --precisions fp32 --rounds 3 --steps 2 \
+        --contestants stock+launcher,nchw+launcher,ipex+launcher,knltrain \
+        --out "perf/results/vs-peers-2026-11-29/$model"
+done
