@@ -175,28 +175,29 @@ NB_MODULE(_kernels, m) {
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "pointwise",
-        [](Address x, Address weight, Address bias, Address y, const std::vector<int64_t> &x_shape,
-           const std::vector<int64_t> &y_shape, const std::vector<int64_t> &stride, bool turned, int tasks) {
+        [](Address x, Address weight, Address bias, Address shift, Address y, Address mean, Address var,
+           const std::vector<int64_t> &x_shape, const std::vector<int64_t> &y_shape, const std::vector<int64_t> &stride,
+           bool turned, int tasks) {
             Pointwise p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
             p.stride_h = stride[0], p.stride_w = stride[1], p.turned = turned;
             p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
-            p.tasks = tasks;
+            p.shift = at<float>(shift), p.mean = at<float>(mean), p.var = at<float>(var), p.tasks = tasks;
             return chosen->pointwise(p);
         },
         nb::call_guard<nb::gil_scoped_release>());
     m.def(
         "winograd",
-        [](Address x, Address weight, Address bias, Address y, const std::vector<int64_t> &x_shape,
-           const std::vector<int64_t> &y_shape, int64_t kernel, const std::vector<int64_t> &padding, int64_t groups,
-           bool turned, int tasks) {
+        [](Address x, Address weight, Address bias, Address shift, Address y, Address mean, Address var,
+           const std::vector<int64_t> &x_shape, const std::vector<int64_t> &y_shape, int64_t kernel,
+           const std::vector<int64_t> &padding, int64_t groups, bool turned, int tasks) {
             Winograd p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
             p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups, p.turned = turned;
             p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
-            p.tasks = tasks;
+            p.shift = at<float>(shift), p.mean = at<float>(mean), p.var = at<float>(var), p.tasks = tasks;
             return chosen->winograd(p);
         },
         nb::call_guard<nb::gil_scoped_release>());

@@ -46,7 +46,8 @@ struct Pointwise {
     const float *x;       // N x H x W x C
     const float *weight;  // out_channels x in_channels; turned: in_channels x out_channels
     const float *bias;    // or null
-    float *y;
+    const float *shift;   // near the means of y, where those and the variances are wanted too; or null
+    float *y, *mean, *var;
     int tasks;
 };
 
@@ -58,7 +59,8 @@ struct Winograd {
     const float *x;       // N x H x W x C
     const float *weight;  // out_channels x kernel x kernel x in_channels / groups; turned: in and out change places
     const float *bias;    // or null
-    float *y;
+    const float *shift;   // near the means of y, where those and the variances are wanted too; or null
+    float *y, *mean, *var;
     int tasks;
 };
 

@@ -64,13 +64,16 @@ struct Block {
 // Outputs of `panels` panels, from `panel` on. Streamed, they go around the caches.
 template <int panels, bool streamed>
 void multiply_block(const Pointwise &p, const Block &block, const float *weights, int64_t panel, float *sums,
-                    Ahead &ahead) {
+                    const Statistics &statistics, Ahead &ahead) {
     const int64_t inputs = p.in_channels;
     for (int64_t from = 0; from < inputs; from += kDepth) {
         const int64_t depth = least(kDepth, inputs - from);
         const float *b = weights + (panel * inputs + from) * kPanel;
         const bool first = from == 0, last = from + depth == inputs;
+        const bool counted = last && statistics.shift != nullptr;
         by_rows(block.rows, [&](auto count, int64_t row) KNLTRAIN_INLINE {
+            vec above[panels * kVectors], squares[panels * kVectors];
+            for (int w = 0; w < panels * kVectors; ++w) above[w] = squares[w] = zero();
             auto put = [&](int r, int w, vec sum) KNLTRAIN_INLINE {
                 float *own = sums + ((row + r) * panels * kVectors + w) * vec::lanes;
                 const int64_t output = panel * kPanel + w * vec::lanes;
@@ -79,9 +82,15 @@ void multiply_block(const Pointwise &p, const Block &block, const float *weights
                 if (p.bias != nullptr) sum += load(p.bias + output);
                 float *to = p.y + block.places[row + r] + output;
                 streamed ? stream(to, sum) : store(to, sum);
+                if (!counted) return;
+                const vec d = sum - load(statistics.shift + output);
+                above[w] += d;
+                squares[w] = fma(d, d, squares[w]);
             };
             multiply<count.count, panels>(block.a + row * inputs + from * count.count, count.count * kPanel, b,
                                           inputs * kPanel, depth, ahead, put);
+            for (int w = 0; counted && w < panels * kVectors; ++w)
+                statistics.add(panel * kPanel + w * vec::lanes, above[w], squares[w]);
         });
     }
 }
@@ -89,10 +98,10 @@ void multiply_block(const Pointwise &p, const Block &block, const float *weights
 // All panels of outputs [begin, end).
 template <bool streamed>
 void multiply_panels(const Pointwise &p, const Block &block, const float *weights, int64_t begin, int64_t end,
-                     float *sums, Ahead &ahead) {
+                     float *sums, const Statistics &statistics, Ahead &ahead) {
     for (; begin + kPanels <= end; begin += kPanels)
-        multiply_block<kPanels, streamed>(p, block, weights, begin, sums, ahead);
-    for (; begin < end; ++begin) multiply_block<1, streamed>(p, block, weights, begin, sums, ahead);
+        multiply_block<kPanels, streamed>(p, block, weights, begin, sums, statistics, ahead);
+    for (; begin < end; ++begin) multiply_block<1, streamed>(p, block, weights, begin, sums, statistics, ahead);
 }
 
 }  // namespace
@@ -110,6 +119,7 @@ bool pointwise(const Pointwise &p) {
     Memory memory;
     const int64_t weights_at = memory.add(inputs * p.out_channels), own_at = memory.numbers;
     const int64_t a_at = memory.add(inputs * room), sums_at = memory.add(room * kPanels * kPanel);
+    const int64_t statistics_at = memory.add(Statistics::numbers(p.out_channels));
     const int64_t places_at = memory.add(4 * room), own = memory.numbers - own_at;
     float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
     if (base == nullptr) return false;
@@ -126,6 +136,7 @@ bool pointwise(const Pointwise &p) {
     auto work = [&](int task) {
         float *mine = base + task * own, *a = mine + a_at;
         int64_t *from = reinterpret_cast<int64_t *>(mine + places_at), *to = from + room;
+        const Statistics statistics = Statistics::at(mine + statistics_at, p.shift, p.out_channels);
         for (int64_t first = shares.first_item(task); first < shares.end_item(task); first += room) {
             const int64_t rows = least(room, shares.end_item(task) - first);
             for (int64_t row = 0; row < rows; ++row)
@@ -140,13 +151,19 @@ bool pointwise(const Pointwise &p) {
             }
             const Block block{a, rows, to};
             if (streamed)
-                multiply_panels<true>(p, block, base + weights_at, panel, shares.end_panel(task), mine + sums_at, ahead);
+                multiply_panels<true>(p, block, base + weights_at, panel, shares.end_panel(task), mine + sums_at, statistics, ahead);
             else
-                multiply_panels<false>(p, block, base + weights_at, panel, shares.end_panel(task), mine + sums_at, ahead);
+                multiply_panels<false>(p, block, base + weights_at, panel, shares.end_panel(task), mine + sums_at, statistics, ahead);
+            statistics.end_block();
         }
         if (streamed) _mm_sfence();
     };
     each_task(p.tasks, work);
+    if (p.shift != nullptr) {
+        const Statistics first{p.shift, p.out_channels, nullptr,
+                               reinterpret_cast<double *>(base + statistics_at + 2 * p.out_channels)};
+        first.finish(p.tasks, own, pixels, p.mean, p.var);
+    }
     free(base);
     return true;
 }

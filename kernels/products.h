@@ -101,6 +101,44 @@ struct Shares {
     }
 };
 
+// Sums of a task's results and of their squares, by channel: float32 over a block, float64 over blocks. They are of what
+// exceeds a shift, so that a mean much larger than the deviation costs no digits.
+struct Statistics {
+    const float *shift;  // null: none are taken
+    int64_t channels;
+    float *block;   // 2 * channels
+    double *total;  // likewise
+
+    static int64_t numbers(int64_t channels) { return 6 * channels; }
+    static Statistics at(float *place, const float *shift, int64_t channels) {
+        const Statistics s{shift, channels, place, reinterpret_cast<double *>(place + 2 * channels)};
+        if (shift != nullptr) memset(place, 0, numbers(channels) * sizeof(float));
+        return s;
+    }
+    void add(int64_t channel, vec sum, vec squares) const {
+        store(block + channel, load(block + channel) + sum);
+        store(block + channels + channel, load(block + channels + channel) + squares);
+    }
+    void end_block() const {
+        if (shift == nullptr) return;
+        for (int64_t i = 0; i < 2 * channels; ++i) total[i] += block[i];
+        memset(block, 0, 2 * channels * sizeof(float));
+    }
+    // Mean and biased variance of `count` results a channel, from those of all tasks; `stride` numbers lie between them.
+    void finish(int tasks, int64_t stride, int64_t count, float *mean, float *var) const {
+        for (int64_t channel = 0; channel < channels; ++channel) {
+            double sum = 0, squares = 0;
+            for (int task = 0; task < tasks; ++task) {
+                const double *own = reinterpret_cast<const double *>(reinterpret_cast<const float *>(total) + task * stride);
+                sum += own[channel], squares += own[channels + channel];
+            }
+            const double above = sum / double(count), variance = squares / double(count) - above * above;
+            mean[channel] = float(shift[channel] + above);
+            var[channel] = float(variance < 0 ? 0 : variance);
+        }
+    }
+};
+
 // Numbers in a row, each part at the beginning of a line.
 struct Memory {
     int64_t numbers = 0;

@@ -357,7 +357,7 @@ void transform_tiles(const Map &map, const float *from, const float *zeros, cons
 // Back to pixels, with the bias added.
 template <int kernel>
 void output_tiles(const Map &map, float *to, float *nowhere, const Block &block, int64_t channel, const float *bias,
-                  const Tiles &tiles) {
+                  const Statistics &statistics, const Tiles &tiles) {
     constexpr int points = Matrices<kernel>::points;
     float *places[2][kTile * kTile];
     const int64_t count = block.size();
@@ -373,16 +373,26 @@ void output_tiles(const Map &map, float *to, float *nowhere, const Block &block,
                 const float *from = tiles.data + panel * tiles.panel() + tile * kPanel + v * vec::lanes;
                 const vec shift = bias == nullptr ? zero() : load(bias + channel + offset);
                 auto in = [&](int i, int j) KNLTRAIN_INLINE { return load(from + (i * points + j) * tiles.point()); };
-                auto out = [&](int i, int j, vec y) KNLTRAIN_INLINE { store(at[i * kTile + j] + offset, y + shift); };
+                const bool counted = statistics.shift != nullptr;
+                const vec usual = counted ? load(statistics.shift + channel + offset) : zero();
+                vec above = zero(), squares = zero();
+                auto out = [&](int i, int j, vec y) KNLTRAIN_INLINE {
+                    store(at[i * kTile + j] + offset, y + shift);
+                    if (!counted) return;
+                    const vec d = y + shift - usual;
+                    above += d;
+                    squares = fma(d, d, squares);
+                };
                 if (rows == kTile && columns == kTile) {
                     gather_both(matrices<kernel>.output, in, out);
-                    continue;
+                } else {
+                    Half half;
+                    with_matrices<kernel>(rows, [&](const auto &m) {
+                        gather_columns(m.output, kernel + columns - 1, points, in, half);
+                    });
+                    with_matrices<kernel>(columns, [&](const auto &m) { gather_rows(m.output, rows, half, out); });
                 }
-                Half half;
-                with_matrices<kernel>(rows, [&](const auto &m) {
-                    gather_columns(m.output, kernel + columns - 1, points, in, half);
-                });
-                with_matrices<kernel>(columns, [&](const auto &m) { gather_rows(m.output, rows, half, out); });
+                if (counted) statistics.add(channel + offset, above, squares);
             }
         }
     }
@@ -496,7 +506,7 @@ Block block_of(const Map &out, float *room) {
 template <int kernel>
 void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const float *weights, int64_t group,
                     int64_t first_panel, int64_t end_panel, int64_t block_panels, const Block &block, float *products,
-                    float *nowhere) {
+                    float *nowhere, const Statistics &statistics) {
     constexpr int points = Matrices<kernel>::points;
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups;
     for (int64_t panel = first_panel; panel < end_panel; panel += block_panels) {
@@ -513,7 +523,7 @@ void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const flo
             for (; i < c.panels; ++i)
                 multiply_point<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
         }
-        output_tiles<kernel>(out, p.y, nowhere, block, group * outputs + panel * kPanel, p.bias, c);
+        output_tiles<kernel>(out, p.y, nowhere, block, group * outputs + panel * kPanel, p.bias, statistics, c);
     }
 }
 
@@ -537,7 +547,7 @@ template <int kernel> bool convolve(const Winograd &p) {
     const int64_t a_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t products_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
     const int64_t nowhere_at = memory.add(p.out_channels), block_at = memory.add(block_tiles);
-    const int64_t own = memory.numbers - own_at;
+    const int64_t statistics_at = memory.add(Statistics::numbers(p.out_channels)), own = memory.numbers - own_at;
     float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
     if (base == nullptr) return false;
     memset(base + zeros_at, 0, p.in_channels * sizeof(float));
@@ -553,6 +563,7 @@ template <int kernel> bool convolve(const Winograd &p) {
     auto work = [&](int task) {
         float *mine = base + task * own;
         const Tiles a{mine + a_at, block_tiles, inputs / kPanel};
+        const Statistics statistics = Statistics::at(mine + statistics_at, p.shift, p.out_channels);
         Block block = block_of(out, mine + block_at);
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = shares.first_item(task); first < shares.end_item(task); first += block_tiles) {
@@ -560,10 +571,16 @@ template <int kernel> bool convolve(const Winograd &p) {
                 transform_tiles<kernel, Inputs>(in, p.x, base + zeros_at, block, group * inputs, a);
                 multiply_tiles<kernel>(p, out, a, base + weights_at + group * weight_numbers, group,
                                        shares.first_panel(task), shares.end_panel(task), block_panels, block,
-                                       mine + products_at, mine + nowhere_at);
+                                       mine + products_at, mine + nowhere_at, statistics);
+                statistics.end_block();
             }
     };
     each_task(p.tasks, work);
+    if (p.shift != nullptr) {
+        const Statistics first{p.shift, p.out_channels, nullptr,
+                               reinterpret_cast<double *>(base + statistics_at + 2 * p.out_channels)};
+        first.finish(p.tasks, own, p.images * p.out_h * p.out_w, p.mean, p.var);
+    }
     free(base);
     return true;
 }

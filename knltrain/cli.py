@@ -313,7 +313,7 @@ _USUAL_BATCH = {"alexnet": 128, "alexnet_bn": 128, "alexnet_bn_small": 256, "res
 @click.option("--batches", metavar="B,...", help="Measure at each of these batches.")
 @click.option("--threads", metavar="T,...", help="Measure with each of these numbers of threads.")
 @click.option("--out", metavar="DIR", help="Folder for table and plot of --batches and --threads; default runs/bench.")
-@_field_options("data", "conv", "force_bf16", "on_bad")
+@_field_options("data", "conv", "fp32_precision", "force_bf16", "on_bad")
 @JSON
 @reports_errors
 def bench(as_json: bool, steps: int, **options: Any) -> None:

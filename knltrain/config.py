@@ -231,6 +231,11 @@ class RunConfig:
     engine: EngineName = _field(
         "auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused"
     )
+    fp32_precision: Literal["ieee", "bf16"] = _field(
+        "ieee",
+        "bf16: in fp32, PyTorch rounds the factors of convolutions and dense layers to bf16, which AMX multiplies; "
+        "ieee: it does not",
+    )
     conv: ConvName = _field(
         "auto",
         "convolutions of engine fused in fp32: direct (PyTorch's), winograd (by that algorithm where it can, which "

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -114,6 +114,38 @@ def choose_precision(asked: Precision, node: Node, *, force: bool, warn: Callabl
             "--precision fp32 is faster, and takes more memory"
         )
     return asked
+
+
+def set_fp32_precision(asked: Literal["ieee", "bf16"], *, precision: str, engine: str, node: Node) -> None:
+    """Has PyTorch compute products of float32 as asked, in this process: torch.backends.mkldnn's ``fp32_precision``.
+
+    Args:
+        asked: bf16: factors are rounded, products are added up in float32; ieee: as PyTorch does anyway.
+        precision: as :func:`choose_precision` resolved it.
+        engine: as :func:`choose_engine` resolved it.
+        node: where it runs.
+
+    Raises:
+        ConfigError: bf16 where there are no products of float32, or none of PyTorch's; without AMX, which alone is
+            faster so; with a PyTorch that has no such setting.
+    """
+    if asked == "ieee":
+        return
+    if precision != "fp32":
+        raise ConfigError(
+            "fp32-precision bf16: there are no products of float32; leave it out, or add --precision fp32"
+        )
+    if engine == "ipex":
+        raise ConfigError("fp32-precision bf16: engine ipex has products of its own; add --engine fused or eager")
+    if "amx_bf16" not in node.flags:
+        raise ConfigError(
+            f"fp32-precision bf16: {node.cpu_model} has no AMX that PyTorch may use, and is not faster so"
+        )
+    for kind in ("conv", "matmul"):
+        products = getattr(torch.backends.mkldnn, kind, None)
+        if products is None:
+            raise ConfigError(f"fp32-precision bf16: torch {torch.__version__} has no such setting; 2.9 and later have")
+        products.fp32_precision = asked
 
 
 def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, threads: int) -> str:

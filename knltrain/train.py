@@ -29,7 +29,7 @@ from knltrain.data.datasets import open_data
 from knltrain.data.loader import Dataset, Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
-from knltrain.engine import Engine, build_engine, choose_engine, choose_precision
+from knltrain.engine import Engine, build_engine, choose_engine, choose_precision, set_fp32_precision
 from knltrain.errors import ConfigError, KnltrainError, SharedError
 from knltrain.evaluate import evaluate
 from knltrain.health import RewindError, Watch
@@ -265,6 +265,7 @@ def train(  # noqa: C901, PLR0915
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
+    set_fp32_precision(config.fp32_precision, precision=precision, engine=engine_name, node=node)
     for batch in (None, *config.schedule.batches):
         share_of(config, ranks.rank, ranks.size, batch)
     out = Path(config.out or f"runs/{config.recipe or config.model}")

@@ -48,6 +48,7 @@ PRODUCTS = ("convolution", "matrix product")
 # Operations of ours that are one gradient of a convolution.
 _GRADIENTS = {
     "knltrain::conv_weight_grad": "weight gradient",
+    "knltrain::pointwise_conv2d_input": "data gradient",
     "knltrain::winograd_conv2d_input": "data gradient",
     "knltrain::winograd_conv2d_weight": "weight gradient",
 }
@@ -219,12 +220,14 @@ def _arithmetic(func: OpOverload, args: Any, output: Any) -> tuple[float, torch.
     Convolutions are counted as direct sums, whatever computes them: Winograd's algorithm may exceed a processor's peak.
     """
     name = func.name().partition("::")[2].partition(".")[0]
-    if name in ("convolution", "convolution_backward", "winograd_conv2d", "winograd_conv2d_input"):
+    if name in ("convolution", "winograd_conv2d", "pointwise_conv2d"):
+        return 2 * output.numel() * args[1][0].numel(), args[1].dtype
+    if name in ("convolution_backward", "winograd_conv2d_input", "pointwise_conv2d_input"):
         weight = args[2] if name == "convolution_backward" else args[1]
-        result = args[0] if name in ("convolution_backward", "winograd_conv2d_input") else output
-        return 2 * result.numel() * weight[0].numel(), weight.dtype
+        return 2 * args[0].numel() * weight[0].numel(), weight.dtype
     if name in ("conv_weight_grad", "winograd_conv2d_weight"):
-        return 2 * args[1].numel() * output[0].numel(), output.dtype
+        gradient = output[0] if name == "winograd_conv2d_weight" else output
+        return 2 * args[1].numel() * gradient[0].numel(), gradient.dtype
     if name in ("mm", "bmm", "addmm"):
         a, b = args[-2:]
         return 2 * a.numel() * b.shape[-1], b.dtype

@@ -8,7 +8,7 @@ bandwidth of a copy. No operation can be faster than its arithmetic at the one, 
 written once, at the other (Williams, Waterman and Patterson 2009). One training step is run with every operation that
 PyTorch dispatches, forward, backward and optimizer, timed again on its own arguments, and booked on the layer that it
 belongs to. What an operation takes beyond its bound is lost; layers are sorted by that. Operands that are still in the
-cache can make an operation faster than its bound.
+cache can make an operation faster than its bound, and so can Winograd's algorithm: convolutions count as direct sums.
 """
 
 from __future__ import annotations

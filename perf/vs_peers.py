@@ -7,16 +7,19 @@
 Each contestant is a process of its own that is started once, warmed up, and asleep while the others measure. A round
 gives each its turn of a few steps, in an order that moves on by one each round, so that what disturbs the machine
 disturbs all of them. A step is forward pass, loss, backward pass and optimizer on one batch of noise.
-``bash run/peers.sh`` installs what the contestants need.
+``bash run/peers.sh`` installs what the contestants need. ``--python`` adds those of another PyTorch, in an environment
+as ``bash run/test.sh --torch 2.14.1`` makes it.
 """
 
 from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import click
@@ -37,12 +40,14 @@ class Contestant:
 
     Attributes:
         tuned: torch's fused SGD instead of its plain one, and the environment of Intel's launcher.
+        python: the interpreter; empty: this one.
     """
 
     recipe: str
     optimizer: str
     tuned: bool
     about: str
+    python: str = ""
 
 
 CONTESTANTS = {
@@ -50,6 +55,9 @@ CONTESTANTS = {
     "stock+launcher": Contestant("stock", "sgd", True, "the same, Intel's launcher, fused SGD"),
     "nchw": Contestant("nchw", "sgd", False, "PyTorch eager without channels-last, as most people run it"),
     "nchw+launcher": Contestant("nchw", "sgd", True, "the same, Intel's launcher, fused SGD"),
+    "bf16-products+launcher": Contestant(
+        "bf16-products", "sgd", True, "stock+launcher in float32, products of convolutions and dense layers in bf16"
+    ),
     "ipex": Contestant("ipex", "sgd", False, "ipex.optimize"),
     "ipex+launcher": Contestant("ipex", "sgd", True, "ipex.optimize, Intel's launcher"),
     "compile+launcher": Contestant("compile", "sgd", True, "torch.compile, Intel's launcher, fused SGD"),
@@ -63,9 +71,37 @@ BATCHES = {"resnet50": (32, 64), "alexnet_bn": (128, 256), "alexnet": (128, 256)
 IMAGE_SIZES = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32}
 
 
+# What another interpreter's PyTorch is raced in.
+_OF_PYTORCH = ("stock", "nchw", "bf16-products", "compile")
+
+
+def of_other_interpreters(names: Sequence[str], pythons: Sequence[str]) -> dict[str, Contestant]:
+    """The contestants, and those of PyTorch alone once more for each interpreter, named by its release.
+
+    Raises:
+        ConfigError: an interpreter does not run, or has no torch or no knltrain.
+    """
+    contestants = {name: CONTESTANTS[name] for name in names}
+    for python in pythons:
+        code = "import knltrain, torch; print(torch.__version__.partition('+')[0])"
+        try:
+            asked = subprocess.run([python, "-c", code], capture_output=True, text=True)
+        except OSError as error:
+            raise ConfigError(f"--python {python}: {error.strerror}") from None
+        if asked.returncode:
+            said = asked.stderr.strip().splitlines() or [f"ended with {asked.returncode}"]
+            raise ConfigError(f"--python {python}: {said[-1]}")
+        contestants |= {
+            f"{name}, torch {asked.stdout.strip()}": replace(CONTESTANTS[name], python=python)
+            for name in names
+            if CONTESTANTS[name].recipe in _OF_PYTORCH
+        }
+    return contestants
+
+
 def race(  # noqa: C901
     entry: dict[str, Any],
-    contestants: Sequence[str],
+    contestants: Mapping[str, Contestant],
     node: Node,
     console: Console,
     *,
@@ -78,7 +114,7 @@ def race(  # noqa: C901
 
     Args:
         entry: ``model``, ``batch``, ``image_size``, ``precision``.
-        contestants: keys of ``CONTESTANTS``.
+        contestants: by name.
         node: the machine.
         console: where to speak.
         rounds: turns that each contestant gets.
@@ -89,13 +125,14 @@ def race(  # noqa: C901
     Returns:
         ``entry`` with its ``contestants``: for each its images/s by round, or the reason why it did not run.
     """
-    results: dict[str, dict[str, Any]] = {name: {"name": name, **asdict(CONTESTANTS[name])} for name in contestants}
+    results: dict[str, dict[str, Any]] = {name: {"name": name, **asdict(one)} for name, one in contestants.items()}
+    order = list(contestants)
     runners: dict[str, Runner] = {}
     try:
         for name in contestants:
             console.line(f"  warming up {name}")
             try:
-                runners[name] = _start(CONTESTANTS[name], entry, engine, node)
+                runners[name] = _start(contestants[name], entry, engine, node)
             except KnltrainError as error:
                 _drop(results[name], error, console)
             else:
@@ -107,7 +144,7 @@ def race(  # noqa: C901
                 console.warn(f"its share of the budget is spent after {number} of {rounds} rounds")
                 break
             shift = number % len(contestants)
-            for name in [name for name in (*contestants[shift:], *contestants[:shift]) if name in runners]:
+            for name in [name for name in (*order[shift:], *order[:shift]) if name in runners]:
                 try:
                     turn = runners[name].measure(steps)
                 except KnltrainError as error:
@@ -131,7 +168,7 @@ def _start(contestant: Contestant, entry: dict[str, Any], engine: str, node: Nod
     if contestant.tuned:
         environ |= launcher_environment(node)
         job["cpus"] = [threads[0] for threads in node.cores]
-    return Runner(job, environ)
+    return Runner(job, environ, contestant.python or sys.executable)
 
 
 def _drop(result: dict[str, Any], error: KnltrainError, console: Console) -> None:
@@ -175,6 +212,9 @@ def compare(raced: dict[str, Any]) -> dict[str, Any]:
     f"{model} {','.join(map(str, sizes))}" for model, sizes in BATCHES.items()) + ".")  # fmt: skip
 @click.option("--precisions", help="Comma-separated; default bf16, where the processor computes in it, and fp32.")
 @click.option("--contestants", help=f"Comma-separated; default {','.join(CONTESTANTS)}.")
+@click.option("--python", "pythons", metavar="PATH", multiple=True,
+              help="Interpreter of an environment with knltrain and another PyTorch, whose contestants race too; "
+                   "may be given again.")  # fmt: skip
 @click.option("--engine", default="auto", show_default=True, help="knltrain's engine.")
 @click.option("--rounds", type=click.IntRange(1), help="Turns of each contestant; default 5, with --quick 2.")
 @click.option("--steps", type=click.IntRange(1), help="Timed steps in a turn; default 3, with --quick 2.")
@@ -186,6 +226,7 @@ def main(
     batches: str | None,
     precisions: str | None,
     contestants: str | None,
+    pythons: tuple[str, ...],
     engine: str,
     rounds: int | None,
     steps: int | None,
@@ -197,6 +238,7 @@ def main(
     """Race knltrain against stock PyTorch, IPEX, torch.compile and timm; --quick: a small network, two contestants."""
     console, node = Console(json=as_json), read_node()
     names = _listed(contestants, list(CONTESTANTS)) or (["stock", "knltrain"] if quick else list(CONTESTANTS))
+    racing = of_other_interpreters(names, pythons)
     chosen = _listed(models) or (["alexnet_bn_small"] if quick else list(BATCHES))
     sizes = [int(size) for size in _listed(batches)] or ([16] if quick else [])
     types = _listed(precisions, ["bf16", "fp32"]) or (["bf16", "fp32"] if node.computes_bf16 else ["fp32"])[: 2 - quick]
@@ -218,7 +260,7 @@ def main(
             write(result, folder)
             continue
         console.line(title(entry))
-        raced = race(entry, names, node, console, rounds=rounds, steps=steps, engine=engine,
+        raced = race(entry, racing, node, console, rounds=rounds, steps=steps, engine=engine,
                      deadline=now + (end - now) / (len(entries) - number))  # fmt: skip
         result["races"].append(compare(raced))
         present(result["races"][-1], console)

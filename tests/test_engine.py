@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from small_networks import why_no_engine
 
 from knltrain.config import OptimConfig, RunConfig
-from knltrain.engine import build_engine, choose_engine, choose_precision
+from knltrain.engine import build_engine, choose_engine, choose_precision, set_fp32_precision
 from knltrain.errors import ConfigError
 from knltrain.models import model_of
 from knltrain.node.topology import Node, read_node
@@ -177,6 +177,43 @@ def test_bf16_where_fp32_is_faster_is_taken_with_a_warning_alone():
     with pytest.warns(UserWarning, match=r"Old CPU hides its AMX.*--precision fp32"):
         assert choose_precision("bf16", hidden, force=False) == "bf16"
     assert choose_precision("bf16", hidden, force=True) == "bf16", "without a warning, which would be an error here"
+
+
+WITH_AMX = dataclasses.replace(OLD_CPU, flags=frozenset({"avx2", "amx_bf16"}))
+HAS_PRODUCTS = hasattr(torch.backends.mkldnn, "conv")
+
+
+@pytest.mark.parametrize(
+    "precision, engine, node, wrong",
+    [
+        ("bf16", "fused", WITH_AMX, "--precision fp32"),
+        ("fp32", "ipex", WITH_AMX, "--engine fused or eager"),
+        ("fp32", "fused", OLD_CPU, "Old CPU has no AMX"),
+        pytest.param("fp32", "fused", WITH_AMX, "2.9 and later have",
+                     marks=pytest.mark.skipif(HAS_PRODUCTS, reason="this PyTorch has the setting")),
+    ],
+)  # fmt: skip
+def test_products_in_bf16_are_refused_where_there_are_none(precision, engine, node, wrong):
+    set_fp32_precision("ieee", precision=precision, engine=engine, node=node)
+    with pytest.raises(ConfigError, match=f"fp32-precision bf16: .*{wrong}"):
+        set_fp32_precision("bf16", precision=precision, engine=engine, node=node)
+
+
+@pytest.mark.skipif(not HAS_PRODUCTS, reason="this PyTorch does not have the setting")
+def test_products_in_bf16_are_rounded_where_there_is_amx(monkeypatch):
+    x, weight = (torch.randn(size).to(memory_format=torch.channels_last) for size in ((16, 64, 28, 28), (64, 64, 3, 3)))
+    exact = F.conv2d(x.double(), weight.double())
+
+    def off():
+        return float((F.conv2d(x, weight).double() - exact).norm() / exact.norm())
+
+    assert off() < 1e-6
+    for products in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
+        monkeypatch.setattr(products, "fp32_precision", products.fp32_precision)
+    set_fp32_precision("bf16", precision="fp32", engine="eager", node=WITH_AMX)
+    assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
+    if "amx_bf16" in read_node().flags:
+        assert 1e-4 < off() < 1e-2
 
 
 def test_missing_parts_are_named(monkeypatch):

@@ -12,6 +12,7 @@ from knltrain.config import OptimConfig, RunConfig
 from knltrain.engine import build_engine
 from knltrain.models import fused, model_of
 from knltrain.models.fused import fuse
+from knltrain.ops.convgrad import Geometry, native_results
 from knltrain.ops.native import why_not
 from knltrain.optim import SGD, build_optimizer
 
@@ -111,6 +112,39 @@ def test_computes_what_the_plain_model_computes(name, image_size, training, requ
         # Fifty layers multiply rounding errors; how much float32 may be off is what the plain model's is.
         off, usual = ((one.double() - true.double()).norm() for one in (buffer, other))
         assert off <= 5 * usual + 1e-6 * true.double().norm()
+
+
+def native_everywhere(model):
+    """Has native kernels compute all that they can, and says how many forward passes that is."""
+    convolutions = [module for module in model.modules() if isinstance(module, fused.FusedConv2d)]
+    for one in convolutions:
+        geometry = Geometry(one.stride, one.padding, one.dilation, one.groups)
+        one.by = native_results(one.in_channels, tuple(one.weight.shape), geometry)
+    return sum(one.by.forward for one in convolutions)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name, image_size", [("resnet20", 32), ("resnet50", 64)])
+def test_batch_norms_take_statistics_from_the_kernels(name, image_size, training, monkeypatch):
+    """Of the network's blocks; the stem's batch norm, after a convolution of PyTorch's, computes its own."""
+    torch.manual_seed(0)
+    plain = model_of(RunConfig(model=name, image_size=image_size), 10).double().train(training)
+    ours = copy.deepcopy(plain).float().to(memory_format=torch.channels_last)
+    fuse(ours)
+    count, taken = native_everywhere(ours), []
+    original = fused.conv2d_and_statistics
+    monkeypatch.setattr(fused, "conv2d_and_statistics", lambda *given: taken.append(1) or original(*given))
+    images, labels = channels_last(8, 3, image_size, image_size), torch.randint(10, (8,))
+    F.cross_entropy(ours(images), labels).backward()
+    F.cross_entropy(plain(images.double()), labels).backward()
+    assert len(taken) == (count if training else 0)
+    exact = [parameter.grad for parameter in plain.parameters()]
+    whole = torch.stack([gradient.norm() for gradient in exact]).norm()
+    for parameter, gradient in zip(ours.parameters(), exact, strict=True):
+        # As above: a ReLU that flips at a rounding error moves a gradient, a wrong one is off by its own size.
+        assert (parameter.grad.double() - gradient).norm() <= 0.1 * gradient.norm() + 1e-5 * whole
+    for buffer, true in zip(ours.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(buffer.double(), true.double(), rtol=1e-3, atol=1e-4)
 
 
 def test_layers_that_the_kernels_do_not_have_stay_as_they_are():

@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
+from knltrain.bench.primitives import observed, slow_convolutions
 from knltrain.config import RunConfig
 from knltrain.console import Console
 from knltrain.data.datasets import open_part
 from knltrain.data.loader import Batch, Loader, Share
-from knltrain.engine import build_engine, choose_engine, choose_precision
+from knltrain.engine import build_engine, choose_engine, choose_precision, set_fp32_precision
 from knltrain.errors import ConfigError
 from knltrain.models import model_of
 from knltrain.models.convolutions import choose
@@ -71,6 +72,7 @@ class TrainingStep:
         name = choose_engine(
             config.engine, model=config.model, precision=precision, node=self.node, threads=self.threads
         )
+        set_fp32_precision(config.fp32_precision, precision=precision, engine=name, node=self.node)
         dataset = open_part(config, "train") if config.data else None
         torch.manual_seed(config.seed)
         classes = len(dataset.classes) if dataset else _CLASSES
@@ -88,6 +90,7 @@ class TrainingStep:
             "batch": config.global_batch,
             "image_size": config.image_size,
             "precision": precision,
+            "fp32_precision": config.fp32_precision,
             "engine": name,
             "convolutions": convolutions,
             "optimizer": f"{config.optim.name}/{config.optim.variant}",
@@ -144,6 +147,10 @@ class TrainingStep:
         """Does the first steps, which are slower than the others, and returns their seconds."""
         return sum(self().step_s for _ in range(_WARMUP_STEPS))
 
+    def slow_convolutions(self) -> str:
+        """Does a step, and says which of its convolutions oneDNN has no fast code for; nothing if there are none."""
+        return slow_convolutions(observed(self))
+
     def close(self) -> None:
         """Stops the decoders."""
         if self._loader:
@@ -175,6 +182,10 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
         if config.data:
             result["input_images_per_s"] = step.input_alone(steps)
         result["warmup_s"] = step.warm_up()
+        slow = step.slow_convolutions()
+        if slow:
+            console.warn(slow)
+        result["slow_convolutions"] = slow
         cpus, cores = len(step.node.cpus), len(step.node.cores)
         neighbours = Neighbours(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
         times = [step() for _ in range(steps)]

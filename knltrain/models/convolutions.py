@@ -205,7 +205,10 @@ def choose(
         return {path: list(RESULTS) for path in convolutions}
     if not convolutions:
         return {}
-    settings = {**settings_of(config.model, precision, node, threads), "images": images, "size": config.image_size}
+    settings = {
+        **settings_of(config.model, precision, node, threads), "fp32_precision": config.fp32_precision,
+        "images": images, "size": config.image_size,
+    }  # fmt: skip
     found = _faster_ones(set(convolutions.values()), settings, images, keep)
     return {path: list(found[str(one)]) for path, one in convolutions.items() if found[str(one)]}
 

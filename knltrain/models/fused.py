@@ -6,7 +6,7 @@ A module changes its class and nothing else: parameters, buffers, hooks and name
 from __future__ import annotations
 
 import sys
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from knltrain.models import resnet
 from knltrain.ops import bf16
 from knltrain.ops.batchnorm import batch_norm_act
-from knltrain.ops.convgrad import NONE, conv2d
+from knltrain.ops.convgrad import NONE, Geometry, conv2d, conv2d_and_statistics
 from knltrain.ops.dropout import dropout
 from knltrain.ops.pool import max_pool2d
 
@@ -26,7 +26,11 @@ class FusedConv2d(nn.Conv2d):
     # What native kernels compute of it in float32; see knltrain.models.convolutions.
     by = NONE
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Any:
+        """The output; with a shift, and :meth:`has_statistics`, a tuple of it and its mean and variance by channel."""
+        if shift is not None:
+            stride, padding = cast("tuple[int, int]", self.stride), cast("tuple[int, int]", self.padding)
+            return conv2d_and_statistics(x, self.weight, shift, Geometry(stride, padding, groups=self.groups), self.by)
         if x.dtype != self.weight.dtype:  # an image in float32, in evaluation
             x = x.to(self.weight.dtype)
         return conv2d(
@@ -39,6 +43,10 @@ class FusedConv2d(nn.Conv2d):
             groups=self.groups,
             by=self.by if x.dim() == 4 else NONE,
         )
+
+    def has_statistics(self, x: Tensor) -> bool:
+        """Whether a kernel computes the output, which then can take its statistics on the way."""
+        return self.by.forward and self.bias is None and x.dim() == 4 and x.dtype == self.weight.dtype
 
 
 class FusedLinear(nn.Linear):
@@ -56,7 +64,13 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
     # Whether a ReLU that followed in a Sequential is part of this layer.
     followed_by_relu = False
 
-    def forward(self, x: Tensor, residual: Tensor | None = None, relu: bool = False) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        relu: bool = False,
+        statistics: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
         if self.training and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return batch_norm_act(
@@ -70,6 +84,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             training=self.training,
             momentum=cast("float", self.momentum),
             eps=self.eps,
+            statistics=statistics,
         )
 
 
@@ -100,19 +115,38 @@ class FusedDropout(nn.Dropout):
         return dropout(x, self.p, training=self.training, relu=self.with_relu)
 
 
-def _bottleneck(self: nn.Module, x: Tensor) -> Tensor:
-    shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
-    x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
-    x = self.bn2(self.conv2(x), relu=True)  # type: ignore[operator]
-    y: Tensor = self.bn3(self.conv3(x), residual=shortcut, relu=True)  # type: ignore[operator]
-    return y
+def _normalised(norm: Any, convolution: Any, x: Tensor, **more: Any) -> Tensor:
+    """norm(convolution(x)), with statistics that were taken while the convolution's results were in registers."""
+    if norm.training and isinstance(convolution, FusedConv2d) and convolution.has_statistics(x):
+        y, mean, var = convolution(x, norm.running_mean)
+        normalised: Tensor = norm(y, statistics=(mean, var), **more)
+    else:
+        normalised = norm(convolution(x), **more)
+    return normalised
 
 
-def _basic_block(self: nn.Module, x: Tensor) -> Tensor:
-    shortcut = x if self.downsample is None else self.downsample(x)  # type: ignore[operator]
-    x = self.bn1(self.conv1(x), relu=True)  # type: ignore[operator]
-    y: Tensor = self.bn2(self.conv2(x), residual=shortcut, relu=True)  # type: ignore[operator]
-    return y
+def _shortcut(block: Any, x: Tensor) -> Tensor:
+    match block.downsample:
+        case None:
+            return x
+        case nn.Sequential() as parts if list(map(type, parts)) == [FusedConv2d, FusedBatchNorm2d]:
+            return _normalised(parts[1], parts[0], x)
+        case other:
+            shortcut: Tensor = other(x)
+            return shortcut
+
+
+def _bottleneck(self: Any, x: Tensor) -> Tensor:
+    shortcut = _shortcut(self, x)
+    x = _normalised(self.bn1, self.conv1, x, relu=True)
+    x = _normalised(self.bn2, self.conv2, x, relu=True)
+    return _normalised(self.bn3, self.conv3, x, residual=shortcut, relu=True)
+
+
+def _basic_block(self: Any, x: Tensor) -> Tensor:
+    shortcut = _shortcut(self, x)
+    x = _normalised(self.bn1, self.conv1, x, relu=True)
+    return _normalised(self.bn2, self.conv2, x, residual=shortcut, relu=True)
 
 
 def _resnet(self: nn.Module, x: Tensor) -> Tensor:

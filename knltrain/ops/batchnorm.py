@@ -28,6 +28,7 @@ def batch_norm_act(
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    statistics: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Y = relu(weight * (x - mean) / sqrt(var + eps) + bias + residual), statistics over N, H and W.
 
@@ -45,12 +46,13 @@ def batch_norm_act(
         training: use and follow the batch's statistics.
         momentum: of the running statistics.
         eps: added to the variance.
+        statistics: mean and biased variance of x, C each, float32, where they are known already; in training.
 
     Returns:
         Of the shape, type and layout of ``x``.
 
     Raises:
-        ValueError: a wrong type, layout, shape or device; or training with one value per channel.
+        ValueError: a wrong type, layout, shape or device; training with one value per channel; statistics without it.
     """
     check_devices(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var)
     _check(x, running_mean=running_mean, running_var=running_var)
@@ -59,21 +61,27 @@ def batch_norm_act(
     if training:
         if x.numel() == x.shape[1]:
             raise ValueError(f"one value per channel has no variance: {tuple(x.shape)} cannot be trained on")
-        y, mean, var = torch.ops.knltrain.batch_norm_act(x, residual, weight, bias, None, None, relu, eps)
+        y, mean, var = torch.ops.knltrain.batch_norm_act(
+            x, residual, weight, bias, *(statistics or (None, None)), True, relu, eps
+        )
         if running_mean is not None and running_var is not None:
             count = x.numel() // x.shape[1]
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(var * (count / (count - 1)), momentum)
     else:
+        if statistics is not None:
+            raise ValueError("without training the running statistics are used, and no others")
         if running_mean is None or running_var is None:
             raise ValueError("without training there must be running statistics")
-        y, _, _ = torch.ops.knltrain.batch_norm_act(x, residual, weight, bias, running_mean, running_var, relu, eps)
+        y, _, _ = torch.ops.knltrain.batch_norm_act(
+            x, residual, weight, bias, running_mean, running_var, False, relu, eps
+        )
     result: Tensor = y
     return result
 
 
-# Statistics given: normalise with them. None: the batch's. (A functional operator, as autograd registration asks for;
-# mean and var come back in either case.)
+# Statistics given: normalise with them. None: compute those of x, as which the gradient takes them in training anyway.
+# (A functional operator, as autograd registration asks for; mean and var come back in either case.)
 @operator("batch_norm_act")
 def _forward(
     x: Tensor,
@@ -82,6 +90,7 @@ def _forward(
     bias: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
+    training: bool,
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +98,7 @@ def _forward(
     module = kernels()
     if module is None or x.numel() == 0:
         return _forward_in_torch(x, residual, weight, bias, mean, var, relu, eps)
-    training = mean is None or var is None
+    computed = mean is None or var is None
     mean = torch.empty_like(weight) if mean is None else mean.clone()
     var = torch.empty_like(weight) if var is None else var.clone()
     y = torch.empty_like(x)
@@ -104,7 +113,7 @@ def _forward(
         x.numel() // x.shape[1],
         x.shape[1],
         x.dtype == torch.bfloat16,
-        training,
+        computed,
         relu,
         eps,
         tasks_for(x.numel()),
@@ -120,6 +129,7 @@ def _(
     bias: Tensor,
     mean: Tensor | None,
     var: Tensor | None,
+    training: bool,
     relu: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -193,23 +203,23 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, bias, mean_given, _, relu, eps = inputs
+    x, residual, weight, bias, _, _, training, relu, eps = inputs
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
     # Without a shortcut the sign of y follows from x.
     ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, var)
-    ctx.has_residual, ctx.training, ctx.relu, ctx.eps = residual is not None, mean_given is None, relu, eps
+    ctx.has_residual, ctx.training, ctx.relu, ctx.eps = residual is not None, training, relu, eps
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 8
+        return (None,) * 9
     x, y, weight, bias, mean, var = ctx.saved_tensors
     dx, dresidual, dweight, dbias = torch.ops.knltrain.batch_norm_act_backward(
         dy, x, y, weight, bias, mean, var, ctx.has_residual, ctx.training, ctx.relu, ctx.eps
     )
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None, None
 
 
 torch.library.register_autograd("knltrain::batch_norm_act", _differentiate, setup_context=_save)

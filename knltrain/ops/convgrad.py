@@ -95,6 +95,27 @@ def conv2d(
     return y
 
 
+def conv2d_and_statistics(
+    x: Tensor, weight: Tensor, shift: Tensor, geometry: Geometry, by: Native
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`conv2d` without a bias whose forward pass a native kernel computes, and what a batch norm after it needs.
+
+    Args:
+        x: N x C x H x W, float32, channels-last.
+        weight: K x C/groups x R x S, likewise.
+        shift: K, somewhere near the means of the result.
+        geometry: how the kernel moves.
+        by: what native kernels compute of it, the forward pass among it.
+
+    Returns:
+        The result, and of each of its channels mean and biased variance over N, H and W, which have no gradient.
+    """
+    results: tuple[Tensor, Tensor, Tensor] = _Conv2dAndStatistics.apply(  # type: ignore[no-untyped-call]
+        x, weight, shift, geometry, by
+    )
+    return results
+
+
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, by: Native) -> Tensor:
     """What :func:`conv2d` computes, without a gradient."""
     if not by.forward:
@@ -165,6 +186,26 @@ class _Conv2d(torch.autograd.Function):
         elif needs[1] and kernel_is_faster(x, dy, weight, ctx.geometry.dilation, ctx.geometry.groups):
             by = by._replace(weight=True)
         return *backward(dy, x, weight, ctx.bias_sizes, ctx.geometry, needs, by), None, None
+
+
+class _Conv2dAndStatistics(_Conv2d):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, x: Tensor, weight: Tensor, shift: Tensor, geometry: Geometry, by: Native
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.save_for_backward(x, weight)
+        ctx.geometry, ctx.by, ctx.bias_sizes = geometry, by, None
+        x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+        if geometry.is_pointwise(weight):
+            y, mean, var = pointwise.conv2d_and_statistics(x, weight, shift, geometry.stride)
+        else:
+            y, mean, var = winograd.conv2d_and_statistics(x, weight, shift, geometry.padding, geometry.groups)
+        ctx.mark_non_differentiable(mean, var)
+        return y, mean, var
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _mean: Tensor, _var: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        return _Conv2d.backward(ctx, dy)
 
 
 def kernel_is_faster(x: Tensor, dy: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> bool:

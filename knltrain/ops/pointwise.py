@@ -51,6 +51,27 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
     return y
 
 
+def conv2d_and_statistics(
+    x: Tensor, weight: Tensor, shift: Tensor, stride: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`conv2d` without a bias, and what a batch norm after it needs.
+
+    Args:
+        x: N x C x H x W, float32, channels-last.
+        weight: K x C x 1 x 1; K and C are multiples of 16.
+        shift: K, somewhere near the means: sums are of what exceeds it.
+        stride: down and across, in pixels.
+
+    Returns:
+        The result, and of each of its channels mean and biased variance over N, H and W.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device.
+    """
+    y, mean, var = torch.ops.knltrain.pointwise_conv2d_and_statistics(x, weight, shift, stride)
+    return y, mean, var
+
+
 def conv2d_input(dy: Tensor, weight: Tensor, size: Sequence[int], stride: Sequence[int]) -> Tensor:
     """The gradient of :func:`conv2d`'s input.
 
@@ -78,11 +99,28 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) 
     y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
     module = kernels()
     if module is not None and y.numel() and module.pointwise(
-        address(x), address(weight), address(bias), address(y), list(x.shape), list(y.shape), stride, False,
+        address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), stride, False,
         torch.get_num_threads()
     ):  # fmt: skip
         return y
     return torch.conv2d(x, weight, bias, stride)
+
+
+@operator("pointwise_conv2d_and_statistics")
+def _and_statistics(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
+    check("shift", shift, (torch.float32,), (weight.shape[0],))
+    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    mean, var = torch.empty_like(shift), torch.empty_like(shift)
+    module = kernels()
+    if module is not None and y.numel() and module.pointwise(
+        address(x), address(weight), 0, address(shift), address(y), address(mean), address(var), list(x.shape),
+        list(y.shape), stride, False, torch.get_num_threads()
+    ):  # fmt: skip
+        return y, mean, var
+    y = torch.conv2d(x, weight, None, stride)
+    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    return y, mean, var
 
 
 @operator("pointwise_conv2d_input")
@@ -94,7 +132,7 @@ def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Te
     dx = _empty(dy, weight.shape[1], size)
     module = kernels()
     if module is not None and dy.numel() and module.pointwise(
-        address(dy), address(weight), 0, address(dx), list(dy.shape), list(dx.shape), stride, True,
+        address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), stride, True,
         torch.get_num_threads()
     ):  # fmt: skip
         return dx
@@ -108,6 +146,12 @@ def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Te
 @register_fake("pointwise_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
     return _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+
+
+@register_fake("pointwise_conv2d_and_statistics")
+def _(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    return y, torch.empty_like(shift), torch.empty_like(shift)
 
 
 @register_fake("pointwise_conv2d_input")

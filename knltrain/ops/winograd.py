@@ -68,6 +68,28 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     return y
 
 
+def conv2d_and_statistics(
+    x: Tensor, weight: Tensor, shift: Tensor, padding: Sequence[int], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`conv2d` without a bias, and what a batch norm after it needs.
+
+    Args:
+        x: N x C x H x W, float32, channels-last.
+        weight: K x C/groups x R x R, likewise, of what :func:`takes` accepts.
+        shift: K, somewhere near the means: sums are of what exceeds it.
+        padding: zeros around x, in pixels.
+        groups: of channels, each convolved alone.
+
+    Returns:
+        The result, and of each of its channels mean and biased variance over N, H and W.
+
+    Raises:
+        ValueError: a wrong type, layout, shape or device.
+    """
+    y, mean, var = torch.ops.knltrain.winograd_conv2d_and_statistics(x, weight, shift, padding, groups)
+    return y, mean, var
+
+
 def conv2d_input(dy: Tensor, weight: Tensor, padding: Sequence[int], groups: int) -> Tensor:
     """The gradient of :func:`conv2d`'s input.
 
@@ -118,11 +140,30 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int],
     y = _empty(_output_size(x.shape, weight.shape, padding), x)
     module = kernels()
     if module is not None and y.numel() and module.winograd(
-        address(x), address(weight), address(bias), address(y), list(x.shape), list(y.shape), weight.shape[2], padding,
-        groups, False, torch.get_num_threads()
+        address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), weight.shape[2],
+        padding, groups, False, torch.get_num_threads()
     ):  # fmt: skip
         return y
     return torch.conv2d(x, weight, bias, 1, padding, 1, groups)
+
+
+@operator("winograd_conv2d_and_statistics")
+def _and_statistics(
+    x: Tensor, weight: Tensor, shift: Tensor, padding: list[int], groups: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(x.shape[1], list(weight.shape), padding, groups, x=x, weight=weight)
+    check("shift", shift, (torch.float32,), (weight.shape[0],))
+    y = _empty(_output_size(x.shape, weight.shape, padding), x)
+    mean, var = torch.empty_like(shift), torch.empty_like(shift)
+    module = kernels()
+    if module is not None and y.numel() and module.winograd(
+        address(x), address(weight), 0, address(shift), address(y), address(mean), address(var), list(x.shape),
+        list(y.shape), weight.shape[2], padding, groups, False, torch.get_num_threads()
+    ):  # fmt: skip
+        return y, mean, var
+    y = torch.conv2d(x, weight, None, 1, padding, 1, groups)
+    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    return y, mean, var
 
 
 @operator("winograd_conv2d_input")
@@ -135,8 +176,8 @@ def _input(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tenso
     dx = _empty([dy.shape[0], channels, *image], dy)
     module = kernels()
     if module is not None and dy.numel() and dx.numel() and module.winograd(
-        address(dy), address(weight), 0, address(dx), list(dy.shape), list(dx.shape), size, turned, groups, True,
-        torch.get_num_threads()
+        address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), size, turned, groups,
+        True, torch.get_num_threads()
     ):  # fmt: skip
         return dx
     return _backward(dy, dx, weight, padding, groups, 0)
@@ -163,6 +204,12 @@ def _weight(
 @register_fake("winograd_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], groups: int) -> Tensor:
     return _empty(_output_size(x.shape, weight.shape, padding), x)
+
+
+@register_fake("winograd_conv2d_and_statistics")
+def _(x: Tensor, weight: Tensor, shift: Tensor, padding: list[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    y = _empty(_output_size(x.shape, weight.shape, padding), x)
+    return y, torch.empty_like(shift), torch.empty_like(shift)
 
 
 @register_fake("winograd_conv2d_input")

@@ -73,7 +73,7 @@ def _markdown(result: dict[str, Any]) -> str:
         "# Training steps of knltrain and its peers",
         "",
         f"`{' '.join(result['command'])}`, {result['cores']} cores of {result['cpu']} ({result['isa']}); {versions}; "
-        f"revision {result['revision']}.",
+        f"revision {result['revision']}. {_libraries(result)}",
         "",
         f"Medians and quartiles of the rounds (at most {result['rounds']}), {result['steps']} timed steps a turn, all "
         "contestants in turn within a round. Ratios are medians of the ratio within a round; the best peer is the "
@@ -90,6 +90,17 @@ def _markdown(result: dict[str, Any]) -> str:
     if result["not_run"]:
         lines += ["", "Not run, the budget being spent: " + "; ".join(map(title, result["not_run"])) + "."]
     return "\n".join(lines) + "\n"
+
+
+def _libraries(result: dict[str, Any]) -> str:
+    """Which oneDNN each PyTorch of the race has."""
+    found = {
+        f"torch {one['torch']} has oneDNN {one['onednn']}"
+        for raced in result["races"]
+        for one in raced["contestants"]
+        if "onednn" in one
+    }
+    return "; ".join(sorted(found)) + "." if found else ""
 
 
 def _draw(result: dict[str, Any], path: Path) -> None:

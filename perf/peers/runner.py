@@ -25,16 +25,17 @@ class Runner:
     Args:
         job: what :mod:`peers.steps` asks for, and ``cpus`` to bind it to (none: all).
         environ: the process's environment.
+        python: the interpreter, which has knltrain beside its PyTorch.
 
     Raises:
         KnltrainError: the contestant cannot run, in its own words.
     """
 
-    def __init__(self, job: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+    def __init__(self, job: Mapping[str, Any], environ: Mapping[str, str], python: str = sys.executable) -> None:
         path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), environ.get("PYTHONPATH")]))
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "peers.worker", json.dumps(job)],
+            [python, "-m", "peers.worker", json.dumps(job)],
             env={**environ, "PYTHONPATH": path},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

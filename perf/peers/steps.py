@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from knltrain.bench.step import TrainingStep
 from knltrain.config import OptimConfig, RunConfig
+from knltrain.errors import ConfigError
 from knltrain.models import build_model
+from knltrain.node.topology import read_node
 
 Step = Callable[[], Tensor]
 
@@ -100,6 +102,19 @@ def nchw(job: dict[str, Any]) -> Step:
     """The same without channels-last, as most people run it."""
     model = _peers_model(job).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return _reference_step(model, _sgd(model, job), job, torch.contiguous_format)
+
+
+def bf16_products(job: dict[str, Any]) -> Step:
+    """Stock in float32, of which convolutions and dense layers multiply in bf16."""
+    if job["precision"] != "fp32":
+        raise ConfigError("has products of float32 to round; add --precisions fp32")
+    if "amx_bf16" not in read_node().flags:
+        raise ConfigError("this processor has no AMX, without which PyTorch's oneDNN does not round products")
+    for products in (getattr(torch.backends.mkldnn, name, None) for name in ("conv", "matmul")):
+        if products is None:
+            raise ConfigError(f"torch {torch.__version__} has no torch.backends.mkldnn.conv: 2.9 has; give --python")
+        products.fp32_precision = "bf16"
+    return stock(job)
 
 
 def compiled(job: dict[str, Any]) -> Step:
@@ -194,6 +209,7 @@ def knltrain(job: dict[str, Any]) -> Step:
 RECIPES: dict[str, Callable[[dict[str, Any]], Step]] = {
     "stock": stock,
     "nchw": nchw,
+    "bf16-products": bf16_products,
     "compile": compiled,
     "ipex": ipex,
     "timm": timm,

@@ -29,12 +29,21 @@ def main() -> None:
     if job["cpus"]:
         os.sched_setaffinity(0, job["cpus"])
     try:
+        import torch
+
+        from knltrain.bench.primitives import onednn_version
         from peers.steps import RECIPES
 
         start = time.perf_counter()
         step = RECIPES[job["recipe"]](job)
         losses = [float(step()) for _ in range(_WARMUP_STEPS)]
-        answer = {"warmup_s": time.perf_counter() - start, "first_loss": losses[0], "engine": job["engine"]}
+        answer = {
+            "warmup_s": time.perf_counter() - start,
+            "first_loss": losses[0],
+            "engine": job["engine"],
+            "torch": torch.__version__,
+            "onednn": onednn_version(),
+        }
     except Exception as error:
         traceback.print_exc()
         print(json.dumps({"reason": f"{type(error).__name__}: {error}".splitlines()[0]}), file=answers)

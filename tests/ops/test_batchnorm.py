@@ -397,6 +397,25 @@ def test_trains_without_running_statistics(each_isa):
     assert torch.equal(y, case.run()[0])
 
 
+@pytest.mark.parametrize("residual", [True, False])
+def test_statistics_that_are_known_are_taken(each_isa, residual):
+    """They are the batch's: gradients are those of training."""
+    case = make_case((2, 17, 5, 7), torch.float32, residual)
+    sources = [tensor.detach().requires_grad_() for tensor in (case.x, case.weight, case.bias)]
+    var, mean = torch.var_mean(case.x, dim=(0, 2, 3), correction=0)
+    running, results = [], []
+    for statistics in (None, (mean, var)):
+        running.append((torch.zeros(17), torch.ones(17)))
+        y = batch_norm_act(
+            *sources, *running[-1], residual=case.residual, relu=False, training=True, statistics=statistics
+        )
+        results.append((y, *torch.autograd.grad(y, sources, case.dy)))
+    for computed, known in zip((*results[0], *running[0]), (*results[1], *running[1]), strict=True):
+        torch.testing.assert_close(known, computed, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="without training"):
+        batch_norm_act(*sources, *running[0], training=False, statistics=(mean, var))
+
+
 @pytest.mark.parametrize("residual, relu", [(True, True), (False, True), (False, False)])
 def test_gradient_in_any_layout(each_isa, residual, relu):
     case = make_case((2, 17, 5, 7), torch.bfloat16, residual, relu)
@@ -439,8 +458,8 @@ def test_operators_are_as_declared(each_isa, dtype, shape):
     case.weight.requires_grad_()
     forward, backward = torch.ops.knltrain.batch_norm_act.default, torch.ops.knltrain.batch_norm_act_backward.default
     for residual in (None, case.residual):
-        for mean, var in ((None, None), (case.mean, case.var)):
-            check_operator(forward, case.x, residual, case.weight, case.bias, mean, var, True, 1e-5)
+        for mean, var, training in ((None, None, True), (case.mean, case.var, True), (case.mean, case.var, False)):
+            check_operator(forward, case.x, residual, case.weight, case.bias, mean, var, training, True, 1e-5)
     x, weight = case.x.detach(), case.weight.detach()
     for y, has_residual in ((None, False), (x.relu(), True)):
         vectors = (weight, case.bias, case.mean, case.var)

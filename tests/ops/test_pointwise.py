@@ -69,6 +69,30 @@ def test_any_number_of_threads_and_the_same_bits_each_time(size, count):
     assert_close(first, *case)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("size", [*SIZES[1:], (1, 64, 512, 7, 7, (1, 1))], ids=str)
+def test_statistics_come_with_the_result(each_isa, size, count):
+    x, weight, _, _, stride = make_case(*size)
+    x += 3  # means are not zero
+    with threads(count):
+        y, mean, var = pointwise.conv2d_and_statistics(x, weight, torch.randn(weight.shape[0]), stride)
+        assert torch.equal(y, pointwise.conv2d(x, weight, None, stride))
+    exact_var, exact_mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-3, atol=1e-3)
+
+
+def test_a_shift_near_the_means_keeps_the_digits_of_the_variance():
+    """Means of a thousand times the deviation: of squares around zero, float32 would leave two digits."""
+    x, weight, *_, stride = make_case(4, 64, 32, 20, 20, (1, 1))
+    x, weight = x + 1000, weight.abs()
+    y = pointwise.conv2d(x, weight, None, stride)
+    exact_var, exact_mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+    _, mean, var = pointwise.conv2d_and_statistics(x, weight, exact_mean.float(), stride)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-4, atol=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-6, atol=0)
+
+
 def test_without_bias_it_is_without(each_isa):
     x, weight, *_, stride = make_case(*SIZES[2])
     zeros = torch.zeros(weight.shape[0])
@@ -97,6 +121,9 @@ def test_no_images(each_isa):
 def test_operators_are_as_declared(each_isa):
     x, weight, bias, dy, stride = make_case(*SIZES[3])
     check_operator(torch.ops.knltrain.pointwise_conv2d.default, x, weight, bias, stride)
+    check_operator(
+        torch.ops.knltrain.pointwise_conv2d_and_statistics.default, x, weight, torch.zeros(weight.shape[0]), stride
+    )
     check_operator(torch.ops.knltrain.pointwise_conv2d_input.default, dy, weight, list(x.shape[2:]), stride)
 
 

@@ -130,6 +130,18 @@ def test_any_number_of_threads_and_the_same_bits_each_time(size, count):
     assert_close(first, exact_results(*case))
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("size", [*SIZES[1:], (1, 64, 128, 1, 7, 7, 3, (1, 1))], ids=str)
+def test_statistics_come_with_the_result(each_isa, size, count):
+    x, weight, _, _, padding, groups = make_case(*size)
+    with threads(count):
+        y, mean, var = winograd.conv2d_and_statistics(x, weight, torch.randn(weight.shape[0]), padding, groups)
+        assert torch.equal(y, winograd.conv2d(x, weight, None, padding, groups))
+    exact_var, exact_mean = torch.var_mean(y.double(), dim=(0, 2, 3), correction=0)
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-4, atol=1e-5)
+
+
 def test_without_bias_it_is_without(each_isa):
     x, weight, _, _, padding, groups = make_case(*SIZES[2])
     zeros = torch.zeros(weight.shape[0])
@@ -175,6 +187,8 @@ def test_no_images(each_isa):
 def test_operators_are_as_declared(each_isa):
     x, weight, bias, dy, padding, groups = make_case(*SIZES[4])
     check_operator(torch.ops.knltrain.winograd_conv2d.default, x, weight, bias, padding, groups)
+    shift = torch.zeros(weight.shape[0])
+    check_operator(torch.ops.knltrain.winograd_conv2d_and_statistics.default, x, weight, shift, padding, groups)
     check_operator(torch.ops.knltrain.winograd_conv2d_input.default, dy, weight, padding, groups)
     check_operator(torch.ops.knltrain.winograd_conv2d_weight.default, x, dy, list(weight.shape), padding, groups, True)
 

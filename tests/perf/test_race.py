@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,28 @@ def test_who_cannot_run_is_listed_with_the_reason(tmp_path):
     assert ours["images_per_s"] > 0
     assert raced["best_peer"] is None
     assert "does not run: " + compiled["reason"] in (tmp_path / "vs_peers.md").read_text()
+
+
+def test_another_interpreters_pytorch_races_too(tmp_path):
+    done = race(tmp_path, "--contestants", "stock,knltrain", "--precisions", "fp32", "--engine", "eager",
+                "--python", sys.executable)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (raced,) = json.loads(done.stdout.splitlines()[-1])["races"]
+    stock, ours, other = raced["contestants"]
+    release = stock["torch"].partition("+")[0]
+    assert [stock["name"], ours["name"], other["name"]] == ["stock", "knltrain", f"stock, torch {release}"]
+    assert (stock["python"], other["python"]) == ("", sys.executable)
+    assert other["images_per_s"] > 0
+    assert f"torch {stock['torch']} has oneDNN {stock['onednn']}" in (tmp_path / "vs_peers.md").read_text()
+    assert re.fullmatch(r"\d+\.\d+(\.\d+)?", stock["onednn"])
+
+
+@pytest.mark.parametrize("python, wrong", [("no/python", "No such file"), ("false", "--python false")])
+def test_an_interpreter_that_cannot_is_refused_with_one_line(tmp_path, python, wrong):
+    done = race(tmp_path, "--python", python)
+    assert done.returncode == 2
+    assert wrong in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_unknown_contestant_is_refused_with_one_line(tmp_path):

@@ -10,6 +10,9 @@ import pytest
 import torch
 from torch import nn
 
+from knltrain.models.fused import FusedConv2d
+from knltrain.ops.convgrad import Native
+
 PERF = Path(__file__).parents[2] / "perf"
 
 
@@ -86,6 +89,18 @@ def test_flop_bytes_and_layers_of_a_convolution_in_groups(operations):
     relu = [one for one in timing.operations if one.layer == "1"]
     assert {one.part for one in relu} == {"forward", "backward"}
     assert all(one.kind == "activation, addition" for one in relu)
+
+
+@pytest.mark.parametrize("kernel, stride", [(3, 1), (5, 1), (1, 1), (1, 2)])
+def test_convolutions_of_the_kernels_count_as_direct_sums(operations, kernel, stride):
+    layer = FusedConv2d(32, 48, kernel, stride=stride, padding=kernel // 2)
+    layer.by = Native(True, True, True)
+    x = torch.randn(2, 32, 8, 8, requires_grad=True).to(memory_format=torch.channels_last)
+    with operations.Timing(nn.Sequential(layer)) as timing:
+        y = layer(x)
+        y.sum().backward()
+    flop = {one.part: one.flop for one in timing.operations if one.kind == "convolution"}
+    assert flop == dict.fromkeys(("forward", "data gradient", "weight gradient"), 2 * y.numel() * 32 * kernel**2)
 
 
 def test_products_of_a_step_are_told_from_the_rest(operations):
