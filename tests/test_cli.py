@@ -20,7 +20,8 @@ from knltrain.ops.native import why_not
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
     data stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
-    force-bf16 engine conv seed resume init-from workers on-bad label-smoothing log-trust-ratios ema-decay
+    fp32-precision force-bf16 engine conv seed resume init-from workers on-bad label-smoothing log-trust-ratios
+    ema-decay
     optim.name optim.variant optim.lr optim.lr-scaling optim.momentum optim.beta2 optim.weight-decay optim.decay-on
     optim.trust-coefficient optim.eps
     schedule.name schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones
@@ -54,6 +55,7 @@ FLAGS = {
         "batch",
         "image-size",
         "precision",
+        "fp32-precision",
         "force-bf16",
         "engine",
         "conv",
