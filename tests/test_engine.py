@@ -199,8 +199,17 @@ def test_products_in_bf16_are_refused_where_there_are_none(precision, engine, no
         set_fp32_precision("bf16", precision=precision, engine=engine, node=node)
 
 
+@pytest.fixture
+def products_as_they_were():
+    kinds = (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul)
+    before = [kind.fp32_precision for kind in kinds]
+    yield
+    for kind, precision in zip(kinds, before, strict=True):
+        kind.fp32_precision = precision
+
+
 @pytest.mark.skipif(not HAS_PRODUCTS, reason="this PyTorch does not have the setting")
-def test_products_in_bf16_are_rounded_where_there_is_amx(monkeypatch):
+def test_products_in_bf16_are_rounded_where_there_is_amx(products_as_they_were):
     x, weight = (torch.randn(size).to(memory_format=torch.channels_last) for size in ((16, 64, 28, 28), (64, 64, 3, 3)))
     exact = F.conv2d(x.double(), weight.double())
 
@@ -208,8 +217,6 @@ def test_products_in_bf16_are_rounded_where_there_is_amx(monkeypatch):
         return float((F.conv2d(x, weight).double() - exact).norm() / exact.norm())
 
     assert off() < 1e-6
-    for products in (torch.backends.mkldnn.conv, torch.backends.mkldnn.matmul):
-        monkeypatch.setattr(products, "fp32_precision", products.fp32_precision)
     set_fp32_precision("bf16", precision="fp32", engine="eager", node=WITH_AMX)
     assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
     if "amx_bf16" in read_node().flags:
