@@ -160,10 +160,13 @@ def test_the_children_of_children_are_no_others():
 
 def test_a_run_says_what_others_take_of_its_cpus(image_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(neighbours, "_LOOK_S", 0.2)
+    # Two threads would wait for each other at every loop, each for its turn beside what spins.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = override(
         RunConfig(),
         {"data": str(image_folder), "out": str(tmp_path / "run"), "model": "alexnet_bn_small", "image_size": 32,
-         "global_batch": 16, "epochs": 6, "engine": "eager", "precision": "fp32"},
+         "global_batch": 16, "epochs": 3, "engine": "eager", "precision": "fp32",
+         "checkpoint.every": 3.0},  # the thread that writes them hardly gets a turn beside what spins
     )  # fmt: skip
     with spinning("leave"), pytest.warns(UserWarning, match=r"of this rank's .* went to other processes"):
         summary, finished = train(config, Console(silent=True))
