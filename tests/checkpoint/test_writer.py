@@ -72,13 +72,14 @@ def test_one_is_under_way_and_the_next_waits_for_it_aloud(background, gate, tmp_
     assert names(tmp_path) == ["step-00000001", "step-00000002"]
 
 
-def test_it_runs_at_the_lowest_priority_and_the_training_thread_does_not(background, monkeypatch):
-    seen = []
+@pytest.mark.parametrize("last", [False, True])
+def test_it_makes_way_for_training_until_there_is_none(background, monkeypatch, last):
+    seen, before = [], os.getpriority(os.PRIO_PROCESS, 0)
     monkeypatch.setattr(writer, "write", lambda *_: seen.append(os.getpriority(os.PRIO_PROCESS, 0)))
-    begin(background, 1, *stepped())
+    begin(background, 1, *stepped(), last=last)
     background.finish()
-    assert seen == [19]
-    assert os.getpriority(os.PRIO_PROCESS, 0) < 19
+    assert seen == [before if last else min(before + 10, 19)]
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
 
 
 @pytest.mark.parametrize("last", [False, True])
