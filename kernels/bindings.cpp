@@ -191,12 +191,13 @@ NB_MODULE(_kernels, m) {
         "winograd",
         [](Address x, Address weight, Address bias, Address shift, Address y, Address mean, Address var,
            const std::vector<int64_t> &x_shape, const std::vector<int64_t> &y_shape, int64_t kernel,
-           const std::vector<int64_t> &padding, int64_t groups, bool turned, int tasks) {
+           const std::vector<int64_t> &padding, int64_t groups, bool turned, bool is_bf16, int tasks) {
             Winograd p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
             p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups, p.turned = turned;
-            p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
+            p.x = at<void>(x), p.weight = at<void>(weight), p.bias = at<void>(bias), p.y = at<void>(y);
+            p.is_bf16 = is_bf16;
             p.shift = at<float>(shift), p.mean = at<float>(mean), p.var = at<float>(var), p.tasks = tasks;
             return chosen->winograd(p);
         },
@@ -205,13 +206,13 @@ NB_MODULE(_kernels, m) {
         "winograd_weight_grad",
         [](Address x, Address dy, Address dw, Address dbias, const std::vector<int64_t> &x_shape,
            const std::vector<int64_t> &dy_shape, int64_t kernel, const std::vector<int64_t> &padding, int64_t groups,
-           int tasks) {
+           bool is_bf16, int tasks) {
             WinogradWeightGrad p{};
             p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
             p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
             p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
-            p.x = at<float>(x), p.dy = at<float>(dy), p.dw = at<float>(dw), p.dbias = at<float>(dbias);
-            p.tasks = tasks;
+            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.dbias = at<void>(dbias);
+            p.is_bf16 = is_bf16, p.tasks = tasks;
             return chosen->winograd_weight_grad(p);
         },
         nb::call_guard<nb::gil_scoped_release>());

@@ -51,16 +51,18 @@ struct Pointwise {
     int tasks;
 };
 
-// A float32 convolution of stride 1 without dilation, by Winograd's algorithm. Channels of a group: multiples of 16.
+// A convolution of stride 1 without dilation, by Winograd's algorithm. Channels of a group: multiples of 16.
 struct Winograd {
     int64_t images, in_channels, out_channels, groups;
     int64_t in_h, in_w, out_h, out_w, kernel, pad_h, pad_w;  // kernel: 3 or 5, each way
-    bool turned;          // weights are those of the convolution whose input's gradient this computes
-    const float *x;       // N x H x W x C
-    const float *weight;  // out_channels x kernel x kernel x in_channels / groups; turned: in and out change places
-    const float *bias;    // or null
-    const float *shift;   // near the means of y, where those and the variances are wanted too; or null
-    float *y, *mean, *var;
+    bool turned;         // weights are those of the convolution whose input's gradient this computes
+    bool is_bf16;        // x, weight, bias and y: bf16, or else float32
+    const void *x;       // N x H x W x C
+    const void *weight;  // out_channels x kernel x kernel x in_channels / groups; turned: in and out change places
+    const void *bias;    // or null
+    const float *shift;  // near the means of y, where those and the variances are wanted too; or null
+    void *y;
+    float *mean, *var;
     int tasks;
 };
 
@@ -68,9 +70,10 @@ struct Winograd {
 struct WinogradWeightGrad {
     int64_t images, in_channels, out_channels, groups;
     int64_t in_h, in_w, out_h, out_w, kernel, pad_h, pad_w;
-    const float *x, *dy;  // N x H x W x C
-    float *dw;            // out_channels x kernel x kernel x in_channels / groups
-    float *dbias;         // out_channels, or null
+    bool is_bf16;        // x, dy, dw and dbias: bf16, or else float32
+    const void *x, *dy;  // N x H x W x C
+    void *dw;            // out_channels x kernel x kernel x in_channels / groups
+    void *dbias;         // out_channels, or null
     int tasks;
 };
 

@@ -1,4 +1,4 @@
-// Convolutions of float32 with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
+// Convolutions with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
 //
 // Outputs are computed in tiles of 4x4. With m points (6 for a kernel of 3x3, 8 for 5x5), a tile's m x m inputs, the
 // kernel and the outputs are each transformed, and the convolution becomes m * m matrix products over channels:
@@ -14,6 +14,8 @@
 //
 // Where a map is no multiple of 4, its last tiles are smaller: for fewer outputs, fewer of the points do, with the same
 // transformed weights. Rows of B' take up that their scale is another.
+//
+// Tensors are float32 or bf16. What is transformed is float32 either way: rounded to bf16, F(4x4) would lose a hundredth.
 //
 // Transformed data lies as [point][panel of 16 channels][tile][16], weights as [point][panel][channel][16]: transforms
 // write whole cache lines, and products read both in order.
@@ -312,15 +314,15 @@ struct Tiles {
 };
 
 // Transforms the tiles of a block, channels [channel, channel + 16 * tiles.panels), and adds them to sums.
-template <int kernel, class Side>
-void transform_tiles(const Map &map, const float *from, const float *zeros, const Block &block, int64_t channel,
+template <int kernel, class Side, class T>
+void transform_tiles(const Map &map, const T *from, const T *zeros, const Block &block, int64_t channel,
                      const Tiles &tiles, float *sums = nullptr) {
     constexpr int size = Side::size(kernel, kTile), points = Matrices<kernel>::points;
-    const float *places[2][size * size];
+    const T *places[2][size * size];
     const int64_t count = block.size();
     if (count) map.addresses<size>(from + channel, block.tile[0], zeros, places[0]);
     for (int64_t tile = 0; tile < count; ++tile) {
-        const float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
+        const T *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
         map.addresses<size>(from + channel, block.tile[tile + 1 < count ? tile + 1 : tile], zeros, next);
         const int rows = block.rows(tile), columns = block.columns(tile);
         for (int64_t panel = 0; panel < tiles.panels; ++panel) {
@@ -355,15 +357,15 @@ void transform_tiles(const Map &map, const float *from, const float *zeros, cons
 }
 
 // Back to pixels, with the bias added.
-template <int kernel>
-void output_tiles(const Map &map, float *to, float *nowhere, const Block &block, int64_t channel, const float *bias,
+template <int kernel, class T>
+void output_tiles(const Map &map, T *to, T *nowhere, const Block &block, int64_t channel, const T *bias,
                   const Statistics &statistics, const Tiles &tiles) {
     constexpr int points = Matrices<kernel>::points;
-    float *places[2][kTile * kTile];
+    T *places[2][kTile * kTile];
     const int64_t count = block.size();
     if (count) map.addresses<kTile>(to + channel, block.tile[0], nowhere, places[0]);
     for (int64_t tile = 0; tile < count; ++tile) {
-        float *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
+        T *const *at = places[tile % 2], **next = places[(tile + 1) % 2];
         map.addresses<kTile>(to + channel, block.tile[tile + 1 < count ? tile + 1 : tile], nowhere, next);
         const int rows = block.rows(tile), columns = block.columns(tile);
         for (int64_t panel = 0; panel < tiles.panels; ++panel) {
@@ -455,8 +457,8 @@ void multiply_outer_point(const Tiles &d, const Tiles &v, int point, int64_t til
 
 // G w G' of one group, as [point][panel of 16 outputs][input][16]. Turned: the kernel by 180 degrees, and what were
 // outputs are inputs.
-template <int kernel> struct Weights {
-    const float *from;  // outputs x kernel x kernel x inputs of a group
+template <int kernel, class T> struct Weights {
+    const T *from;  // outputs x kernel x kernel x inputs of a group
     int64_t inputs, outputs;
     bool turned;
     bool big;  // they do not stay in a cache: they are written past it
@@ -490,9 +492,9 @@ template <int kernel> struct Weights {
     void read(int64_t output, int64_t input, float (&taps)[kPanel][kTaps][kPanel]) const {
         for (int i = 0; i < kPanel; ++i)
             for (int tap = 0; tap < kTaps; ++tap) {
-                const float *line = turned ? from + ((input + i) * kTaps + kTaps - 1 - tap) * outputs + output
-                                           : from + ((output + i) * kTaps + tap) * inputs + input;
-                for (int j = 0; j < kPanel; ++j) (turned ? taps[i][tap][j] : taps[j][tap][i]) = line[j];
+                const T *line = turned ? from + ((input + i) * kTaps + kTaps - 1 - tap) * outputs + output
+                                       : from + ((output + i) * kTaps + tap) * inputs + input;
+                for (int j = 0; j < kPanel; ++j) (turned ? taps[i][tap][j] : taps[j][tap][i]) = to_float(line[j]);
             }
     }
 };
@@ -503,7 +505,7 @@ Block block_of(const Map &out, float *room) {
 }
 
 // One group's products and outputs for a block of tiles, whose transformed inputs are in `a`.
-template <int kernel>
+template <int kernel, class T>
 void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const float *weights, int64_t group,
                     int64_t first_panel, int64_t end_panel, int64_t block_panels, const Block &block, float *products,
                     float *nowhere, const Statistics &statistics) {
@@ -523,11 +525,12 @@ void multiply_tiles(const Winograd &p, const Map &out, const Tiles &a, const flo
             for (; i < c.panels; ++i)
                 multiply_point<1>(as, a.panel(), b + i * inputs * kPanel, inputs, to + i * c.panel(), c.panel(), end - begin);
         }
-        output_tiles<kernel>(out, p.y, nowhere, block, group * outputs + panel * kPanel, p.bias, statistics, c);
+        output_tiles<kernel>(out, static_cast<T *>(p.y), reinterpret_cast<T *>(nowhere), block,
+                             group * outputs + panel * kPanel, static_cast<const T *>(p.bias), statistics, c);
     }
 }
 
-template <int kernel> bool convolve(const Winograd &p) {
+template <int kernel, class T> bool convolve(const Winograd &p) {
     constexpr int points = Matrices<kernel>::points;
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
     const int64_t tiles_h = ceil_div(p.out_h, kTile), tiles_w = ceil_div(p.out_w, kTile);
@@ -555,7 +558,8 @@ template <int kernel> bool convolve(const Winograd &p) {
     auto weights = [&](int task) {
         const int64_t blocks = panels * (inputs / kPanel);
         for (int64_t group = 0; group < p.groups; ++group) {
-            const Weights<kernel> w{p.weight + group * inputs * outputs * kernel * kernel, inputs, outputs, p.turned, big};
+            const T *weight = static_cast<const T *>(p.weight) + group * inputs * outputs * kernel * kernel;
+            const Weights<kernel, T> w{weight, inputs, outputs, p.turned, big};
             w.transform(blocks * task / p.tasks, blocks * (task + 1) / p.tasks, base + weights_at + group * weight_numbers);
         }
     };
@@ -568,10 +572,11 @@ template <int kernel> bool convolve(const Winograd &p) {
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = shares.first_item(task); first < shares.end_item(task); first += block_tiles) {
                 block.fill(out, first, least(first + block_tiles, shares.end_item(task)));
-                transform_tiles<kernel, Inputs>(in, p.x, base + zeros_at, block, group * inputs, a);
-                multiply_tiles<kernel>(p, out, a, base + weights_at + group * weight_numbers, group,
-                                       shares.first_panel(task), shares.end_panel(task), block_panels, block,
-                                       mine + products_at, mine + nowhere_at, statistics);
+                transform_tiles<kernel, Inputs>(in, static_cast<const T *>(p.x), reinterpret_cast<const T *>(base + zeros_at),
+                                                block, group * inputs, a);
+                multiply_tiles<kernel, T>(p, out, a, base + weights_at + group * weight_numbers, group,
+                                          shares.first_panel(task), shares.end_panel(task), block_panels, block,
+                                          mine + products_at, mine + nowhere_at, statistics);
                 statistics.end_block();
             }
     };
@@ -602,17 +607,18 @@ void add_weights(const float *products, int64_t point_numbers, int64_t outputs, 
 }
 
 // Transforms a block of dy, and adds it to the gradient of the bias, if there is one: to float64 sums, a block at a time.
-template <int kernel>
-void transform_outputs(const WinogradWeightGrad &p, const Map &map, const float *zeros, const Block &block,
-                       int64_t output, const Tiles &d, float *sums, double *totals) {
-    if (p.dbias == nullptr) return transform_tiles<kernel, Outputs>(map, p.dy, zeros, block, output, d);
+template <int kernel, class T>
+void transform_outputs(const WinogradWeightGrad &p, const Map &map, const T *zeros, const Block &block, int64_t output,
+                       const Tiles &d, float *sums, double *totals) {
+    const T *dy = static_cast<const T *>(p.dy);
+    if (p.dbias == nullptr) return transform_tiles<kernel, Outputs>(map, dy, zeros, block, output, d);
     memset(sums, 0, d.panels * kPanel * sizeof(float));
-    transform_tiles<kernel, SummedOutputs>(map, p.dy, zeros, block, output, d, sums);
+    transform_tiles<kernel, SummedOutputs>(map, dy, zeros, block, output, d, sums);
     for (int64_t i = 0; i < d.panels * kPanel; ++i) totals[output + i] += sums[i];
 }
 
-template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
-    constexpr int points = Matrices<kernel>::points, taps = kernel * kernel;
+template <int kernel, class T> bool weight_gradient(const WinogradWeightGrad &p) {
+    constexpr int points = Matrices<kernel>::points, taps = kernel * kernel, in_place = sizeof(T) == sizeof(float);
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
     const int64_t tiles_h = ceil_div(p.out_h, kTile), tiles_w = ceil_div(p.out_w, kTile);
     const int64_t size = p.out_channels * taps * inputs;
@@ -624,7 +630,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
 
     Memory memory;
     const int64_t zeros_at = memory.add(most(p.in_channels, p.out_channels));
-    const int64_t sums_at = memory.add((shares.by_item - 1) * size), own_at = memory.numbers;
+    const int64_t sums_at = memory.add((shares.by_item - in_place) * size), own_at = memory.numbers;
     const int64_t bias_at = memory.add(2 * p.out_channels), bias_block_at = memory.add(block_panels * kPanel);
     const int64_t v_at = memory.add(Tiles::numbers(points, block_tiles, inputs / kPanel));
     const int64_t d_at = memory.add(Tiles::numbers(points, block_tiles, block_panels));
@@ -632,11 +638,13 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     const int64_t own = memory.numbers - own_at;
     float *base = static_cast<float *>(aligned_alloc(kLine, (own_at + p.tasks * own) * sizeof(float)));
     if (base == nullptr) return false;
-    float *zeros = base + zeros_at, *sums = base + sums_at;
-    memset(zeros, 0, most(p.in_channels, p.out_channels) * sizeof(float));
+    memset(base + zeros_at, 0, most(p.in_channels, p.out_channels) * sizeof(float));
+    const T *zeros = reinterpret_cast<const T *>(base + zeros_at);
 
-    // The first share of the tiles is summed in dw, the others each in a place of its own.
-    auto sums_of = [&](int64_t part) { return part == 0 ? p.dw : sums + (part - 1) * size; };
+    // Each share of the tiles has sums of its own, the first those in dw if it is float32.
+    auto sums_of = [&](int64_t part) {
+        return in_place && part == 0 ? static_cast<float *>(p.dw) : base + sums_at + (part - in_place) * size;
+    };
     auto work = [&](int task) {
         float *mine = base + task * own;
         const int64_t begin = shares.first_item(task), end = shares.end_item(task);
@@ -646,7 +654,7 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
         for (int64_t group = 0; group < p.groups; ++group)
             for (int64_t first = begin; first == begin || first < end; first += block_tiles) {
                 block.fill(out, first, least(first + block_tiles, end));
-                transform_tiles<kernel, Inputs>(in, p.x, zeros, block, group * inputs, v);
+                transform_tiles<kernel, Inputs>(in, static_cast<const T *>(p.x), zeros, block, group * inputs, v);
                 for (int64_t panel = shares.first_panel(task); panel < shares.end_panel(task); panel += block_panels) {
                     const Tiles d{mine + d_at, block_tiles, least(block_panels, shares.end_panel(task) - panel)};
                     const int64_t output = group * outputs + panel * kPanel;
@@ -667,17 +675,17 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
     auto finish = [&](int task) {
         const int64_t lines = size / kPanel, begin = lines * task / p.tasks, end = lines * (task + 1) / p.tasks;
         for (int64_t at = begin * kPanel; at < end * kPanel; at += vec::lanes) {
-            vec total = load(p.dw + at);
+            vec total = load(sums_of(0) + at);
             for (int part = 1; part < shares.by_item; ++part) total += load(sums_of(part) + at);
-            store(p.dw + at, total);
+            store(static_cast<T *>(p.dw) + at, total);
         }
     };
-    if (shares.by_item > 1) each_task(p.tasks, finish);
+    if (!in_place || shares.by_item > 1) each_task(p.tasks, finish);
     for (int64_t output = 0; p.dbias != nullptr && output < p.out_channels; ++output) {
         double total = 0;
         for (int task = 0; task < p.tasks; ++task)
             total += reinterpret_cast<const double *>(base + task * own + bias_at)[output];
-        p.dbias[output] = float(total);
+        store_first(static_cast<T *>(p.dbias) + output, splat(float(total)), 1);
     }
     free(base);
     return true;
@@ -685,10 +693,14 @@ template <int kernel> bool weight_gradient(const WinogradWeightGrad &p) {
 
 }  // namespace
 
-bool winograd(const Winograd &p) { return p.kernel == 3 ? convolve<3>(p) : convolve<5>(p); }
+bool winograd(const Winograd &p) {
+    if (p.is_bf16) return p.kernel == 3 ? convolve<3, bf16>(p) : convolve<5, bf16>(p);
+    return p.kernel == 3 ? convolve<3, float>(p) : convolve<5, float>(p);
+}
 
 bool winograd_weight_grad(const WinogradWeightGrad &p) {
-    return p.kernel == 3 ? weight_gradient<3>(p) : weight_gradient<5>(p);
+    if (p.is_bf16) return p.kernel == 3 ? weight_gradient<3, bf16>(p) : weight_gradient<5, bf16>(p);
+    return p.kernel == 3 ? weight_gradient<3, float>(p) : weight_gradient<5, float>(p);
 }
 
 }  // namespace KNLTRAIN_ISA

@@ -238,7 +238,7 @@ class RunConfig:
     )
     conv: ConvName = _field(
         "auto",
-        "convolutions of engine fused in fp32: direct (PyTorch's), winograd (by that algorithm where it can, which "
+        "convolutions of engine fused: direct (PyTorch's), winograd (by that algorithm where it can, which "
         "multiplies less and rounds more), or auto: layer by layer what is faster on this node, PyTorch's or the "
         "native kernels', measured once and kept over a resume",
     )

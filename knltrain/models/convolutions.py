@@ -1,4 +1,4 @@
-"""What computes each float32 convolution of a network: measured here, layer by layer, both ways in turns."""
+"""What computes each convolution of a network: measured here, layer by layer, both ways in turns."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ Choices: TypeAlias = dict[str, list[str]]
 
 RESULTS = convgrad.Native._fields
 # A measured call has at least so much work, and as many pixels as make little of what is done once a call.
-_GFLOP, _PIXELS = 2.0, 8192
-_TURNS = 2
+_GFLOP, _PIXELS = 1.0, 4096
+# Both ways have two turns, and as many more up to this as it takes until one is faster by this factor.
+_MOST_TURNS, _CLEARLY = 4, 1.15
 
 
 class Convolution(NamedTuple):
@@ -63,12 +64,12 @@ class Convolution(NamedTuple):
         )
         return 2e-9 * images * height * width * outputs * inputs * math.prod(kernel)
 
-    def native(self) -> convgrad.Native:
-        """Which of its results there are kernels for."""
-        return convgrad.native_results(self.channels, self.weight, self.geometry)
+    def native(self, dtype: torch.dtype = torch.float32) -> convgrad.Native:
+        """Which of its results there are kernels for, that are to be measured."""
+        return convgrad.native_results(self.channels, self.weight, self.geometry, dtype)
 
     def has_winograd(self) -> bool:
-        """Whether those are by Winograd's algorithm."""
+        """Whether Winograd's algorithm computes it."""
         return winograd.takes(self.channels, self.weight, *self.geometry)
 
 
@@ -76,7 +77,7 @@ class Times(NamedTuple):
     """How long one result of a convolution takes.
 
     Attributes:
-        direct: seconds of PyTorch's, a direct sum.
+        direct: seconds of PyTorch's, a direct sum; of a weight gradient in bf16, what the engine has without a choice.
         native: seconds of the kernels'.
         images: that both took.
     """
@@ -118,12 +119,13 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
     return found
 
 
-def measure(convolution: Convolution, images: int) -> dict[str, Times]:
-    """Times each result that there is a kernel for, both ways, in turns: the better of two calls after one that is not.
+def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.float32) -> dict[str, Times]:
+    """Times each result that there is a kernel for, both ways, in turns: the best of two calls, or more where it is close.
 
     Args:
         convolution: what is computed, on noise.
         images: of a micro-batch; fewer are taken where those tell as much.
+        dtype: of the tensors.
 
     Returns:
         By result: forward, input, weight.
@@ -131,8 +133,10 @@ def measure(convolution: Convolution, images: int) -> dict[str, Times]:
     c = convolution
     images = min(images, max(math.ceil(_GFLOP / c.gflop(1)), math.ceil(_PIXELS / (c.height * c.width))))
     random = torch.Generator()  # of its own: the run's numbers are to stay as they are
-    x = torch.randn(images, c.channels, c.height, c.width, generator=random).to(memory_format=torch.channels_last)
-    weight = torch.randn(c.weight, generator=random).to(memory_format=torch.channels_last)
+    x, weight = (
+        torch.randn(shape, generator=random).to(dtype, memory_format=torch.channels_last)
+        for shape in ((images, c.channels, c.height, c.width), c.weight)
+    )
     dy = convgrad.forward(x, weight, None, c.geometry, convgrad.NONE)
 
     def call(result: str, by: convgrad.Native) -> object:
@@ -142,21 +146,24 @@ def measure(convolution: Convolution, images: int) -> dict[str, Times]:
         return convgrad.backward(dy, x, weight, None, c.geometry, needs, by)
 
     times = {}
-    for result, there_is in c.native()._asdict().items():
+    for result, there_is in c.native(dtype)._asdict().items():
         if there_is:
-            direct, native = (functools.partial(call, result, by) for by in (convgrad.NONE, c.native()))
+            direct, native = (functools.partial(call, result, by) for by in (convgrad.NONE, c.native(dtype)))
             times[result] = _in_turns(direct, native, images)
     return times
 
 
 def _in_turns(direct: Callable[[], object], native: Callable[[], object], images: int) -> Times:
     seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(1 + _TURNS):
+    for turn in range(_MOST_TURNS):
         for way, taken in zip((direct, native), seconds, strict=True):
             start = time.perf_counter()
             way()
             taken.append(time.perf_counter() - start)
-    return Times(min(seconds[0][1:]), min(seconds[1][1:]), images)
+        slower, faster = sorted(map(min, seconds), reverse=True)
+        if turn > 0 and slower > _CLEARLY * faster:
+            break
+    return Times(min(seconds[0]), min(seconds[1]), images)
 
 
 def choose(
@@ -177,7 +184,7 @@ def choose(
         config: names the network, the size of its images, and conv.
         num_classes: length of the network's output.
         engine: as it was resolved; only fused has the choice.
-        precision: likewise; only of fp32 there is one.
+        precision: likewise.
         node: where it runs.
         threads: compute threads.
         images: of a micro-batch.
@@ -185,41 +192,39 @@ def choose(
         recorded: what was chosen when the run began, to be kept.
 
     Raises:
-        ConfigError: conv winograd, in bf16, by another engine than fused, or on a network that has nothing for it.
+        ConfigError: conv winograd by another engine than fused, or on a network that has nothing for it.
     """
-    if config.conv == "winograd":
-        if engine != "fused":
-            raise ConfigError(f"conv winograd: engine {engine} has PyTorch's convolutions alone; add --engine fused")
-        if precision != "fp32":
-            raise ConfigError("conv winograd: it computes in float32; add --precision fp32")
-    if config.conv == "direct" or engine != "fused" or precision != "fp32":
+    if config.conv == "winograd" and engine != "fused":
+        raise ConfigError(f"conv winograd: engine {engine} has PyTorch's convolutions alone; add --engine fused")
+    if config.conv == "direct" or engine != "fused":
         return {}
     if recorded is not None:
         return recorded
-    convolutions = eligible(config, num_classes)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    convolutions = {path: one for path, one in eligible(config, num_classes).items() if any(one.native(dtype))}
     if config.conv == "winograd":
         convolutions = {path: one for path, one in convolutions.items() if one.has_winograd()}
         if not convolutions:
             raise ConfigError(f"conv winograd: {config.model} has no convolution of 3 x 3 or 5 x 5 with stride 1 and "
                               "multiples of 16 channels; leave it out")  # fmt: skip
         return {path: list(RESULTS) for path in convolutions}
-    if not convolutions:
+    if not convolutions or (precision == "bf16" and "amx_bf16" in node.flags):  # AMX multiplies faster than this saves
         return {}
     settings = {
         **settings_of(config.model, precision, node, threads), "fp32_precision": config.fp32_precision,
         "images": images, "size": config.image_size,
     }  # fmt: skip
-    found = _faster_ones(set(convolutions.values()), settings, images, keep)
+    found = _faster_ones(set(convolutions.values()), settings, images, dtype, keep)
     return {path: list(found[str(one)]) for path, one in convolutions.items() if found[str(one)]}
 
 
 def _faster_ones(
-    convolutions: set[Convolution], settings: dict[str, object], images: int, keep: bool
+    convolutions: set[Convolution], settings: dict[str, object], images: int, dtype: torch.dtype, keep: bool
 ) -> Mapping[str, Sequence[str]]:
     """By convolution, in which results the kernels are faster: as it is stored for such settings, or measured now."""
     found = stored_convolutions(settings)
     if found is None or not all(_known(found.get(str(one))) for one in convolutions):
-        found = {str(one): _faster(measure(one, images)) for one in convolutions}
+        found = {str(one): _faster(measure(one, images, dtype)) for one in convolutions}
         release_freed_memory()  # a run's tensors have other sizes
         if keep:
             store_convolutions(settings, found)

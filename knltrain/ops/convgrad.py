@@ -12,7 +12,7 @@ from torch import Tensor
 from knltrain.node.topology import read_node
 from knltrain.ops import bf16, pointwise, winograd
 from knltrain.ops.library import operator, register_fake
-from knltrain.ops.native import address, check, check_devices, isa, kernels
+from knltrain.ops.native import address, check_devices, check_images, isa, kernels, new_images
 
 
 class Native(NamedTuple):
@@ -52,16 +52,23 @@ class Geometry(NamedTuple):
         return pointwise.takes(weight.shape, self.stride, self.padding, self.groups)
 
 
-def native_results(channels: int, weight_shape: Sequence[int], geometry: Geometry) -> Native:
-    """Which results of a float32 convolution there are kernels for.
+def native_results(
+    channels: int, weight_shape: Sequence[int], geometry: Geometry, dtype: torch.dtype = torch.float32
+) -> Native:
+    """Which results of a convolution there are kernels for, so that measuring can tell whether they are faster.
 
     Args:
         channels: of the whole input.
         weight_shape: K, C/groups, R, S.
         geometry: how the kernel moves.
+        dtype: of its tensors. In bf16 there is Winograd's algorithm alone: :func:`kernel_is_faster` knows of the rest.
     """
     stride, padding, dilation, groups = geometry
-    both = pointwise.takes(weight_shape, stride, padding, groups) or winograd.takes(channels, weight_shape, *geometry)
+    if winograd.takes(channels, weight_shape, *geometry):
+        return Native(True, True, True)
+    if dtype == torch.bfloat16:
+        return NONE
+    both = pointwise.takes(weight_shape, stride, padding, groups)
     return Native(both, both, both or (dilation == (1, 1) and _takes_weight(weight_shape, groups)))
 
 
@@ -86,7 +93,7 @@ def conv2d(
         padding: zeros around x, in pixels.
         dilation: distance of the kernel's elements, in pixels.
         groups: of channels, each convolved alone.
-        by: what native kernels compute of it, in float32: of what :func:`native_results` gives.
+        by: what native kernels compute of it, of what :func:`native_results` gives.
 
     Returns:
         N x K x H' x W', channels-last.
@@ -101,9 +108,9 @@ def conv2d_and_statistics(
     """:func:`conv2d` without a bias whose forward pass a native kernel computes, and what a batch norm after it needs.
 
     Args:
-        x: N x C x H x W, float32, channels-last.
+        x: N x C x H x W, channels-last.
         weight: K x C/groups x R x S, likewise.
-        shift: K, somewhere near the means of the result.
+        shift: K, float32, somewhere near the means of the result.
         geometry: how the kernel moves.
         by: what native kernels compute of it, the forward pass among it.
 
@@ -144,12 +151,14 @@ def backward(
         bias_sizes: shape of the bias, or None.
         geometry: as it was given.
         needs: which gradients are computed.
-        by: which of them native kernels compute.
+        by: which of them native kernels compute, as :func:`conv2d` was given it.
     """
     if by != NONE:
         x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
+    by_products = needs[1] and not by.weight and kernel_is_faster(x, dy, weight, geometry.dilation, geometry.groups)
+    ours = by.weight or by_products
     dx = dweight = dbias = None
-    theirs = (needs[0] and not by.input, needs[1] and not by.weight, needs[2] and not by.weight)
+    theirs = (needs[0] and not by.input, needs[1] and not ours, needs[2] and not ours)
     if any(theirs):
         dx, dweight, dbias = bf16.conv2d_backward(dy, x, weight, bias_sizes, *geometry, theirs)
     if needs[0] and by.input:
@@ -157,9 +166,9 @@ def backward(
             dx = pointwise.conv2d_input(dy, weight, x.shape[2:], geometry.stride)
         else:
             dx = winograd.conv2d_input(dy, weight, geometry.padding, geometry.groups)
-    if needs[1] and by.weight:
+    if needs[1] and ours:
         shape, (stride, padding, dilation, groups) = list(weight.shape), geometry
-        if x.dtype == torch.float32 and winograd.takes(x.shape[1], shape, stride, padding, dilation, groups):
+        if by.weight and winograd.takes(x.shape[1], shape, stride, padding, dilation, groups):
             dweight, dbias = winograd.conv2d_weight(x, dy, shape, padding, groups, bias=needs[2])
         else:
             dweight = conv_weight_grad(x, dy, shape, stride, padding, groups)
@@ -180,12 +189,12 @@ class _Conv2d(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:3]
-        dy, by = dy.contiguous(memory_format=torch.channels_last), ctx.by
+        dy = dy.contiguous(memory_format=torch.channels_last)
         if torch.is_grad_enabled():  # these gradients are to have gradients, which PyTorch's have and the kernels' not
-            by = NONE
-        elif needs[1] and kernel_is_faster(x, dy, weight, ctx.geometry.dilation, ctx.geometry.groups):
-            by = by._replace(weight=True)
-        return *backward(dy, x, weight, ctx.bias_sizes, ctx.geometry, needs, by), None, None
+            gradients = bf16.conv2d_backward(dy, x, weight, ctx.bias_sizes, *ctx.geometry, needs)
+        else:
+            gradients = backward(dy, x, weight, ctx.bias_sizes, ctx.geometry, needs, ctx.by)
+        return *gradients, None, None
 
 
 class _Conv2dAndStatistics(_Conv2d):
@@ -266,7 +275,7 @@ def _conv_weight_grad(
     _check(x, dy, weight_shape, stride, padding, groups)
     module = kernels()
     if x.numel() and dy.numel() and module is not None:
-        ours = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
+        ours = new_images(x, weight_shape)
         if module.conv_weight_grad(
             address(x),
             address(dy),
@@ -281,7 +290,7 @@ def _conv_weight_grad(
             torch.get_num_threads(),
         ):
             return ours
-    weight = torch.empty(weight_shape, dtype=x.dtype, memory_format=torch.channels_last)
+    weight = new_images(x, weight_shape)
     _, dw, _ = bf16.conv2d_backward(dy, x, weight, None, stride, padding, (1, 1), groups, (False, True, False))
     assert dw is not None
     return dw.contiguous(memory_format=torch.channels_last)
@@ -289,7 +298,7 @@ def _conv_weight_grad(
 
 @register_fake("conv_weight_grad")
 def _(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> Tensor:
-    return torch.empty(weight_shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    return new_images(x, weight_shape)
 
 
 def _takes_weight(weight_shape: Sequence[int], groups: int) -> bool:
@@ -298,11 +307,7 @@ def _takes_weight(weight_shape: Sequence[int], groups: int) -> bool:
 
 
 def _check(x: Tensor, dy: Tensor, weight_shape: list[int], stride: list[int], padding: list[int], groups: int) -> None:
-    for name, tensor in (("x", x), ("dy", dy)):
-        check(name, tensor, (x.dtype,) if x.dtype == torch.bfloat16 else (torch.float32,))
-        if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; "
-                             "it must be N x C x H x W, channels-last")  # fmt: skip
+    check_images((torch.float32, torch.bfloat16), x=x, dy=dy)
     outputs, inputs, *kernel = weight_shape
     if groups < 1 or x.shape[1] != inputs * groups or not _takes_weight(weight_shape, groups):
         raise ValueError(f"weight of shape {tuple(weight_shape)} in {groups} groups does not go with x of "

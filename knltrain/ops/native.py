@@ -7,6 +7,7 @@ import functools
 import importlib
 import logging
 import os
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -119,6 +120,25 @@ def check_devices(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device.type != "cpu":
             raise ValueError(f"{name} is on {tensor.device}; the kernels read CPU memory")
+
+
+def check_images(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
+    """Refuses what a convolution's kernel cannot read: all are N x C x H x W, channels-last, of the first one's type.
+
+    Raises:
+        ValueError: one is not on the CPU, of another type, shape or layout.
+    """
+    for name, tensor in tensors.items():
+        check(name, tensor, dtypes)
+        dtypes = (tensor.dtype,)
+        if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; "
+                             "it must be N x C x H x W, channels-last")  # fmt: skip
+
+
+def new_images(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """Memory for N x C x H x W numbers of another tensor's type and device, channels-last."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def check(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...] | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from knltrain.ops.library import operator, register_fake
-from knltrain.ops.native import address, check, kernels
+from knltrain.ops.native import address, check, check_images, kernels, new_images
 
 _PANEL = 16  # channels that the kernels take together
 
@@ -96,7 +96,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) 
     _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
     if bias is not None:
         check("bias", bias, (torch.float32,), (weight.shape[0],))
-    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
     module = kernels()
     if module is not None and y.numel() and module.pointwise(
         address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), stride, False,
@@ -110,7 +110,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) 
 def _and_statistics(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
     check("shift", shift, (torch.float32,), (weight.shape[0],))
-    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
     mean, var = torch.empty_like(shift), torch.empty_like(shift)
     module = kernels()
     if module is not None and y.numel() and module.pointwise(
@@ -129,7 +129,7 @@ def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Te
     if list(dy.shape[2:]) != _met(size, stride):
         raise ValueError(f"dy has shape {tuple(dy.shape)}; of an image of {size[0]} x {size[1]} pixels "
                          f"{' x '.join(map(str, _met(size, stride)))} outputs are made")  # fmt: skip
-    dx = _empty(dy, weight.shape[1], size)
+    dx = new_images(dy, [dy.shape[0], weight.shape[1], *size])
     module = kernels()
     if module is not None and dy.numel() and module.pointwise(
         address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), stride, True,
@@ -145,23 +145,18 @@ def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Te
 
 @register_fake("pointwise_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
-    return _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    return new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
 
 
 @register_fake("pointwise_conv2d_and_statistics")
 def _(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty(x, weight.shape[0], _met(x.shape[2:], stride))
+    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
     return y, torch.empty_like(shift), torch.empty_like(shift)
 
 
 @register_fake("pointwise_conv2d_input")
 def _(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Tensor:
-    return _empty(dy, weight.shape[1], size)
-
-
-def _empty(like: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    shape = [like.shape[0], channels, *size]
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return new_images(dy, [dy.shape[0], weight.shape[1], *size])
 
 
 def _met(size: Sequence[int], stride: Sequence[int]) -> list[int]:
@@ -175,8 +170,4 @@ def _check(name: str, tensor: Tensor, weight: Tensor, stride: list[int], goes_wi
             f"weight of shape {tuple(weight.shape)} with stride {tuple(stride)} does not go with {name} of shape "
             f"{tuple(tensor.shape)}; it must be 1 x 1, with multiples of 16 channels in and out"
         )
-    for which, given in ((name, tensor), ("weight", weight)):
-        check(which, given, (torch.float32,))
-        if given.dim() != 4 or not given.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(f"{which} has shape {tuple(given.shape)}, strides {given.stride()}; "
-                             "it must be N x C x H x W, channels-last")  # fmt: skip
+    check_images((torch.float32,), **{name: tensor}, weight=weight)

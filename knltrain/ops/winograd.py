@@ -1,8 +1,9 @@
-"""Float32 convolutions with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
+"""Convolutions with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
 
 A tile of 4 x 4 outputs takes 36 products a pair of channels where the direct sum takes 144, and 64 for 400 with kernels
 of 5 x 5 [Lavin and Gray, arXiv:1509.09308]. Rounding is another: relative to float64, the root mean square error
 of post-ReLU data is at most 1.5e-6 with 3 x 3 and 4e-6 with 5 x 5 over the shapes of the networks, as their tests say.
+Tensors of bf16 are computed in float32 too, and results are rounded once.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from knltrain.ops import bf16
 from knltrain.ops.library import operator, register_fake
-from knltrain.ops.native import address, check, kernels
+from knltrain.ops.native import address, check, check_images, kernels, new_images
 
 _KERNELS = (3, 5)
 _PANEL = 16  # channels that the kernels take together
@@ -52,7 +54,7 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
     """torch.conv2d of stride 1 without dilation.
 
     Args:
-        x: N x C x H x W, float32, channels-last.
+        x: N x C x H x W, float32 or bf16, channels-last.
         weight: K x C/groups x R x R, likewise, of what :func:`takes` accepts.
         bias: K, or None.
         padding: zeros around x, in pixels.
@@ -74,7 +76,7 @@ def conv2d_and_statistics(
     """:func:`conv2d` without a bias, and what a batch norm after it needs.
 
     Args:
-        x: N x C x H x W, float32, channels-last.
+        x: N x C x H x W, float32 or bf16, channels-last.
         weight: K x C/groups x R x R, likewise, of what :func:`takes` accepts.
         shift: K, somewhere near the means: sums are of what exceeds it.
         padding: zeros around x, in pixels.
@@ -94,7 +96,7 @@ def conv2d_input(dy: Tensor, weight: Tensor, padding: Sequence[int], groups: int
     """The gradient of :func:`conv2d`'s input.
 
     Args:
-        dy: gradient of the output, N x K x H' x W', float32, channels-last.
+        dy: gradient of the output, N x K x H' x W', float32 or bf16, channels-last.
         weight: K x C/groups x R x R, likewise.
         padding: zeros that were around the input, in pixels.
         groups: of channels, each convolved alone.
@@ -115,7 +117,7 @@ def conv2d_weight(
     """The gradients of :func:`conv2d`'s weights and bias.
 
     Args:
-        x: N x C x H x W, float32, channels-last.
+        x: N x C x H x W, float32 or bf16, channels-last.
         dy: gradient of the output, N x K x H' x W', likewise.
         weight_shape: K, C/groups, R, R.
         padding: zeros around x, in pixels.
@@ -136,15 +138,15 @@ def conv2d_weight(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], groups: int) -> Tensor:
     _check(x.shape[1], list(weight.shape), padding, groups, x=x, weight=weight)
     if bias is not None:
-        check("bias", bias, (torch.float32,), (weight.shape[0],))
-    y = _empty(_output_size(x.shape, weight.shape, padding), x)
+        check("bias", bias, (x.dtype,), (weight.shape[0],))
+    y = new_images(x, _output_size(x.shape, weight.shape, padding))
     module = kernels()
     if module is not None and y.numel() and module.winograd(
         address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), weight.shape[2],
-        padding, groups, False, torch.get_num_threads()
+        padding, groups, False, x.dtype == torch.bfloat16, torch.get_num_threads()
     ):  # fmt: skip
         return y
-    return torch.conv2d(x, weight, bias, 1, padding, 1, groups)
+    return bf16.conv2d(x, weight, bias, (1, 1), padding, (1, 1), groups)
 
 
 @operator("winograd_conv2d_and_statistics")
@@ -153,16 +155,16 @@ def _and_statistics(
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x.shape[1], list(weight.shape), padding, groups, x=x, weight=weight)
     check("shift", shift, (torch.float32,), (weight.shape[0],))
-    y = _empty(_output_size(x.shape, weight.shape, padding), x)
+    y = new_images(x, _output_size(x.shape, weight.shape, padding))
     mean, var = torch.empty_like(shift), torch.empty_like(shift)
     module = kernels()
     if module is not None and y.numel() and module.winograd(
         address(x), address(weight), 0, address(shift), address(y), address(mean), address(var), list(x.shape),
-        list(y.shape), weight.shape[2], padding, groups, False, torch.get_num_threads()
+        list(y.shape), weight.shape[2], padding, groups, False, x.dtype == torch.bfloat16, torch.get_num_threads()
     ):  # fmt: skip
         return y, mean, var
-    y = torch.conv2d(x, weight, None, 1, padding, 1, groups)
-    var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
+    y = bf16.conv2d(x, weight, None, (1, 1), padding, (1, 1), groups)
+    var, mean = torch.var_mean(y.float(), dim=(0, 2, 3), correction=0)
     return y, mean, var
 
 
@@ -173,11 +175,11 @@ def _input(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tenso
     size = weight.shape[2]
     turned = [size - 1 - pad for pad in padding]
     image = [n + 2 * pad - size + 1 for n, pad in zip(dy.shape[2:], turned, strict=True)]
-    dx = _empty([dy.shape[0], channels, *image], dy)
+    dx = new_images(dy, [dy.shape[0], channels, *image])
     module = kernels()
     if module is not None and dy.numel() and dx.numel() and module.winograd(
         address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), size, turned, groups,
-        True, torch.get_num_threads()
+        True, dy.dtype == torch.bfloat16, torch.get_num_threads()
     ):  # fmt: skip
         return dx
     return _backward(dy, dx, weight, padding, groups, 0)
@@ -191,11 +193,11 @@ def _weight(
     expected = _output_size(x.shape, weight_shape, padding)
     if list(dy.shape) != expected:
         raise ValueError(f"dy has shape {tuple(dy.shape)}; this convolution's output has {tuple(expected)}")
-    dweight, dbias = _empty(weight_shape, x), x.new_empty(weight_shape[0] if bias else 0)
+    dweight, dbias = new_images(x, weight_shape), x.new_empty(weight_shape[0] if bias else 0)
     module = kernels()
     if module is not None and x.numel() and dy.numel() and module.winograd_weight_grad(
         address(x), address(dy), address(dweight), address(dbias if bias else None), list(x.shape), list(dy.shape),
-        weight_shape[2], padding, groups, torch.get_num_threads()
+        weight_shape[2], padding, groups, x.dtype == torch.bfloat16, torch.get_num_threads()
     ):  # fmt: skip
         return dweight, dbias
     return _backward(dy, x, dweight, padding, groups, 1), dy.sum((0, 2, 3)) if bias else dbias
@@ -203,30 +205,26 @@ def _weight(
 
 @register_fake("winograd_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int], groups: int) -> Tensor:
-    return _empty(_output_size(x.shape, weight.shape, padding), x)
+    return new_images(x, _output_size(x.shape, weight.shape, padding))
 
 
 @register_fake("winograd_conv2d_and_statistics")
 def _(x: Tensor, weight: Tensor, shift: Tensor, padding: list[int], groups: int) -> tuple[Tensor, Tensor, Tensor]:
-    y = _empty(_output_size(x.shape, weight.shape, padding), x)
+    y = new_images(x, _output_size(x.shape, weight.shape, padding))
     return y, torch.empty_like(shift), torch.empty_like(shift)
 
 
 @register_fake("winograd_conv2d_input")
 def _(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tensor:
     size = [n - 2 * pad + weight.shape[2] - 1 for n, pad in zip(dy.shape[2:], padding, strict=True)]
-    return _empty([dy.shape[0], weight.shape[1] * groups, *size], dy)
+    return new_images(dy, [dy.shape[0], weight.shape[1] * groups, *size])
 
 
 @register_fake("winograd_conv2d_weight")
 def _(
     x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    return _empty(weight_shape, x), x.new_empty(weight_shape[0] if bias else 0)
-
-
-def _empty(shape: Sequence[int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return new_images(x, weight_shape), x.new_empty(weight_shape[0] if bias else 0)
 
 
 def _output_size(x_shape: Sequence[int], weight_shape: Sequence[int], padding: Sequence[int]) -> list[int]:
@@ -238,12 +236,10 @@ def _output_size(x_shape: Sequence[int], weight_shape: Sequence[int], padding: S
 
 def _backward(dy: Tensor, x: Tensor, weight: Tensor, padding: list[int], groups: int, which: int) -> Tensor:
     """PyTorch's gradient, of the input (0) or the weights (1)."""
-    mask = [which == 0, which == 1, False]
-    gradients = torch.ops.aten.convolution_backward(
-        dy, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], groups, mask
-    )
-    gradient: Tensor = gradients[which].contiguous(memory_format=torch.channels_last)
-    return gradient
+    wanted = (which == 0, which == 1, False)
+    gradient = bf16.conv2d_backward(dy, x, weight, None, (1, 1), padding, (1, 1), groups, wanted)[which]
+    assert gradient is not None
+    return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def _check(channels: int, weight_shape: list[int], padding: list[int], groups: int, **tensors: Tensor) -> None:
@@ -254,10 +250,4 @@ def _check(channels: int, weight_shape: list[int], padding: list[int], groups: i
             f"weight of shape {tuple(weight_shape)} with padding {tuple(padding)} in {groups} groups does not go with "
             f"{channels} channels; it must be 3 x 3 or 5 x 5, with multiples of 16 channels in and out of a group"
         )
-    for name, tensor in tensors.items():
-        check(name, tensor, (torch.float32,))
-        if tensor.dim() != 4 or not tensor.is_contiguous(memory_format=torch.channels_last):
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, strides {tensor.stride()}; it must be N x C x H x W, "
-                "channels-last"
-            )
+    check_images((torch.float32, torch.bfloat16), **tensors)

@@ -19,10 +19,10 @@ def main():
     add_small_networks()
     place = find_place(strict=False)
 
-    def measure(convolution, images):
+    def measure(convolution, images, dtype):
         """Each rank finds something else to be faster: the first one's choice is that of all, when they resume too."""
         times = convolutions.Times(2 - place.ranks.rank, 1 + place.ranks.rank, images)
-        return {result: times for result, there_is in convolution.native()._asdict().items() if there_is}
+        return {result: times for result, there_is in convolution.native(dtype)._asdict().items() if there_is}
 
     convolutions.measure = measure
     with Group(place.ranks, backend) as group:

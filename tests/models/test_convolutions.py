@@ -39,18 +39,21 @@ def measured(monkeypatch):
     """The clock says that the kernels are faster forward and slower for weights; gives what it was asked of."""
     asked = []
 
-    def clock(convolution, images):
+    def clock(convolution, images, dtype):
         asked.append((convolution, images))
         seconds = {"forward": (2.0, 1.0), "input": (1.0, 1.0), "weight": (1.0, 2.0)}
-        native = convolution.native()._asdict()
+        native = convolution.native(dtype)._asdict()
         return {result: Times(*both, images) for result, both in seconds.items() if native[result]}
 
     monkeypatch.setattr(convolutions, "measure", clock)
     return asked
 
 
-def chosen(config=CONFIG, *, engine="fused", precision="fp32", images=8, keep=True):
-    here = {"node": read_node(), "threads": 1, "images": images, "keep": keep}
+WITHOUT_AMX = dataclasses.replace(read_node(), flags=read_node().flags - {"amx_bf16"})
+
+
+def chosen(config=CONFIG, *, engine="fused", precision="fp32", node=WITHOUT_AMX, images=8, keep=True):
+    here = {"node": node, "threads": 1, "images": images, "keep": keep}
     return choose(config, num_classes=10, engine=engine, precision=precision, **here)
 
 
@@ -117,7 +120,7 @@ def test_a_large_convolution_is_measured_on_fewer_images(monkeypatch):
     )
     large = Convolution(64, 56, 56, (64, 64, 3, 3), Geometry(padding=(1, 1)))
     measure(large, images=1000)
-    assert set(taken) == {math.ceil(2 / large.gflop(1))}
+    assert set(taken) == {math.ceil(1 / large.gflop(1))}
 
 
 def test_auto_takes_what_is_faster_and_measures_once(measured):
@@ -182,11 +185,21 @@ def test_asked_for_it_is_all_or_nothing(measured):
     assert not measured
 
 
-@pytest.mark.parametrize("engine, precision", [("eager", "fp32"), ("fused", "bf16")])
-def test_elsewhere_there_is_no_choice(measured, engine, precision):
-    assert chosen(engine=engine, precision=precision) == {}
-    with pytest.raises(ConfigError, match=r"conv winograd.*--(engine fused|precision fp32)"):
-        chosen(override(CONFIG, {"conv": "winograd"}), engine=engine, precision=precision)
+def test_by_another_engine_there_is_no_choice(measured):
+    assert chosen(engine="eager") == {}
+    with pytest.raises(ConfigError, match=r"conv winograd.*--engine fused"):
+        chosen(override(CONFIG, {"conv": "winograd"}), engine="eager")
+
+
+def test_in_bf16_winograds_are_measured_unless_there_is_amx(measured):
+    winograds = {path for path, one in eligible(CONFIG, 10).items() if one.has_winograd()}
+    assert chosen(precision="bf16") == {path: ["forward"] for path in winograds}
+    assert len(measured) == len({eligible(CONFIG, 10)[path] for path in winograds})
+    measured.clear()
+    chosen()
+    assert measured  # float32's times are others
+    with_amx = dataclasses.replace(WITHOUT_AMX, flags=WITHOUT_AMX.flags | {"amx_bf16"})
+    assert chosen(precision="bf16", node=with_amx) == {}
 
 
 def test_a_network_without_any_is_refused_where_they_are_asked_for():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.checks import FLOAT32, assert_within, check_operator, seed_anew, threads
+from ops.checks import BF16, FLOAT32, assert_within, check_operator, seed_anew, threads
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from knltrain.config import RunConfig
@@ -38,13 +38,13 @@ def channels_last(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def make_case(images, inputs, outputs, groups, height, width, kernel, padding):
-    """x as it is after a ReLU, weights of He's initialisation, dy."""
+def make_case(images, inputs, outputs, groups, height, width, kernel, padding, dtype=torch.float32):
+    """x as it is after a ReLU, weights of He's initialisation, bias, dy."""
     x = channels_last(images, inputs, height, width).relu()
     fan_in = inputs // groups * kernel * kernel
     weight = channels_last(outputs, inputs // groups, kernel, kernel) * (2 / fan_in) ** 0.5
     dy = channels_last(*F.conv2d(x, weight, None, 1, padding, 1, groups).shape)
-    return x, weight, torch.randn(outputs), dy, list(padding), groups
+    return *(tensor.to(dtype) for tensor in (x, weight, torch.randn(outputs), dy)), list(padding), groups
 
 
 def results(x, weight, bias, dy, padding, groups):
@@ -69,6 +69,9 @@ def assert_close(got, exact):
     for tensor, expected, name, most in zip(got, exact, ("y", "dx", "dw"), MOST[exact[2].shape[2]], strict=True):
         assert tensor.shape == expected.shape
         assert tensor.is_contiguous(memory_format=torch.channels_last)
+        if tensor.dtype == torch.bfloat16:
+            assert_within(tensor, expected, BF16 * expected.abs() + 10 * most * expected.abs().max(), name)
+            continue
         off = (tensor.double() - expected).square().mean().sqrt() / expected.square().mean().sqrt()
         assert off < most, f"{name}: {off:.2e}"
         worst = (tensor.double() - expected).abs().max() / expected.abs().max()
@@ -79,6 +82,22 @@ def assert_close(got, exact):
 def test_is_the_convolution_in_float64(each_isa, size):
     case = make_case(*size)
     assert_close(results(*case), exact_results(*case))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("size", [*SIZES[:10], (1, 64, 128, 1, 7, 7, 3, (1, 1))], ids=str)
+def test_of_bf16_it_is_rounded_once(each_isa, size, count):
+    case = make_case(*size, dtype=torch.bfloat16)
+    with threads(count):
+        got = results(*case)
+        assert {tensor.dtype for tensor in got} == {torch.bfloat16}
+        assert_close(got, exact_results(*case))
+        x, weight, _, dy, padding, groups = case
+        _, dbias = winograd.conv2d_weight(x, dy, list(weight.shape), padding, groups, bias=True)
+    exact = dy.double().sum((0, 2, 3))
+    off = 64 * FLOAT32 * dy.double().abs().sum((0, 2, 3))
+    assert dbias.dtype == torch.bfloat16
+    assert_within(dbias, exact, BF16 * exact.abs() + off, "dbias")
 
 
 @pytest.mark.parametrize("count", [1, 3])
@@ -196,7 +215,8 @@ def test_operators_are_as_declared(each_isa):
 @pytest.mark.parametrize(
     "change, wrong",
     [
-        ({"x": lambda x: x.bfloat16()}, "x is torch.bfloat16"),
+        ({"x": lambda x: x.double()}, "x is torch.float64"),
+        ({"x": lambda x: x.bfloat16()}, "weight is torch.float32; it must be torch.bfloat16"),
         ({"x": lambda x: x.contiguous()}, "x has shape .* channels-last"),
         ({"x": lambda x: x[:, :32]}, "does not go with 32 channels"),
         ({"weight": lambda w: w[:40]}, "multiples of 16"),
