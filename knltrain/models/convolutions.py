@@ -120,7 +120,7 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
 
 
 def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.float32) -> dict[str, Times]:
-    """Times each result that there is a kernel for, both ways, in turns: the best of two calls, or more where it is close.
+    """Times each result that there is a kernel for, both ways in turns: the best of two calls, or more if it is close.
 
     Args:
         convolution: what is computed, on noise.

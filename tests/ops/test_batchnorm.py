@@ -450,8 +450,11 @@ def test_backward_keeps_input_and_result_at_most(each_isa, residual, relu, train
 
 
 @pytest.mark.parametrize("each_isa", ["torch", "avx2"], indirect=True)
-@pytest.mark.parametrize("shape", [(2, 17, 5, 7), (3, 1, 4, 4), (3, 8, 1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "dtype, shape",
+    [(torch.float32, (2, 17, 5, 7)), (torch.bfloat16, (3, 1, 4, 4)), (torch.bfloat16, (3, 8, 1, 1))],
+    ids=str,
+)
 def test_operators_are_as_declared(each_isa, dtype, shape):
     case = make_case(shape, dtype, residual=True)
     case.x.requires_grad_()
