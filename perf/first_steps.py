@@ -25,8 +25,12 @@ _WAYS = {
 }
 
 
-def losses_of(config: RunConfig, steps: int, way: str) -> list[float]:
-    """Trains from the weights of the configuration's seed, on a few batches of noise in turn."""
+def train(config: RunConfig, steps: int, way: str) -> dict[str, Any]:
+    """Trains from the weights of the configuration's seed, on a few batches of noise in turn.
+
+    Returns:
+        The losses, and how many convolutions have a result that native kernels computed.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -59,27 +63,17 @@ def losses_of(config: RunConfig, steps: int, way: str) -> list[float]:
         loss.backward()
         engine.optimizer.step()
         losses.append(float(loss))
-    return losses
+    return {"losses": losses, "native_convolutions": len(convolutions)}
 
 
-def summary_of(losses: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """By way and seed: the mean of the last ten losses, and how far each tenth of the steps is from the first way's."""
-    rows = []
-    for name, own in losses.items():
-        seed = name.partition(", seed ")[2]
-        first = losses[f"{next(iter(_WAYS))}, seed {seed}"]
-        off = [abs(a - b) for a, b in zip(own, first, strict=True)]
-        part = max(1, len(own) // 5)
-        rows.append(
-            {
-                "way": name.partition(", seed ")[0],
-                "seed": int(seed),
-                "last_losses": sum(own[-10:]) / len(own[-10:]),
-                "largest_difference": [max(off[at : at + part]) for at in range(0, len(off), part)],
-                "losses": own,
-            }
-        )
-    return rows
+def compared(own: list[float], first: list[float]) -> dict[str, Any]:
+    """The mean of the last ten losses, and the largest difference from the first way's in each fifth of the steps."""
+    off = [abs(a - b) for a, b in zip(own, first, strict=True)]
+    part = max(1, len(own) // 5)
+    return {
+        "last_losses": sum(own[-10:]) / len(own[-10:]),
+        "largest_difference": [max(off[at : at + part]) for at in range(0, len(off), part)],
+    }
 
 
 def table_of(rows: list[dict[str, Any]], title: str) -> Table:
@@ -134,17 +128,19 @@ def main(
 
     console, folder = Console(json=as_json), out_folder(out)
     config = step_config(model=model, batch=batch, image_size=image_size, precision="fp32", engine="fused", quick=quick)
-    config = override(config, {"optim.name": "sgd", "optim.lr": lr})
+    config = override(config, {"optim.name": "sgd", "optim.variant": "heavy-ball", "optim.lr": lr})
     steps = steps or (5 if quick else 50)
     keep_freed_memory()
     node = read_node()
     torch.set_num_threads(threads_per_rank(node, local_size=1))
-    losses = {}
+    rows = []
     for seed in range(seeds):
+        runs: dict[str, dict[str, Any]] = {}
         for way in _WAYS:
             console.line(f"{way}, seed {seed}")
-            losses[f"{way}, seed {seed}"] = losses_of(override(config, {"seed": seed}), steps, way)
-    rows = summary_of(losses)
+            runs[way] = train(override(config, {"seed": seed}), steps, way)
+        first = next(iter(runs.values()))["losses"]
+        rows += [{"way": way, "seed": seed, **run, **compared(run["losses"], first)} for way, run in runs.items()]
     title = f"{config.model}, batch {config.global_batch}, {config.image_size} px, SGD at {lr:g}, kernels {isa()}"
     show(console, table_of(rows, title))
     result = {"model": config.model, "batch": config.global_batch, "image_size": config.image_size, "lr": lr,

@@ -57,7 +57,7 @@ def conv2d(
     weight: Tensor,
     bias: Tensor | None,
     stride: tuple[int, int],
-    padding: tuple[int, int],
+    padding: tuple[int, int] | list[int],
     dilation: tuple[int, int],
     groups: int,
 ) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -188,12 +188,12 @@ class _Conv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
+        needs, geometry = ctx.needs_input_grad[:3], cast("Geometry", ctx.geometry)
         dy = dy.contiguous(memory_format=torch.channels_last)
         if torch.is_grad_enabled():  # these gradients are to have gradients, which PyTorch's have and the kernels' not
-            gradients = bf16.conv2d_backward(dy, x, weight, ctx.bias_sizes, *ctx.geometry, needs)
+            gradients = bf16.conv2d_backward(dy, x, weight, ctx.bias_sizes, *geometry, needs)
         else:
-            gradients = backward(dy, x, weight, ctx.bias_sizes, ctx.geometry, needs, ctx.by)
+            gradients = backward(dy, x, weight, ctx.bias_sizes, geometry, needs, ctx.by)
         return *gradients, None, None
 
 
