@@ -62,7 +62,7 @@ def train(config: RunConfig, steps: int, way: str) -> dict[str, Any]:
         loss = F.cross_entropy(engine.model(batch), labels[step % _BATCHES])
         loss.backward()
         engine.optimizer.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return {"losses": losses, "native_convolutions": len(convolutions)}
 
 
