@@ -15,7 +15,7 @@
 // Where a map is no multiple of 4, its last tiles are smaller: for fewer outputs, fewer of the points do, with the same
 // transformed weights. Rows of B' take up that their scale is another.
 //
-// Tensors are float32 or bf16. What is transformed is float32 either way: rounded to bf16, F(4x4) would lose a hundredth.
+// Tensors are float32 or bf16. What is transformed is float32 either way: the transforms multiply rounding errors.
 //
 // Transformed data lies as [point][panel of 16 channels][tile][16], weights as [point][panel][channel][16]: transforms
 // write whole cache lines, and products read both in order.

@@ -11,8 +11,9 @@ from torch import nn
 from knltrain.config import OptimConfig, RunConfig
 from knltrain.engine import build_engine
 from knltrain.models import fused, model_of
+from knltrain.models.convolutions import eligible
 from knltrain.models.fused import fuse
-from knltrain.ops.convgrad import Geometry, native_results
+from knltrain.ops.convgrad import Geometry, Native, native_results
 from knltrain.ops.native import why_not
 from knltrain.optim import SGD, build_optimizer
 
@@ -145,6 +146,26 @@ def test_batch_norms_take_statistics_from_the_kernels(name, image_size, training
         assert (parameter.grad.double() - gradient).norm() <= 0.1 * gradient.norm() + 1e-5 * whole
     for buffer, true in zip(ours.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(buffer.double(), true.double(), rtol=1e-3, atol=1e-4)
+
+
+def test_in_bf16_winograds_algorithm_is_as_near_to_float32_as_direct_sums_are():
+    """The gradient of a whole network, in which batch norms take their statistics from the kernels."""
+    config = RunConfig(model="resnet20", image_size=32)
+    images, labels = channels_last(16, 3, 32, 32), torch.randint(10, (16,))
+    by_winograd = {path: list(Native._fields) for path, one in eligible(config, 10).items() if one.has_winograd()}
+    assert len(by_winograd) == 16
+    gradients = []
+    for precision, convolutions in (("fp32", {}), ("bf16", {}), ("bf16", by_winograd)):
+        torch.manual_seed(0)
+        model = model_of(config, 10).to(memory_format=torch.channels_last)
+        engine = build_engine("fused", precision, model, build_optimizer(model, config.optim), convolutions)
+        with engine.autocast():
+            logits = engine.model(images.to(engine.dtype))
+        F.cross_entropy(logits.float(), labels).backward()
+        gradients.append(torch.cat([gradient.flatten().float() for gradient in engine.gradients().values()]))
+    exact, direct, ours = gradients
+    assert (ours - direct).norm() > 0
+    assert (ours - exact).norm() < 1.5 * (direct - exact).norm() < 0.15 * exact.norm()
 
 
 def test_layers_that_the_kernels_do_not_have_stay_as_they_are():
