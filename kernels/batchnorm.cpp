@@ -125,7 +125,9 @@ template <class T, class Body> inline void transform_rows(const BatchNorm &p, in
                                       KNLTRAIN_INLINE { body(row * channels + ch, ch, count); });
 }
 
-template <class T, bool with_residual, bool with_relu> void forward(const BatchNorm &p) {
+enum class Activation { none, relu, capped_relu };
+
+template <class T, bool with_residual, Activation activation> void forward(const BatchNorm &p) {
     const T *x = static_cast<const T *>(p.x);
     const T *residual = static_cast<const T *>(p.residual);
     T *y = static_cast<T *>(p.y);
@@ -153,20 +155,22 @@ template <class T, bool with_residual, bool with_relu> void forward(const BatchN
         }
         scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
     }
-    const float *mean = p.mean, *bias = p.bias;
+    const float *mean = p.mean, *bias = p.bias, cap = p.cap;
     auto apply = [&](int task) {
         transform_rows(p, task, y, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
             fetch_ahead(x + at);
             const vec d = load_first(x + at, count) - load_first(mean + ch, count);
             vec z = fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
             if (with_residual) z += load_first(residual + at, count);
-            put(y + at, with_relu ? relu(z) : z, count);
+            if (activation != Activation::none) z = relu(z);
+            if (activation == Activation::capped_relu) z = at_most(splat(cap), z);
+            put(y + at, z, count);
         });
     };
     each_task(p.tasks, apply);
 }
 
-template <class T, bool with_residual, bool with_relu> void backward(const BatchNorm &p) {
+template <class T, bool with_residual, Activation activation> void backward(const BatchNorm &p) {
     const T *x = static_cast<const T *>(p.x);
     const T *y = static_cast<const T *>(p.y);
     const T *dy = static_cast<const T *>(p.dy);
@@ -174,17 +178,19 @@ template <class T, bool with_residual, bool with_relu> void backward(const Batch
     T *dresidual = static_cast<T *>(p.dresidual);
     const Scratch s(p);
     float *scale = s.a, *of_x = s.b, *constant = s.c;
-    const float *mean = p.mean, *bias = p.bias;
+    const float *mean = p.mean, *bias = p.bias, cap = p.cap;
 
     for (int64_t ch = 0; ch < p.channels; ++ch)
         scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
-    // dy where the result was positive; d is x - mean. With a shortcut the sign is the result's, else it follows from x.
+    // dy where the result was positive and below the cap; d is x - mean. With a shortcut the result is looked at, else it
+    // follows from x.
     auto through_relu = [=](int64_t at, int64_t ch, auto count, vec d) KNLTRAIN_INLINE {
         const vec gradient = load_first(dy + at, count);
-        if (!with_relu) return gradient;
+        if (activation == Activation::none) return gradient;
         const vec z = with_residual ? load_first(y + at, count)
                                     : fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
-        return where_positive(z, gradient);
+        const vec passed = where_positive(z, gradient);
+        return activation == Activation::capped_relu ? where_below(z, splat(cap), passed) : passed;
     };
     const bool streamed = is_streamed(p, dresidual);
     auto sums = [&](int task) {
@@ -224,18 +230,30 @@ template <class T, bool with_residual, bool with_relu> void backward(const Batch
     each_task(p.tasks, apply);
 }
 
-template <class T> void forward(const BatchNorm &p) {
-    if (p.residual != nullptr)
-        p.relu ? forward<T, true, true>(p) : forward<T, true, false>(p);
+template <class T, bool with_residual> void forward(const BatchNorm &p) {
+    if (!p.relu)
+        forward<T, with_residual, Activation::none>(p);
+    else if (p.cap == __builtin_inff())
+        forward<T, with_residual, Activation::relu>(p);
     else
-        p.relu ? forward<T, false, true>(p) : forward<T, false, false>(p);
+        forward<T, with_residual, Activation::capped_relu>(p);
+}
+
+template <class T, bool with_residual> void backward(const BatchNorm &p) {
+    if (!p.relu)
+        backward<T, with_residual, Activation::none>(p);
+    else if (p.cap == __builtin_inff())
+        backward<T, with_residual, Activation::relu>(p);
+    else
+        backward<T, with_residual, Activation::capped_relu>(p);
+}
+
+template <class T> void forward(const BatchNorm &p) {
+    p.residual != nullptr ? forward<T, true>(p) : forward<T, false>(p);
 }
 
 template <class T> void backward(const BatchNorm &p) {
-    if (p.dresidual != nullptr)
-        p.relu ? backward<T, true, true>(p) : backward<T, true, false>(p);
-    else
-        p.relu ? backward<T, false, true>(p) : backward<T, false, false>(p);
+    p.dresidual != nullptr ? backward<T, true>(p) : backward<T, false>(p);
 }
 
 }  // namespace

@@ -133,11 +133,11 @@ NB_MODULE(_kernels, m) {
     m.def(
         "batch_norm_forward",
         [](Address x, Address residual, Address weight, Address bias, Address mean, Address var, Address y, int64_t rows,
-           int64_t channels, bool is_bf16, bool training, bool relu, float eps, int tasks) {
+           int64_t channels, bool is_bf16, bool training, bool relu, float cap, float eps, int tasks) {
             std::vector<double> scratch((2 * tasks + 2) * channels);
             BatchNorm p{};
             p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
-            p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
+            p.cap = cap, p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
             p.x = at<void>(x), p.residual = at<void>(residual), p.y = at<void>(y);
             p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
             chosen->batch_norm_forward(p);
@@ -147,11 +147,11 @@ NB_MODULE(_kernels, m) {
         "batch_norm_backward",
         [](Address dy, Address x, Address y, Address weight, Address bias, Address mean, Address var, Address dx,
            Address dresidual, Address dweight, Address dbias, int64_t rows, int64_t channels, bool is_bf16,
-           bool training, bool relu, float eps, int tasks) {
+           bool training, bool relu, float cap, float eps, int tasks) {
             std::vector<double> scratch((2 * tasks + 2) * channels);
             BatchNorm p{};
             p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
-            p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
+            p.cap = cap, p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
             p.dy = at<void>(dy), p.x = at<void>(x), p.y = at<void>(y);
             p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
             p.dx = at<void>(dx), p.dresidual = at<void>(dresidual);

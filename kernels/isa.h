@@ -52,6 +52,12 @@ static inline vec relu(vec a) { return {_mm512_max_ps(_mm512_setzero_ps(), a.v)}
 static inline vec where_positive(vec y, vec a) {
     return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, _mm512_setzero_ps(), _CMP_NLE_UQ), a.v)};
 }
+// min(a, cap) that keeps NaN.
+static inline vec at_most(vec cap, vec a) { return {_mm512_min_ps(cap.v, a.v)}; }
+// a where not (y >= cap), else 0: a NaN in y lets a through, as above.
+static inline vec where_below(vec y, vec cap, vec a) {
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(y.v, cap.v, _CMP_NGE_UQ), a.v)};
+}
 static inline vec square_root(vec a) { return {_mm512_sqrt_ps(a.v)}; }
 // 1 / sqrt(a) for a > 0, to the last digit or two; 0 for infinity.
 static inline vec inverse_square_root(vec a) {
@@ -132,6 +138,10 @@ static inline vec fma(vec a, vec b, vec c) { return {_mm256_fmadd_ps(a.v, b.v, c
 static inline vec relu(vec a) { return {_mm256_max_ps(_mm256_setzero_ps(), a.v)}; }
 static inline vec where_positive(vec y, vec a) {
     return {_mm256_and_ps(_mm256_cmp_ps(y.v, _mm256_setzero_ps(), _CMP_NLE_UQ), a.v)};
+}
+static inline vec at_most(vec cap, vec a) { return {_mm256_min_ps(cap.v, a.v)}; }
+static inline vec where_below(vec y, vec cap, vec a) {
+    return {_mm256_and_ps(_mm256_cmp_ps(y.v, cap.v, _CMP_NGE_UQ), a.v)};
 }
 static inline vec square_root(vec a) { return {_mm256_sqrt_ps(a.v)}; }
 static inline vec inverse_square_root(vec a) { return {_mm256_div_ps(_mm256_set1_ps(1), _mm256_sqrt_ps(a.v))}; }

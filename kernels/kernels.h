@@ -9,12 +9,13 @@
 namespace knltrain {
 
 // Batch normalisation over the rows of a rows x channels matrix (N, H and W of a channels-last image are its rows), then
-// an optional addition, then an optional ReLU.
+// an optional addition, then an optional ReLU, which may have an upper bound.
 struct BatchNorm {
     int64_t rows, channels;
     bool is_bf16;  // x, residual, y, dy, dx and dresidual: bf16, or else float32. Everything else is float32
     bool training;  // statistics of x are computed (forward) and part of the gradient (backward)
     bool relu;
+    float cap;  // of the ReLU; infinity: none
     float eps;
     int tasks;
     const void *x, *residual;  // residual may be null

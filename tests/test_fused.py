@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from small_networks import add_small_networks, why_no_engine
 from torch import nn
 
+from knltrain import models
 from knltrain.config import OptimConfig, RunConfig
 from knltrain.engine import build_engine
 from knltrain.models import fused, model_of
@@ -20,7 +21,8 @@ from knltrain.optim import SGD, build_optimizer
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
 
 MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet20", 32), ("resnet50", 64)]
-THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32)]
+THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32),
+          ("torchvision:mobilenet_v2", 64)]  # fmt: skip
 
 
 def channels_last(*shape):
@@ -116,20 +118,35 @@ def test_computes_what_the_plain_model_computes(name, image_size, training, requ
 
 
 def native_everywhere(model):
-    """Has native kernels compute all that they can, and says how many forward passes that is."""
+    """Has native kernels compute all that they can, and says of how many forward passes statistics can be taken."""
     convolutions = [module for module in model.modules() if isinstance(module, fused.FusedConv2d)]
     for one in convolutions:
         geometry = Geometry(one.stride, one.padding, one.dilation, one.groups)
         one.by = native_results(one.in_channels, tuple(one.weight.shape), geometry)
-    return sum(one.by.forward for one in convolutions)
+    return sum(one.by.forward and one.bias is None for one in convolutions)
+
+
+def sequential(*, num_classes, image_size, dropout=0.0):
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(16, 32, 3, padding=1, bias=False), nn.BatchNorm2d(32),
+        nn.Conv2d(32, 16, 1), nn.BatchNorm2d(16), nn.ReLU6(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name, image_size", [("resnet20", 32), ("resnet50", 64)])
-def test_batch_norms_take_statistics_from_the_kernels(name, image_size, training, monkeypatch):
+@pytest.mark.parametrize(
+    "name, image_size", [("resnet20", 32), ("resnet50", 64), ("torchvision:mobilenet_v2", 64), ("sequential", 32)]
+)
+def test_batch_norms_take_statistics_from_the_kernels(name, image_size, training, monkeypatch, request):
     """Of the network's blocks; the stem's batch norm, after a convolution of PyTorch's, computes its own."""
+    if name.startswith("torchvision:"):
+        request.getfixturevalue("torchvision")
+    monkeypatch.setitem(models.MODELS, "sequential", sequential)
     torch.manual_seed(0)
-    plain = model_of(RunConfig(model=name, image_size=image_size), 10).double().train(training)
+    config = RunConfig(model=name, image_size=image_size, dropout=None if "resnet" in name else 0.0)
+    plain = model_of(config, 10).double().train(training)
     ours = copy.deepcopy(plain).float().to(memory_format=torch.channels_last)
     fuse(ours)
     count, taken = native_everywhere(ours), []
@@ -222,6 +239,53 @@ def test_a_relu_joins_its_neighbour_once():
         fused.FusedBatchNorm2d, nn.Identity, fused.FusedMaxPool2d, nn.Identity, fused.FusedMaxPool2d
     ]  # fmt: skip
     assert (model[0].followed_by_relu, model[2].with_relu, model[4].with_relu) == (True, False, True)
+
+
+@pytest.mark.parametrize("shared", ["relu", "batch norm"])
+def test_a_layer_that_stands_in_two_places_is_joined_in_neither(shared):
+    torch.manual_seed(0)
+    norm, relu = nn.BatchNorm2d(4), nn.ReLU()
+    first = nn.Sequential(norm, relu, nn.Conv2d(4, 4, 1))
+    second = nn.Sequential(relu) if shared == "relu" else nn.Sequential(norm)
+    plain = nn.Sequential(first, second).eval()
+    ours, x = copy.deepcopy(plain), channels_last(2, 4, 3, 5)
+    fuse(ours)
+    torch.testing.assert_close(ours(x), plain(x))
+
+
+def test_relu6_keeps_its_bound():
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.ReLU6())
+    plain = copy.deepcopy(model)
+    fuse(model)
+    x = (10 * channels_last(2, 4, 5, 7)).requires_grad_()
+    for norm in (model[0], plain[0]):
+        norm.weight.data.fill_(8.0)
+    dy = channels_last(2, 4, 5, 7)
+    (expected,) = torch.autograd.grad(plain(x), x, dy)
+    y = model(x)
+    (got,) = torch.autograd.grad(y, x, dy)
+    assert isinstance(model[1], nn.Identity)
+    assert y.max() == 6
+    torch.testing.assert_close(y, plain(x))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{}, {"drop_rate": 0.3}, {"memory_efficient": True}], ids=str)
+def test_a_layer_of_densenet_computes_what_it_did(torchvision, changes):
+    torch.manual_seed(0)
+    plain = torchvision.models.densenet._DenseLayer(32, 16, 4, **{"drop_rate": 0, "memory_efficient": False} | changes)
+    ours = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+    fuse(ours)
+    assert (type(ours) is type(plain)) == ("memory_efficient" in changes)
+    native_everywhere(ours)
+    inputs, dy = [channels_last(4, 16, 9, 8) for _ in range(2)], channels_last(4, 16, 9, 8)
+    results = []
+    for layer in (plain, ours):
+        torch.manual_seed(1)
+        y = layer([one.requires_grad_() for one in inputs])
+        results.append((y, *torch.autograd.grad(y, [*inputs, *layer.parameters()], dy), *layer.buffers()))
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_network_works_with_bf16_copies_of_the_optimizers_weights():

@@ -5,7 +5,10 @@ A module changes its class and nothing else: parameters, buffers, hooks and name
 
 from __future__ import annotations
 
+import collections
+import itertools
 import sys
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -61,8 +64,9 @@ class FusedLinear(nn.Linear):
 class FusedBatchNorm2d(nn.BatchNorm2d):
     """nn.BatchNorm2d with what follows it: ``norm(x, residual=shortcut, relu=True)``."""
 
-    # Whether a ReLU that followed in a Sequential is part of this layer.
+    # Whether a ReLU that followed is part of this layer, and the most that it lets through.
     followed_by_relu = False
+    cap: float | None = None
 
     def forward(
         self,
@@ -81,6 +85,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
             self.running_var,
             residual=None if residual is None else _channels_last(residual),
             relu=relu or self.followed_by_relu,
+            cap=self.cap,
             training=self.training,
             momentum=cast("float", self.momentum),
             eps=self.eps,
@@ -125,15 +130,22 @@ def _normalised(norm: Any, convolution: Any, x: Tensor, **more: Any) -> Tensor:
     return normalised
 
 
+def _sequence(self: Any, x: Any) -> Any:
+    parts = list(self)
+    for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
+        if not _are_one(part, after):
+            x = _normalised(part, before, x) if _are_one(before, part) else part(x)
+    return x
+
+
+def _are_one(convolution: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether a convolution of a Sequential is computed together with what follows it."""
+    return isinstance(convolution, FusedConv2d) and isinstance(norm, FusedBatchNorm2d)
+
+
 def _shortcut(block: Any, x: Tensor) -> Tensor:
-    match block.downsample:
-        case None:
-            return x
-        case nn.Sequential() as parts if list(map(type, parts)) == [FusedConv2d, FusedBatchNorm2d]:
-            return _normalised(parts[1], parts[0], x)
-        case other:
-            shortcut: Tensor = other(x)
-            return shortcut
+    shortcut: Tensor = x if block.downsample is None else block.downsample(x)
+    return shortcut
 
 
 def _bottleneck(self: Any, x: Tensor) -> Tensor:
@@ -147,6 +159,13 @@ def _basic_block(self: Any, x: Tensor) -> Tensor:
     shortcut = _shortcut(self, x)
     x = _normalised(self.bn1, self.conv1, x, relu=True)
     return _normalised(self.bn2, self.conv2, x, residual=shortcut, relu=True)
+
+
+def _dense_layer(self: Any, x: Tensor | list[Tensor]) -> Tensor:
+    y = self.norm1(x if isinstance(x, Tensor) else torch.cat(x, 1), relu=True)
+    y = self.conv2(_normalised(self.norm2, self.conv1, y, relu=True))
+    new: Tensor = F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
+    return new
 
 
 def _resnet(self: nn.Module, x: Tensor) -> Tensor:
@@ -168,8 +187,9 @@ def _small_resnet(self: nn.Module, x: Tensor) -> Tensor:
 def fuse(model: nn.Module) -> None:
     """Puts fused layers in the place of a model's, in place.
 
-    Convolutions, dense layers, batch norms, max pools, dropout, and the blocks of ResNets, ours and torchvision's; in a
-    Sequential, a ReLU joins the batch norm before it, or the max pool or dropout after it. Layers with settings that
+    Convolutions, dense layers, batch norms, max pools, dropout, and the blocks of ResNets, ours and torchvision's, and
+    of torchvision's DenseNets. In a Sequential, a batch norm takes its statistics from the convolution before it, a
+    ReLU or ReLU6 joins the batch norm before it, and a ReLU the max pool or dropout after it. Layers with settings that
     the kernels do not have stay as they are.
     """
     _fuse_layers(model)
@@ -202,28 +222,51 @@ def _fuse_layers(model: nn.Module) -> None:
 
 
 def _join_relus(model: nn.Module) -> None:
+    # One ReLU may stand in several places, and so may a batch norm.
+    uses = collections.Counter(child for module in model.modules() for child in module._modules.values())
     for module in model.modules():
         if isinstance(module, nn.Sequential):
-            for before, after in zip(module, list(module)[1:], strict=False):
-                if isinstance(before, FusedBatchNorm2d) and type(after) is nn.ReLU:
-                    before.followed_by_relu = True
-                    after.__class__ = nn.Identity  # type: ignore[assignment]
-                elif type(before) is nn.ReLU and isinstance(after, FusedMaxPool2d | FusedDropout):
-                    after.with_relu = True
-                    before.__class__ = nn.Identity  # type: ignore[assignment]
+            for before, after in itertools.pairwise(module):
+                if uses[before] == uses[after] == 1:
+                    _join_relu(before, after)
+
+
+def _join_relu(before: nn.Module, after: nn.Module) -> None:
+    if isinstance(before, FusedBatchNorm2d) and type(after) in (nn.ReLU, nn.ReLU6):
+        before.followed_by_relu = True
+        before.cap = after.max_val if isinstance(after, nn.ReLU6) else None
+        after.__class__ = nn.Identity
+    elif type(before) is nn.ReLU and isinstance(after, FusedMaxPool2d | FusedDropout):
+        after.with_relu = True
+        before.__class__ = nn.Identity  # type: ignore[assignment]
 
 
 def _fuse_blocks(model: nn.Module) -> None:
+    forwards: dict[type[nn.Module], Callable[..., Any]]
     forwards = {resnet.Bottleneck: _bottleneck, resnet.BasicBlock: _basic_block, resnet.ResNet: _resnet,
                 resnet.SmallResNet: _small_resnet}  # fmt: skip
-    theirs = sys.modules.get("torchvision.models.resnet")
-    if theirs is not None:
+    if theirs := sys.modules.get("torchvision.models.resnet"):
         forwards |= {theirs.Bottleneck: _bottleneck, theirs.BasicBlock: _basic_block, theirs.ResNet: _resnet}
+    if theirs := sys.modules.get("torchvision.models.densenet"):
+        forwards |= {theirs._DenseLayer: _dense_layer}
     for module in model.modules():
-        forward = forwards.get(type(module))
         norms = [child for child in module.children() if isinstance(child, nn.BatchNorm2d)]
-        if forward is not None and all(isinstance(norm, FusedBatchNorm2d) for norm in norms):
+        forward = _sequence if _has_pairs(module) else forwards.get(type(module))
+        if forward and all(isinstance(norm, FusedBatchNorm2d) for norm in norms) and not _saves_memory(module):
             module.__class__ = type(f"Fused{type(module).__name__}", (type(module),), {"forward": forward})
+
+
+def _has_pairs(module: nn.Module) -> bool:
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and any(itertools.starmap(_are_one, itertools.pairwise(module)))
+    )
+
+
+def _saves_memory(module: nn.Module) -> bool:
+    """Whether a layer of DenseNet computes its first part again in the backward pass."""
+    return bool(getattr(module, "memory_efficient", False))
 
 
 def _channels_last(x: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ For backward it keeps its input, its result (which the next layer keeps too) and
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def batch_norm_act(
     *,
     residual: Tensor | None = None,
     relu: bool = True,
+    cap: float | None = None,
     training: bool,
     momentum: float = 0.1,
     eps: float = 1e-5,
@@ -43,6 +45,7 @@ def batch_norm_act(
         running_var: C, float32; may be None in training.
         residual: added before ReLU; of x's shape, type and layout.
         relu: whether there is a ReLU.
+        cap: the most that the ReLU lets through, above 0; 6 for torch.nn.ReLU6.
         training: use and follow the batch's statistics.
         momentum: of the running statistics.
         eps: added to the variance.
@@ -52,17 +55,20 @@ def batch_norm_act(
         Of the shape, type and layout of ``x``.
 
     Raises:
-        ValueError: a wrong type, layout, shape or device; training with one value per channel; statistics without it.
+        ValueError: a wrong type, layout, shape or device; training with one value per channel; statistics without it; a
+            cap without a ReLU, or of 0 or less.
     """
     check_devices(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var)
     _check(x, running_mean=running_mean, running_var=running_var)
+    if cap is not None and not (relu and cap > 0):
+        raise ValueError(f"a cap of {cap} {'is none of a ReLU' if relu else 'needs a ReLU'}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("the running statistics go together: give running_mean and running_var, or neither")
     if training:
         if x.numel() == x.shape[1]:
             raise ValueError(f"one value per channel has no variance: {tuple(x.shape)} cannot be trained on")
         y, mean, var = torch.ops.knltrain.batch_norm_act(
-            x, residual, weight, bias, *(statistics or (None, None)), True, relu, eps
+            x, residual, weight, bias, *(statistics or (None, None)), True, relu, eps, cap
         )
         if running_mean is not None and running_var is not None:
             count = x.numel() // x.shape[1]
@@ -74,7 +80,7 @@ def batch_norm_act(
         if running_mean is None or running_var is None:
             raise ValueError("without training there must be running statistics")
         y, _, _ = torch.ops.knltrain.batch_norm_act(
-            x, residual, weight, bias, running_mean, running_var, False, relu, eps
+            x, residual, weight, bias, running_mean, running_var, False, relu, eps, cap
         )
     result: Tensor = y
     return result
@@ -93,11 +99,12 @@ def _forward(
     training: bool,
     relu: bool,
     eps: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check(x, weight=weight, bias=bias, mean=mean, var=var, residual=residual)
     module = kernels()
     if module is None or x.numel() == 0:
-        return _forward_in_torch(x, residual, weight, bias, mean, var, relu, eps)
+        return _forward_in_torch(x, residual, weight, bias, mean, var, relu, eps, cap)
     computed = mean is None or var is None
     mean = torch.empty_like(weight) if mean is None else mean.clone()
     var = torch.empty_like(weight) if var is None else var.clone()
@@ -115,6 +122,7 @@ def _forward(
         x.dtype == torch.bfloat16,
         computed,
         relu,
+        math.inf if cap is None else cap,
         eps,
         tasks_for(x.numel()),
     )
@@ -132,6 +140,7 @@ def _(
     training: bool,
     relu: bool,
     eps: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return torch.empty_like(x), torch.empty_like(weight), torch.empty_like(weight)
 
@@ -149,6 +158,7 @@ def _backward(
     training: bool,
     relu: bool,
     eps: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, residual (empty without one), weight and bias; ``y`` is needed with a residual and a ReLU."""
     dy = dy.contiguous(memory_format=torch.channels_last)
@@ -157,7 +167,7 @@ def _backward(
         raise ValueError("with a residual and a ReLU, the gradient needs y")
     module = kernels()
     if module is None or x.numel() == 0:
-        return _backward_in_torch(dy, x, y, weight, bias, mean, var, has_residual, training, relu, eps)
+        return _backward_in_torch(dy, x, y, weight, bias, mean, var, has_residual, training, relu, eps, cap)
     dx = torch.empty_like(x)
     dresidual = torch.empty_like(x) if has_residual else x.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
@@ -178,6 +188,7 @@ def _backward(
         x.dtype == torch.bfloat16,
         training,
         relu,
+        math.inf if cap is None else cap,
         eps,
         tasks_for(x.numel()),
     )
@@ -197,29 +208,30 @@ def _(
     training: bool,
     relu: bool,
     eps: float,
+    cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dresidual = torch.empty_like(x) if has_residual else x.new_empty(0)
     return torch.empty_like(x), dresidual, torch.empty_like(weight), torch.empty_like(bias)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    x, residual, weight, bias, _, _, training, relu, eps = inputs
+    x, residual, weight, bias, _, _, training, relu, eps, cap = inputs
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    # Without a shortcut the sign of y follows from x.
+    # Without a shortcut, what the ReLU let through follows from x.
     ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, var)
-    ctx.has_residual, ctx.training, ctx.relu, ctx.eps = residual is not None, training, relu, eps
+    ctx.has_residual, ctx.training, ctx.relu, ctx.eps, ctx.cap = residual is not None, training, relu, eps, cap
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 9
+        return (None,) * 10
     x, y, weight, bias, mean, var = ctx.saved_tensors
     dx, dresidual, dweight, dbias = torch.ops.knltrain.batch_norm_act_backward(
-        dy, x, y, weight, bias, mean, var, ctx.has_residual, ctx.training, ctx.relu, ctx.eps
+        dy, x, y, weight, bias, mean, var, ctx.has_residual, ctx.training, ctx.relu, ctx.eps, ctx.cap
     )
-    return dx, dresidual if ctx.has_residual else None, dweight, dbias, None, None, None, None, None
+    return dx, dresidual if ctx.has_residual else None, dweight, dbias, *(None,) * 6
 
 
 torch.library.register_autograd("knltrain::batch_norm_act", _differentiate, setup_context=_save)
@@ -262,6 +274,7 @@ def _forward_in_torch(
     var: Tensor | None,
     relu: bool,
     eps: float,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(x)
     if mean is None or var is None:
@@ -271,7 +284,7 @@ def _forward_in_torch(
     rows = (rows - mean) * (weight * (var + eps).rsqrt()) + bias
     if residual is not None:
         rows = rows + _rows(residual)
-    return _like(rows.relu() if relu else rows, x), mean, var
+    return _like(rows.clamp(0, cap) if relu else rows, x), mean, var
 
 
 def _backward_in_torch(
@@ -286,6 +299,7 @@ def _backward_in_torch(
     training: bool,
     relu: bool,
     eps: float,
+    cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     # dx = weight / sqrt(var + eps) * (dz - mean(dz) - xhat mean(dz xhat)), arXiv 1502.03167, section 3.
     inverse = (var + eps).rsqrt()
@@ -294,6 +308,8 @@ def _backward_in_torch(
     if relu:
         z = _rows(y) if y is not None else normalized * weight + bias
         dz = dz.masked_fill(z <= 0, 0.0)
+        if cap is not None:
+            dz = dz.masked_fill(z >= cap, 0.0)
     dbias, dweight = dz.sum(0), (dz * normalized).sum(0)
     rows = dz
     if training:

@@ -2,6 +2,7 @@
 
 import ctypes
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -48,6 +49,7 @@ class Case:
     training: bool
     momentum: float = 0.1
     eps: float = 1e-5
+    cap: float | None = None
 
     def run(self):
         """y, the running statistics, and the gradients of x, weight, bias and residual."""
@@ -58,7 +60,7 @@ class Case:
         mean, var = self.mean.clone(), self.var.clone()
         y = batch_norm_act(
             x, weight, bias, mean, var, residual=residual[0] if residual else None,
-            relu=self.relu, training=self.training, momentum=self.momentum, eps=self.eps,
+            relu=self.relu, cap=self.cap, training=self.training, momentum=self.momentum, eps=self.eps,
         )  # fmt: skip
         return [y.detach(), mean, var, *torch.autograd.grad(y, sources, self.dy)]
 
@@ -118,11 +120,14 @@ def check_case(case, what="", smallest=None):
         relative = per_channel(off) + 8 * FLOAT32
         z_off = relative * (normalized * per_channel(weight)).abs() + 4 * FLOAT32 * (z.abs() + per_channel(bias).abs())
         z_off += per_channel(mean_off * weight.abs()) + 4 * FLOAT32 * (residual[0].abs() if residual else 0)
-        # Where rounding decides about the sign of z, both answers of ReLU's derivative are right: not tested.
+        # Where rounding decides about the sign of z, both answers of ReLU's derivative are right: not tested. Nor at
+        # the cap, which a result in bf16 is rounded to.
         if case.relu:
             case.dy[z.abs() <= z_off] = 0
+        if case.cap:
+            case.dy[(z - case.cap).abs() <= z_off + BF16 * case.cap] = 0
 
-    y = z.relu() if case.relu else z
+    y = z.clamp(0, case.cap) if case.relu else z
     expected = torch.autograd.grad(y, sources, case.dy.double())
     got_y, got_mean, got_var, *got = case.run()
 
@@ -142,7 +147,9 @@ def check_case(case, what="", smallest=None):
             assert torch.equal(got_mean, case.mean)
             assert torch.equal(got_var, case.var)
 
-        dz = torch.where(z > 0, case.dy.double(), 0) if case.relu else case.dy.double()
+        dz = case.dy.double()
+        if case.relu:
+            dz = torch.where((z > 0) & (z < (case.cap or math.inf)), dz, 0)
         dims, rows = (0, 2, 3), x.numel() // x.shape[1]
         dbias_off = 66 * FLOAT32 * dz.abs().sum(dims)
         products = (dz * normalized).abs().sum(dims)
@@ -165,6 +172,45 @@ def check_case(case, what="", smallest=None):
 def test_is_torchs_in_float64(each_isa, shape, dtype, training):
     for residual, relu in kinds(each_isa, dtype):
         check_case(make_case(shape, dtype, residual, relu, training), f"residual={residual} relu={relu}")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("shape", [(3, 17, 5, 7), (5, 24, 33, 31)], ids=str)
+def test_relu_with_an_upper_bound(each_isa, shape, residual, dtype, training):
+    case = make_case(shape, dtype, residual, training=training)
+    case.cap = 0.75
+    y = case.run()[0]
+    assert 0.05 < (y == case.cap).float().mean() < 0.7
+    check_case(case)
+
+
+@pytest.mark.parametrize("residual", [True, False])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 6.0])
+def test_an_upper_bound_takes_what_is_not_finite_as_relu6_does(each_isa, value, residual):
+    """The last value is the bound. NaN passes the gradient as it does in ReLU; torch's ReLU6 has both answers."""
+    case = make_case((2, 17, 5, 7), torch.float32, residual, training=False)
+    case.cap, case.eps = 6.0, 0.0
+    for tensor, exact in ((case.weight, 1), (case.var, 1), (case.bias, 0), (case.mean, 0), (case.dy, 1)):
+        tensor.fill_(exact)
+    case.x[1, 16, 2, 3] = value
+    if residual:
+        case.residual.zero_()
+    x = case.x.clone().requires_grad_()
+    expected = F.relu6(x)
+    y, _, _, dx, *_ = case.run()
+    torch.testing.assert_close(y, expected.detach(), equal_nan=True)
+    (expected_dx,) = torch.autograd.grad(expected, x, case.dy)
+    assert torch.equal(dx, torch.where(x.isnan(), case.dy, expected_dx))
+
+
+@pytest.mark.parametrize("relu, cap", [(False, 6.0), (True, 0.0), (True, -1.0), (True, math.nan)])
+def test_refuses_a_bound_that_is_none(relu, cap):
+    case = make_case((2, 17, 5, 7), torch.float32, relu=relu)
+    case.cap = cap
+    with pytest.raises(ValueError, match="cap"):
+        case.run()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -462,11 +508,13 @@ def test_operators_are_as_declared(each_isa, dtype, shape):
     forward, backward = torch.ops.knltrain.batch_norm_act.default, torch.ops.knltrain.batch_norm_act_backward.default
     for residual in (None, case.residual):
         for mean, var, training in ((None, None, True), (case.mean, case.var, True), (case.mean, case.var, False)):
-            check_operator(forward, case.x, residual, case.weight, case.bias, mean, var, training, True, 1e-5)
+            check_operator(forward, case.x, residual, case.weight, case.bias, mean, var, training, True, 1e-5,
+                           None if training else 6.0)  # fmt: skip
     x, weight = case.x.detach(), case.weight.detach()
     for y, has_residual in ((None, False), (x.relu(), True)):
         vectors = (weight, case.bias, case.mean, case.var)
-        check_operator(backward, case.dy, x, y, *vectors, has_residual, True, True, 1e-5)
+        check_operator(backward, case.dy, x, y, *vectors, has_residual, True, True, 1e-5,
+                       6.0 if has_residual else None)  # fmt: skip
 
 
 @pytest.mark.parametrize("residual", [True, False])
