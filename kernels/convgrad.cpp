@@ -17,6 +17,9 @@
 
 namespace knltrain {
 namespace KNLTRAIN_ISA {
+
+bool stem_weight_grad(const ConvWeightGrad &);
+
 namespace {
 
 constexpr int kTile = vec::lanes / 2;    // output channels of a tile
@@ -371,7 +374,9 @@ bool conv_weight_grad(const ConvWeightGrad &p) {
 #if defined(__AVX512BF16__)
     if (p.is_bf16) return weight_gradient<bf16>(p);
 #endif
-    return !p.is_bf16 && weight_gradient<float>(p);
+    if (p.is_bf16) return false;
+    if (p.in_channels / p.groups % 16 != 0 && p.groups == 1 && p.out_channels % 16 == 0) return stem_weight_grad(p);
+    return weight_gradient<float>(p);
 }
 
 }  // namespace KNLTRAIN_ISA

@@ -72,9 +72,11 @@ def test_is_the_gradient_in_float64(each_isa, kernel, stride, padding, request):
         check_case(case, conv_weight_grad(*case))
 
 
-# Channels in that are no multiple of 16: rows of the kernel, of 1 to 5 vectors, are what is packed.
+# Channels in that are no multiple of 16: rows of the kernel, of 1 to 5 vectors, are what is packed; in float32, where
+# channels out are a multiple of 16, nothing, and the last two have several blocks of an image.
 UNEVEN = [
     (2, 3, 16, 1, 31, 29), (3, 1, 8, 1, 9, 7), (5, 17, 24, 1, 6, 11), (1, 24, 64, 1, 13, 12), (2, 3, 64, 1, 8, 40),
+    (2, 3, 96, 1, 33, 41), (1, 5, 32, 1, 41, 39),
 ]  # fmt: skip
 
 
@@ -98,9 +100,10 @@ def test_any_channels_in(each_isa, kernel, stride, padding):
             check_case(case, conv_weight_grad(*case))
 
 
-def test_nothing_beyond_the_tensors_is_read(each_isa):
+@pytest.mark.parametrize("outputs", [8, 16])
+def test_nothing_beyond_the_tensors_is_read(each_isa, outputs):
     """The last row of the kernel at the last pixel ends within a vector of the tensor's end."""
-    case = make_case((1, 3, 8, 1, 9, 9), (3, 3), (2, 2), (0, 0), torch.float32)
+    case = make_case((1, 3, outputs, 1, 9, 9), (3, 3), (2, 2), (0, 0), torch.float32)
     x = case[0]
     room = torch.full((x.numel() + 64,), float("nan"))
     inside = room[: x.numel()].view(1, 9, 9, 3).permute(0, 3, 1, 2)
@@ -146,7 +149,9 @@ LARGE, SMALL = (6, 64, 512, 1, 9, 8), (7, 48, 24, 1, 13, 11)
     indirect=["each_isa"],
 )
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("size", [LARGE, SMALL, (5, 128, 256, 2, 6, 7), (5, 3, 64, 1, 30, 30)], ids=str)
+@pytest.mark.parametrize(
+    "size", [LARGE, SMALL, (5, 128, 256, 2, 6, 7), (5, 3, 64, 1, 30, 30), (3, 3, 96, 1, 35, 34)], ids=str
+)
 def test_any_number_of_threads_and_the_same_bits_each_time(each_isa, dtype, size, count):
     case = make_case(size, dtype=dtype)
     with threads(count):
