@@ -122,6 +122,7 @@ def test_every_engine_is_compared():
     assert set(ENGINES) == {"fused", "eager", "compile", "ipex"}
 
 
+@pytest.mark.slow
 def test_a_process_hands_over_its_errors_and_its_end():
     with pytest.raises(ConfigError, match="no 'lenet'"):
         Process(dataclasses.replace(SMALL, model="lenet"))

@@ -44,6 +44,7 @@ def left(out):
     return sorted(path.name for path in (out / "checkpoints").iterdir())
 
 
+@pytest.mark.slow
 def test_a_periodic_checkpoint_that_does_not_fit_is_a_warning(on_small_disk, image_folder, tmp_path):
     """Something else fills the disk for a while."""
     command = shlex.join([*KNLTRAIN, *TRAIN, "--data", str(image_folder), "--epochs", "60", "--checkpoint.keep", "1"])

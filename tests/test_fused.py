@@ -57,7 +57,11 @@ def losses(name, image_size, precision, engine, *, steps, batch, lr):
 
 @pytest.mark.parametrize(
     "name, image_size, lr, steps",
-    [("small_resnet", 32, 0.005, 20), ("resnet20", 32, 0.02, 24), ("alexnet_bn", 67, 0.02, 20)],
+    [
+        pytest.param("small_resnet", 32, 0.005, 20, marks=pytest.mark.slow),
+        pytest.param("resnet20", 32, 0.02, 24, marks=pytest.mark.slow),
+        ("alexnet_bn", 67, 0.02, 20),
+    ],
 )
 def test_steps_stay_in_the_band_of_bf16_autocast(name, image_size, lr, steps, monkeypatch):
     """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure."""

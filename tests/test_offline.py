@@ -50,6 +50,7 @@ def test_the_spy_sees_what_there_is_to_see(tmp_path, watched):
     assert "socket.connect" in log.read_text()
 
 
+@pytest.mark.slow
 def test_no_verb_connects_to_anywhere(watched, image_folder, tmp_path):
     small = ["--image-size", 32, "--precision", "fp32", "--engine", "eager"]
     train = ["train", "--recipe", "cifar-256", *small, "--augment.resize", 32, "--global-batch", 16, "--max-steps", 1]

@@ -50,6 +50,7 @@ def test_nobody_is_to_blame_where_all_wait(ranks):
     assert call(*ranks) == [""] * 3
 
 
+@pytest.mark.slow
 def test_without_its_store_the_rank_that_keeps_it_is_named(tmp_path):
     path = tmp_path / "gone" / "store"
     path.parent.mkdir()

@@ -49,6 +49,7 @@ def until(happened, seconds=60):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", ["while it waits", "after all have met"])
 def test_a_run_that_was_killed_misleads_no_later_one_at_the_same_place(killed, tmp_path):
     """A script that starts knltrain again under the same mpiexec, or in the same step of Slurm."""

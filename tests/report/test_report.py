@@ -250,6 +250,7 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_runs_say_is_text_and_nothing_else(tmp_path):
     """Names of folders, fields, values and layers; what a browser finds has none of it as an element or attribute."""
     folders = []
