@@ -14,6 +14,7 @@ as ``bash run/test.sh --torch 2.14.1`` makes it.
 from __future__ import annotations
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -176,11 +177,15 @@ def _drop(result: dict[str, Any], error: KnltrainError, console: Console) -> Non
     console.warn(f"{result['name']} does not run: {error}")
 
 
-def compare(raced: dict[str, Any]) -> dict[str, Any]:
+def compare(raced: dict[str, Any], memory_mib: float = float("inf")) -> dict[str, Any]:
     """Adds to each contestant median and quartiles of its rounds, its ratios, and what is odd about it.
 
     Ratios are medians over the rounds of the ratio within a round. The best peer is the one with the highest median of
     all that are not knltrain.
+
+    Args:
+        raced: of :func:`race`.
+        memory_mib: of the machine. Contestants that do not fit in it side by side slow each other down.
     """
     finished = [one for one in raced["contestants"] if "reason" not in one]
     for one in finished:
@@ -190,6 +195,7 @@ def compare(raced: dict[str, Any]) -> dict[str, Any]:
     peers = [one for one in finished if one["recipe"] != "knltrain"]
     stock = next((one for one in peers if one["name"] == "stock"), None)
     best = max(peers, key=lambda one: one["images_per_s"], default=None)
+    together_mib = sum(one["peak_mib"] for one in finished)
     usual_loss = statistics.median([one["first_loss"] for one in finished]) if finished else 0.0
     for one in finished:
         for key, other in (("ratio_to_stock", stock), ("ratio_to_best_peer", best)):
@@ -203,6 +209,8 @@ def compare(raced: dict[str, Any]) -> dict[str, Any]:
             one["odd"].append(f"its first loss is {one['first_loss']:.3f}, that of the others {usual_loss:.3f}")
         if statistics.median(one["other_cores"]) > 0.1:
             one["odd"].append(f"{statistics.median(one['other_cores']):.2f} cores worked for others during its turns")
+        if together_mib > memory_mib:
+            one["odd"].append(f"all contestants together take {together_mib:,.0f} MiB of {memory_mib:,.0f}; race fewer")
     return {**raced, "best_peer": best and best["name"]}
 
 
@@ -262,7 +270,7 @@ def main(
         console.line(title(entry))
         raced = race(entry, racing, node, console, rounds=rounds, steps=steps, engine=engine,
                      deadline=now + (end - now) / (len(entries) - number))  # fmt: skip
-        result["races"].append(compare(raced))
+        result["races"].append(compare(raced, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**20))
         present(result["races"][-1], console)
         write(result, folder)  # after every race, so that an interrupted run leaves what it has
     if all("reason" in one for raced in result["races"] for one in raced["contestants"]):

@@ -112,6 +112,7 @@ def contestant(name, rounds, first_loss=7.0, last_loss=6.5, other_cores=0.0, rec
         "first_loss": first_loss,
         "last_loss": last_loss,
         "other_cores": [other_cores] * len(rounds),
+        "peak_mib": 1000.0,
     }
 
 
@@ -153,3 +154,9 @@ def test_what_is_odd_is_said(vs_peers):
     assert "7.000 to 7.100" in odd["timm"]
     assert "first loss is 9.000" in odd["ipex"]
     assert "0.50 cores" in odd["knltrain"]
+
+
+@pytest.mark.parametrize("memory_mib, odd", [(2000.0, 0), (1999.0, 2)])
+def test_contestants_that_do_not_fit_in_memory_are_said(vs_peers, memory_mib, odd):
+    raced = vs_peers.compare({"contestants": [contestant("stock", [1.0]), contestant("knltrain", [1.0])]}, memory_mib)
+    assert sum("2,000 MiB of 1,999" in " ".join(one["odd"]) for one in raced["contestants"]) == odd
