@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from typing import Any
 
 import click
@@ -15,6 +17,7 @@ from knltrain.console import Console
 
 _CLASSES = 1000
 _RESULTS = ("forward", "input", "weight")
+_TURNS = 9  # of a convolution with its batch norm
 
 
 def errors(convolution: Any) -> dict[str, dict[str, float]]:
@@ -61,6 +64,41 @@ def errors(convolution: Any) -> dict[str, dict[str, float]]:
     }
 
 
+def with_batch_norm(convolution: Any, images: int) -> dict[str, float]:
+    """Times the kernels' convolution and the batch norm after it, forward, in turns: the medians of both ways.
+
+    Returns:
+        ``apart_s``, where the batch norm reads the result once more for its statistics, and ``together_s``, where the
+        convolution has taken them.
+    """
+    import torch
+
+    from knltrain.ops.batchnorm import batch_norm_act
+    from knltrain.ops.convgrad import conv2d_and_statistics, forward
+
+    c = convolution
+    x = torch.randn(images, c.channels, c.height, c.width).to(memory_format=torch.channels_last)
+    weight = torch.randn(c.weight).to(memory_format=torch.channels_last)
+    mean, var = torch.zeros(c.weight[0]), torch.ones(c.weight[0])
+
+    def apart() -> None:
+        batch_norm_act(forward(x, weight, None, c.geometry, c.native()), var, mean, None, None, training=True)
+
+    def together() -> None:
+        y, *known = conv2d_and_statistics(x, weight, mean, c.geometry, c.native())
+        batch_norm_act(y, var, mean, None, None, training=True, statistics=(known[0], known[1]))
+
+    ways = {"apart_s": apart, "together_s": together}
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    with torch.no_grad():
+        for turn in range(_TURNS):
+            for way in sorted(ways, reverse=turn % 2 == 1):
+                start = time.perf_counter()
+                ways[way]()
+                seconds[way].append(time.perf_counter() - start)
+    return {way: statistics.median(taken) for way, taken in seconds.items()}
+
+
 def rows_of(config: RunConfig, console: Console) -> list[dict[str, Any]]:
     """Measures every kind of convolution of a network that there are kernels for, in the network's order."""
     from knltrain.models.convolutions import eligible, measure
@@ -78,6 +116,9 @@ def rows_of(config: RunConfig, console: Console) -> list[dict[str, Any]]:
                 "winograd": convolution.has_winograd(),
                 "layers": paths,
                 "gflop_per_image": convolution.gflop(1),
+                "batch_norm": with_batch_norm(convolution, config.global_batch)
+                if convolution.native().forward
+                else None,
                 **{
                     result: {
                         "direct_s": one.direct,
@@ -106,6 +147,21 @@ def table_of(rows: list[dict[str, Any]], title: str) -> Table:
             table.add_row(name, result, f"{work / one['direct_s']:.0f}", f"{work / one['native_s']:.0f}",
                           f"{one['gain']:.2f}", f"{one['direct_error']:.1e}", f"{one['native_error']:.1e}")  # fmt: skip
             name = ""
+    return table
+
+
+def batch_norms_of(rows: list[dict[str, Any]]) -> Table:
+    """Convolution and batch norm forward, and their sum over the network's layers."""
+    table = Table(title="with a batch norm after it, forward, ms", box=box.SIMPLE_HEAD, pad_edge=False)
+    for heading in ("kernels' convolution", "layers", "statistics apart", "on the way", "gain"):
+        table.add_column(heading, justify="left" if heading == "kernels' convolution" else "right")
+    totals = [0.0, 0.0]
+    for row in (row for row in rows if row["batch_norm"]):
+        apart, together = (1e3 * row["batch_norm"][way] for way in ("apart_s", "together_s"))
+        count = len(row["layers"])
+        totals = [totals[0] + count * apart, totals[1] + count * together]
+        table.add_row(row["convolution"], f"{count}", f"{apart:.1f}", f"{together:.1f}", f"{apart / together:.2f}")
+    table.add_row("all layers", "", f"{totals[0]:.0f}", f"{totals[1]:.0f}", f"{totals[0] / totals[1]:.2f}")
     return table
 
 
@@ -153,6 +209,8 @@ def main(
     torch.set_num_threads(threads)
     rows = rows_of(config, console)
     show(console, table_of(rows, f"{config.model}, batch {config.global_batch}, {threads} threads, kernels {isa()}"))
+    if any(row["batch_norm"] for row in rows):
+        show(console, batch_norms_of(rows))
     result = {"model": config.model, "batch": config.global_batch, "threads": threads, "kernels": isa(), "rows": rows,
               **provenance(node)}  # fmt: skip
     finish(result, drawing_of(rows), folder, console, as_json=as_json)

@@ -24,6 +24,8 @@ def test_gains_and_errors_of_a_small_network(tmp_path):
     for row in printed["rows"]:
         results = [name for name in ("forward", "input", "weight") if name in row]
         assert results == (["weight"] if "features.conv1" in row["layers"] else ["forward", "input", "weight"])
+        assert (row["batch_norm"] is None) == ("features.conv1" in row["layers"])
+        assert all(seconds > 0 for seconds in (row["batch_norm"] or {}).values())
         for name in results:
             one = row[name]
             assert one["gain"] == pytest.approx(one["direct_s"] / one["native_s"])
