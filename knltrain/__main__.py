@@ -1,5 +1,5 @@
 """``python -m knltrain``."""
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 
 main(prog_name="knltrain")

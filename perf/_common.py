@@ -19,14 +19,14 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from knltrain.config import EngineName, Precision, RunConfig, override
-from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.runlog.console import Console
 
 if TYPE_CHECKING:
     from knltrain.bench.step import StepTime, TrainingStep
     from knltrain.comm.gradients import GradientClock
     from knltrain.comm.group import Group
-    from knltrain.engine import Engine
+    from knltrain.training.engine import Engine
 
 WARMUP_STEPS = 3
 _GOODBYE_S = 10.0
@@ -131,7 +131,7 @@ class RankStep:
 
     def describe(self) -> dict[str, Any]:
         """What was measured and where, for the JSON file."""
-        from knltrain.provenance import provenance
+        from knltrain.runlog.provenance import provenance
 
         return {**self.bench.settings, "world_size": self.group.world_size, **provenance(self.bench.node)}
 
@@ -150,8 +150,8 @@ def build_step(config: RunConfig) -> RankStep:
     from knltrain.bench.step import TrainingStep
     from knltrain.comm.gradients import data_parallel
     from knltrain.comm.group import Group
+    from knltrain.launch.world import discover
     from knltrain.node.affinity import threads_per_rank
-    from knltrain.node.ranks import discover
     from knltrain.node.topology import read_node
 
     ranks = discover()

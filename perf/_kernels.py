@@ -19,13 +19,13 @@ from rich import box
 from rich.table import Table
 from torch import Tensor, nn
 
-from knltrain.console import Console
 from knltrain.models import build_model
 from knltrain.node.memory import keep_freed_memory
 from knltrain.node.topology import read_node
 from knltrain.ops.crops import MEAN, STD, crop_flip_normalize
 from knltrain.ops.optimizers import lars_step
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
 
 _SETTINGS: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}
 _TRUST = 0.001

@@ -13,8 +13,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+from knltrain.bench.tune import what_was_said
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.tune import what_was_said
 
 _PROGRAMS = ("unshare", "nsenter", "setpriv", "taskset", "ip", "tc", "hostname")
 _LINK = "link0"

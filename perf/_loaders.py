@@ -10,9 +10,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from knltrain.console import Console
 from knltrain.data.manifest import Format
 from knltrain.errors import KnltrainError
+from knltrain.runlog.console import Console
 
 BATCH = 64
 
@@ -27,7 +27,7 @@ def prepare_formats(data: str, folder: Path, console: Console) -> tuple[dict[str
     Raises:
         KnltrainError: it has no train/, or an image cannot be decoded.
     """
-    from knltrain.prepare import prepare
+    from knltrain.data.prepare import prepare
 
     root = Path(data)
     if not (root / "train").is_dir():

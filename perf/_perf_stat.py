@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _NO_PMU = (
     "the processor's counters are not there, as in most virtual machines: run on the bare machine, or ask for a "

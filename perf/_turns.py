@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import click
 from _links import Hosts
 
+from knltrain.bench.tune import rank_command, timed_steps, training_words
 from knltrain.config import RunConfig
-from knltrain.console import Console
 from knltrain.node.layouts import Layout
-from knltrain.tune import rank_command, timed_steps, training_words
+from knltrain.runlog.console import Console
 
 _T = TypeVar("_T")
 _PATIENCE_S = 1800.0

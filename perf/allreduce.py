@@ -34,8 +34,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.runlog.console import Console
 
 _BYTES = {"fp32": 4, "bf16": 2}
 _SIZES = tuple(4**power for power in range(1, 15))  # 4 B to 256 MiB
@@ -70,7 +70,7 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
     if unknown := set(types) - set(_BYTES):
         raise ConfigError(f"--dtypes: no {', '.join(sorted(unknown))}; there are {', '.join(_BYTES)}")
     repeats = repeats or (5 if quick else 20)
-    from knltrain.node.binding import running_on, take_place
+    from knltrain.launch.placement import running_on, take_place
 
     place = take_place()  # before torch is loaded
 
@@ -78,7 +78,7 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
     import torch.distributed as dist
 
     from knltrain.comm.group import Group
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     ranks, plan = place.ranks, place.plan
     torch.set_num_threads(plan.threads)

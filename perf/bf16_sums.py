@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _IMAGES = (64, 256, 512, 1024)
 _WAYS = ("PyTorch, bf16", "engine fused, bf16", "PyTorch, fp32")
@@ -66,7 +66,7 @@ def main(rounds: int | None, out: str | None, quick: bool, as_json: bool) -> Non
     """
     from knltrain.node.topology import read_node
     from knltrain.ops.bf16 import onednn_computes_bf16
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console = Console(json=as_json)
     folder = out_folder(out)

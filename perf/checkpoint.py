@@ -21,8 +21,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
 from knltrain.errors import KnltrainError
+from knltrain.runlog.console import Console
 
 # A checkpoint that takes longer is none that a run could wait for.
 _PATIENCE_S = 300.0

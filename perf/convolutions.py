@@ -13,7 +13,7 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import RunConfig
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _CLASSES = 1000
 _RESULTS = ("forward", "input", "weight")
@@ -199,7 +199,7 @@ def main(
     from knltrain.node.memory import keep_freed_memory
     from knltrain.node.topology import read_node
     from knltrain.ops.native import isa
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console, folder = Console(json=as_json), out_folder(out)
     config = step_config(model=model, batch=batch, image_size=image_size, precision="fp32", engine="fused", quick=quick)

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import RunConfig, override
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _CLASSES = 10
 _BATCHES = 8  # of noise, which the network learns by heart
@@ -34,11 +34,11 @@ def train(config: RunConfig, steps: int, way: str) -> dict[str, Any]:
     import torch
     import torch.nn.functional as F
 
-    from knltrain.engine import build_engine
     from knltrain.models import model_of
     from knltrain.models.convolutions import choose
     from knltrain.node.topology import read_node
     from knltrain.optim import build_optimizer
+    from knltrain.training.engine import build_engine
 
     engine_name, layout, conv = _WAYS[way]
     config = override(config, {"conv": conv})
@@ -124,7 +124,7 @@ def main(
     from knltrain.node.memory import keep_freed_memory
     from knltrain.node.topology import read_node
     from knltrain.ops.native import isa
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console, folder = Console(json=as_json), out_folder(out)
     config = step_config(model=model, batch=batch, image_size=image_size, precision="fp32", engine="fused", quick=quick)

@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _IMAGENET = 1_281_167
 _SAMPLE_BYTES = 1024  # what is between two samples' beginnings; nothing is there but a hole in the file
@@ -81,7 +81,7 @@ def measure(count: int, rounds: int) -> list[dict[str, float]]:
 def main(images: int, rounds: int | None, out: str | None, quick: bool, as_json: bool) -> None:
     """Time opening the index of a generated data set, and the first shuffle of it."""
     from knltrain.node.topology import read_node
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console = Console(json=as_json)
     folder = out_folder(out)

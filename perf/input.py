@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _WARMUP_BATCHES = 6  # more than anybody decodes ahead
 
@@ -97,7 +97,7 @@ def main(
 ) -> None:
     """Time loaders on the images of DATA, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
     from knltrain.node.topology import read_node
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console = Console(json=as_json)
     folder = out_folder(out)

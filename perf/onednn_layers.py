@@ -25,8 +25,8 @@ from rich import box
 from rich.table import Table
 
 from knltrain.bench.primitives import Primitive, native_stdout, parse, slow_convolutions
-from knltrain.console import Console
 from knltrain.errors import KnltrainError
+from knltrain.runlog.console import Console
 
 _SHOWN = 30
 _COLOURS = {"forward": "tab:blue", "data gradient": "tab:orange", "weight gradient": "tab:green"}

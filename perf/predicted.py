@@ -24,13 +24,13 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import Precision, RunConfig, override
-from knltrain.console import Console
 from knltrain.errors import ConfigError
 from knltrain.node.topology import read_node
 from knltrain.predict.calibrate import calibrate
 from knltrain.predict.run import Job, Prediction, predict
 from knltrain.predict.systems import System, parse
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
 
 _SIZES = "4096,1048576,16777216,67108864"
 _CLOSE = 0.1

@@ -33,7 +33,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 if TYPE_CHECKING:
     from torch.autograd.profiler_util import FunctionEvent

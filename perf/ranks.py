@@ -23,10 +23,10 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import EngineName, Precision, RunConfig, override
-from knltrain.console import Console
 from knltrain.errors import ConfigError
 from knltrain.node.topology import read_node
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
 
 
 def _layout(word: str) -> tuple[int, int]:

@@ -30,11 +30,11 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
 from knltrain.errors import ConfigError
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.memory import keep_freed_memory
 from knltrain.node.topology import read_node
+from knltrain.runlog.console import Console
 
 if TYPE_CHECKING:
     from knltrain.config import RunConfig

@@ -23,12 +23,12 @@ import numpy as np
 from _common import finish, out_folder, output_options
 from matplotlib.figure import Figure
 
-from knltrain.console import Console
+from knltrain.bench.tune import what_was_said
 from knltrain.errors import KnltrainError
-from knltrain.metrics import read_metrics
 from knltrain.node.topology import read_node
-from knltrain.provenance import provenance
-from knltrain.tune import what_was_said
+from knltrain.runlog.console import Console
+from knltrain.runlog.metrics import read_metrics
+from knltrain.runlog.provenance import provenance
 
 _DEFAULT = ("--recipe", "quickstart", "--epochs", "100000")
 _GOODBYE_S = 300.0

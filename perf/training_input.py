@@ -21,7 +21,7 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import RunConfig, override
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 WORKERS = (1, 2, 4)
 # Of our own: where the images are, and how they are cut.
@@ -140,7 +140,7 @@ def main(
 ) -> None:  # fmt: skip
     """Train on the images of DATA, a folder with train/CLASS/IMAGE and val/CLASS/IMAGE."""
     from knltrain.node.topology import read_node
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console = Console(json=as_json)
     folder = out_folder(out)

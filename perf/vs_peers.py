@@ -29,10 +29,10 @@ from peers.launcher import clean_environment, launcher_environment
 from peers.report import present, title, write
 from peers.runner import Runner
 
-from knltrain.console import Console
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.topology import Node, read_node
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
 
 
 @dataclass(frozen=True)

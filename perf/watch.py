@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from knltrain.config import RunConfig, override
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _CASES = {"alexnet": (227, 128), "resnet50": (224, 32)}
 _QUICK = {"alexnet_bn_small": (32, 8)}
@@ -27,7 +27,7 @@ def measure(model: str, image_size: int, batch: int, rounds: int) -> dict[str, A
         Of each, ``step_s``, ``norm_s`` and ``fingerprint_s``, a list of seconds.
     """
     from knltrain.bench.step import TrainingStep
-    from knltrain.health import fingerprint, norm_of
+    from knltrain.training.step_guard import fingerprint, norm_of
 
     config = override(RunConfig(), {"model": model, "image_size": image_size, "global_batch": batch})
     step = TrainingStep(config)
@@ -52,7 +52,7 @@ def measure(model: str, image_size: int, batch: int, rounds: int) -> dict[str, A
 def main(rounds: int | None, out: str | None, quick: bool, as_json: bool) -> None:
     """Time the norm of the gradient and the fingerprint of the weights beside a step of AlexNet and of ResNet-50."""
     from knltrain.node.topology import read_node
-    from knltrain.provenance import provenance
+    from knltrain.runlog.provenance import provenance
 
     console = Console(json=as_json)
     folder = out_folder(out)

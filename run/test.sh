@@ -89,7 +89,7 @@ all() {
         echo "== as on avx2: this processor has AVX2 alone, so the tests above were"
     fi
     # Of PyTorch's and oneDNN's code nothing is different from that; of the kernels all is.
-    as_if avx512f -n 2 --dist loadfile -m "processor and not compile" tests/ops tests/test_fused.py || failed=1
+    as_if avx512f -n 2 --dist loadfile -m "processor and not compile" tests/ops tests/models/test_fused.py || failed=1
     wait $newer || failed=1
     wait $ranks || failed=1
     cat "$log.newer" "$log.ranks"

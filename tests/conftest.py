@@ -18,15 +18,15 @@ MARKED = {
     "cluster": ("cluster", "test_torture.py"),
     "version": (
         "checkpoint", "cluster/test_ranks_together.py", "comm/test_conformance.py", "comm/test_oneccl.py", "models",
-        "ops", "optim", "test_engine.py", "test_export.py", "test_fused.py", "test_weights.py",
+        "ops", "optim", "training/test_engine.py", "weights",
     ),
     "slow": (
-        "comm/test_conformance.py", "comm/test_group.py", "comm/test_powersgd.py", "docs/test_readme.py",
-        "fuzz/test_flips.py", "node/test_launch.py", "parity", "perf", "report/test_browser.py", "sweep/test_runner.py",
-        "test_export.py", "test_signals.py", "test_tune.py",
+        "bench/test_tune.py", "comm/test_conformance.py", "comm/test_group.py", "comm/test_powersgd.py",
+        "docs/test_readme.py", "fuzz/test_flips.py", "launch/test_mpiexec.py", "parity", "perf",
+        "report/test_browser.py", "sweep/test_runner.py", "training/test_signals.py", "weights/test_export.py",
     ),
-    "processor": ("models", "ops/test_bf16.py", "ops/test_convgrad.py", "test_bench.py", "test_changing_runs.py",
-                  "test_engine.py", "test_fused.py"),
+    "processor": ("bench/test_bench.py", "models", "ops/test_bf16.py", "ops/test_convgrad.py",
+                  "training/test_changing_runs.py", "training/test_engine.py"),
 }  # fmt: skip
 
 

@@ -21,9 +21,8 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
         times: how often.
         patch: sets an attribute, as setattr.
     """
-    from knltrain import health
-    from knltrain import train as trainer
     from knltrain.checkpoint import writer
+    from knltrain.training import step_guard, trainer
 
     at = {"step": -1, "rank": -1, "left": times}
 
@@ -31,7 +30,7 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
         at["left"] -= at["step"] == step and at["rank"] == rank
         return at["step"] == step and at["rank"] == rank and at["left"] >= 0
 
-    original_begin = health.Watch.begin_step
+    original_begin = step_guard.Watch.begin_step
 
     def begin_step(watch):
         at["rank"] = watch._group.rank
@@ -43,7 +42,7 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
         at["step"] = number + 1
         original_seed(seed, number, micro)
 
-    patch(health.Watch, "begin_step", begin_step)
+    patch(step_guard.Watch, "begin_step", begin_step)
     patch(trainer, "seed_dropout", seed_dropout)
 
     if kind == "loss":
@@ -65,14 +64,14 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
 
         patch(trainer, "data_parallel", with_hook)
     elif kind == "weight":
-        compare = health.Watch.compare_weights
+        compare = step_guard.Watch.compare_weights
 
         def after_a_flip(watch, done, **options):
             if due():
                 flip(watch._engine.weights()[LAYER], bit=3)
             compare(watch, done, **options)
 
-        patch(health.Watch, "compare_weights", after_a_flip)
+        patch(step_guard.Watch, "compare_weights", after_a_flip)
     elif kind == "disk":
         write = writer.write
 
@@ -101,7 +100,7 @@ def flip(tensor, bit):
 
 
 if __name__ == "__main__":
-    from knltrain import cli
+    from knltrain.cli import main as cli
 
     take_place = cli._take_place
 

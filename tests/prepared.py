@@ -6,8 +6,8 @@ import tarfile
 import numpy as np
 from PIL import Image
 
-from knltrain import prepare as preparing
-from knltrain.console import Console
+from knltrain.data import prepare as preparing
+from knltrain.runlog.console import Console
 
 SIZE = 32
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 
 # What a step or an evaluation computed, as opposed to how long it took.
 _COMPUTED = ("step", "epoch", "loss", "lr", "top1", "top5", "val_loss", "noise_scale")

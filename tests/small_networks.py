@@ -6,9 +6,9 @@ from torch import nn
 
 from knltrain import models
 from knltrain.config import RunConfig, override
-from knltrain.engine import refuse_missing_parts
 from knltrain.errors import ConfigError
 from knltrain.models.resnet import ResNet
+from knltrain.training.engine import refuse_missing_parts
 
 STEPS = 6  # two epochs
 # Everything that a run can change in its course, at once: steps of 8 and of 16 images, of 16 and of 32 pixels, with and

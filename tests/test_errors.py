@@ -4,7 +4,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from knltrain.command import reports_errors
+from knltrain.cli.options import reports_errors
 from knltrain.errors import KnltrainError, one_line
 
 

@@ -12,14 +12,14 @@ from rich.table import Table
 
 from knltrain.bench.process import Process
 from knltrain.bench.step import StepTime, summary
-from knltrain.bench.tables import new_table, shown
 from knltrain.config import EngineName, RunConfig
-from knltrain.console import Console
-from knltrain.engine import choose_precision
 from knltrain.errors import KnltrainError
 from knltrain.models import refuse_unbuildable
 from knltrain.node.topology import read_node
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
+from knltrain.runlog.tables import new_table, shown
+from knltrain.training.engine import choose_precision
 
 ENGINES: tuple[EngineName, ...] = tuple(name for name in typing.get_args(EngineName) if name != "auto")
 _ROUNDS = 5

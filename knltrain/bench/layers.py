@@ -15,12 +15,12 @@ from torch.profiler import ProfilerActivity, record_function
 from torch.profiler import profile as profiler
 
 from knltrain.bench.step import TrainingStep, spread
-from knltrain.bench.tables import new_table, print_table
 from knltrain.config import RunConfig
-from knltrain.console import Console
 from knltrain.errors import ConfigError
 from knltrain.node.memory import peak_resident_mb
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
+from knltrain.runlog.tables import new_table, print_table
 
 # What stands for a path where there is none.
 _MODEL, _LOSS = "(model)", "(loss)"

@@ -16,20 +16,20 @@ from torch.profiler import record_function
 
 from knltrain.bench.primitives import observed, slow_convolutions
 from knltrain.config import RunConfig
-from knltrain.console import Console
 from knltrain.data.datasets import open_part
 from knltrain.data.loader import Batch, Loader, Share
-from knltrain.engine import build_engine, choose_engine, choose_precision, set_fp32_precision
 from knltrain.errors import ConfigError
 from knltrain.models import model_of
 from knltrain.models.convolutions import choose
 from knltrain.node.affinity import threads_per_rank
+from knltrain.node.contention import Neighbours
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb
-from knltrain.node.neighbours import Neighbours
 from knltrain.node.topology import read_node
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.provenance import provenance
+from knltrain.training.engine import build_engine, choose_engine, choose_precision, set_fp32_precision
 
 # The first steps allocate, choose primitives and compile.
 _WARMUP_STEPS = 3

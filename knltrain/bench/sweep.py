@@ -13,16 +13,16 @@ from matplotlib.figure import Figure
 
 from knltrain.bench.process import Process
 from knltrain.bench.step import summary
-from knltrain.bench.tables import new_table, shown
 from knltrain.config import EngineName, RunConfig
-from knltrain.console import Console
-from knltrain.engine import choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.metrics import write_json
 from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.topology import read_node
-from knltrain.provenance import provenance
+from knltrain.runlog.console import Console
+from knltrain.runlog.metrics import write_json
+from knltrain.runlog.provenance import provenance
+from knltrain.runlog.tables import new_table, shown
+from knltrain.training.engine import choose_engine, choose_precision
 
 
 def sweep(

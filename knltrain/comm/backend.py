@@ -13,7 +13,7 @@ import torch
 
 from knltrain.comm import ccl, oneccl
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 
 
 @dataclass(frozen=True)

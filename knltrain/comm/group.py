@@ -24,13 +24,13 @@ from torch import Tensor
 from knltrain.comm import oneccl
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
-from knltrain.comm.rollcall import RollCall
+from knltrain.comm.liveness import RollCall
 from knltrain.comm.segments import remove_own_segments
 from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.node.pmi import end_the_job, see_mpiexec_end
-from knltrain.node.ranks import Ranks
-from knltrain.node.rendezvous import START_TIMEOUT_S, meet
+from knltrain.launch.pmi import end_the_job, see_mpiexec_end
+from knltrain.launch.rendezvous import START_TIMEOUT_S, meet
+from knltrain.launch.world import Ranks
 
 _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # What gloo, oneCCL and the store say of a peer that is gone.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 
 TRANSPORTS = ("ofi", "mpi")
 _LIBRARY = "libccl.so.1"

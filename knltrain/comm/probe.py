@@ -19,9 +19,9 @@ import torch
 import torch.distributed as dist
 
 from knltrain.comm.backend import choose_backend
-from knltrain.node import rendezvous
+from knltrain.launch import rendezvous
+from knltrain.launch.world import Ranks
 from knltrain.node.affinity import plan_node
-from knltrain.node.ranks import Ranks
 from knltrain.node.topology import read_node
 
 # The types of comm.dtype.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from knltrain.node.rendezvous import START_TIMEOUT_S
+from knltrain.launch.rendezvous import START_TIMEOUT_S
 
 SHARED_MEMORY = Path("/dev/shm")
 _NAME = re.compile(r"([1-9][0-9]*):[0-9]+:[0-9]+", re.ASCII)

@@ -17,8 +17,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from knltrain.errors import KnltrainError
 from knltrain.files import open_regular
-from knltrain.node.ranks import Ranks
-from knltrain.node.rendezvous import START_TIMEOUT_S, Meeting
+from knltrain.launch.rendezvous import START_TIMEOUT_S, Meeting
+from knltrain.launch.world import Ranks
 
 _TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 _LOOK_S = 0.05

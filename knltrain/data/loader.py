@@ -22,7 +22,7 @@ from knltrain.data.augment import Box, Pixels
 from knltrain.data.decode import DecodeError, is_bad, refuse_large
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
-from knltrain.node.binding import prefer_memory
+from knltrain.launch.placement import prefer_memory
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at
 from knltrain.ops.native import kernels

@@ -9,10 +9,10 @@ import functools
 import importlib.util
 from pathlib import Path
 
-from knltrain.doctor.process import try_out
-from knltrain.node import network
-from knltrain.node.doctor import CHECKS, read_machine
-from knltrain.node.finding import Finding, run_check
+from knltrain.doctor import network
+from knltrain.doctor.child import try_out
+from knltrain.doctor.finding import Finding, run_check
+from knltrain.doctor.machine import CHECKS, read_machine
 
 # Each reads a few small files, or asks the resolver for this host's name.
 _LIMIT_S = 5.0

@@ -15,9 +15,9 @@ from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.models import WithoutValues, model_of
 from knltrain.models.fused import FusedConv2d, fuses_convolution
-from knltrain.node.measured import settings_of, store_convolutions, stored_convolutions
 from knltrain.node.memory import release_freed_memory
 from knltrain.node.topology import Node
+from knltrain.node.tuning_cache import settings_of, store_convolutions, stored_convolutions
 from knltrain.ops import convgrad, winograd
 
 # By a convolution's path in the network, which of its results (the fields of convgrad.Native) native kernels compute.

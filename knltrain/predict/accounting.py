@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from knltrain.config import RunConfig
+from knltrain.config.schedule import timetable, total_steps
 from knltrain.errors import ConfigError
 from knltrain.predict.layers import layers_of
 from knltrain.predict.run import classes_for
 from knltrain.recipes import IMAGENET_IMAGES
-from knltrain.schedule import timetable, total_steps
 
 BATCHES = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from knltrain.config import RunConfig
+from knltrain.config.schedule import timetable
 from knltrain.errors import ConfigError
 from knltrain.predict.allreduce import Fabric
 from knltrain.predict.layers import Layer, LayerTime, gradients_of, layers_of, times_from_profile
 from knltrain.predict.systems import Rate, System
 from knltrain.predict.timeline import Step, expected_maximum, simulate
 from knltrain.recipes import IMAGENET_IMAGES
-from knltrain.schedule import timetable
 
 # Bytes of memory that the update reads and writes for a parameter. Fused: momentum and float32 weights both ways, and
 # the gradient; or a bf16 gradient and a bf16 copy of the weights. LAMB's is eleven passes over two or three tensors.

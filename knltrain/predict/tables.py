@@ -8,8 +8,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
 from knltrain.predict.run import Prediction
+from knltrain.runlog.console import Console
 
 # A pipe has no width of its own; what reads it should get one line a row.
 _PIPE_WIDTH = 150

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from knltrain.console import Console
 from knltrain.errors import KnltrainError, one_line
 from knltrain.report.draw import Picture, draw
 from knltrain.report.page import page
 from knltrain.report.runs import Run, name_apart, read_run
+from knltrain.runlog.console import Console
 
 # Names of the figures that a report writes.
 _OURS = re.compile(

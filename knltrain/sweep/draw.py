@@ -11,7 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from knltrain.config import RunConfig
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep.results import Best, Results
 
 # Points of a curve: a loss is averaged over as many stretches of its run.

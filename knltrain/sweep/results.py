@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from knltrain.schedule import timetable
+from knltrain.config.schedule import timetable
 from knltrain.sweep.plan import Point, Sweep
 
 Status = Literal["waiting", "stopped", "done", "diverged", "failed"]

@@ -20,24 +20,24 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from knltrain import config as configuration
-from knltrain import resume
-from knltrain.bench.tables import new_table, shown
-from knltrain.console import Console
+from knltrain.config.checks import after_the_end, without_effect
 from knltrain.data.datasets import open_data
-from knltrain.effect import after_the_end, without_effect
-from knltrain.engine import choose_engine, choose_precision
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.metrics import read_metrics, write_json, write_text
 from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.topology import read_node
-from knltrain.provenance import provenance
-from knltrain.run import share_of
-from knltrain.signals import StopRequest
+from knltrain.runlog.console import Console
+from knltrain.runlog.metrics import read_metrics, write_json, write_text
+from knltrain.runlog.provenance import provenance
+from knltrain.runlog.tables import new_table, shown
 from knltrain.sweep.draw import draw_accuracy, draw_losses
 from knltrain.sweep.markdown import report
 from knltrain.sweep.plan import Point, Sweep, left_away
 from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
+from knltrain.training import resume
+from knltrain.training.engine import choose_engine, choose_precision
+from knltrain.training.signals import StopRequest
+from knltrain.training.state import share_of
 
 _LOOK_S = 0.5
 # To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 
 _COLUMNS = ("contestant", "img/s", "quartiles", "/ stock", "/ best peer", "MiB", "loss", "what it is")
 _OURS, _PEER = "#c1440e", "#8a99a8"

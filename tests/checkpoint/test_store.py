@@ -13,11 +13,11 @@ from safetensors.torch import load_file
 from knltrain import checkpoint
 from knltrain.checkpoint import Progress, store
 from knltrain.config import OptimConfig
-from knltrain.engine import build_engine
 from knltrain.errors import KnltrainError
 from knltrain.models import model_of
 from knltrain.ops.native import why_not
 from knltrain.optim import build_optimizer
+from knltrain.training.engine import build_engine
 
 OPTIMIZERS = [OptimConfig(), OptimConfig(name="sgd", variant="nesterov")]
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]

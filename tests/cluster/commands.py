@@ -12,10 +12,10 @@ import pytest
 from click.testing import CliRunner
 from faults import inject_all
 
-from knltrain import train as trainer
-from knltrain.cli import main as knltrain
+from knltrain.cli.main import main as knltrain
 from knltrain.comm.group import Group
-from knltrain.node.binding import find_place
+from knltrain.launch.placement import find_place
+from knltrain.training import trainer
 
 
 def main():

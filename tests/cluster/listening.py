@@ -40,7 +40,7 @@ def _sockets(pid):
 
 def main(backend):
     from knltrain.comm.group import Group
-    from knltrain.node.ranks import discover
+    from knltrain.launch.world import discover
 
     ranks = discover()
     with Group(ranks, backend) as group:

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from small_networks import add_small_networks, whole_and_in_parts
 
-from knltrain import train as trainer
 from knltrain.comm.group import Group
-from knltrain.console import Console
+from knltrain.launch.placement import find_place
 from knltrain.models import convolutions
-from knltrain.node.binding import find_place
+from knltrain.runlog.console import Console
+from knltrain.training import trainer
 
 
 def main():

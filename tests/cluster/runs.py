@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from cluster.hosts import without
 from safetensors.torch import load_file
 
-from knltrain.cli import main
-from knltrain.metrics import read_metrics
+from knltrain.cli.main import main
+from knltrain.runlog.metrics import read_metrics
 
 KNLTRAIN = [sys.executable, "-m", "knltrain"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]

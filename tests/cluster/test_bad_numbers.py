@@ -9,7 +9,7 @@ import pytest
 from cluster.runs import GLOO, SMALL, TORCHRUN, mpiexec, start
 from runs import assert_same_run, newest
 
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 
 FAULTS, COMMANDS = Path(__file__).parents[1] / "faults.py", Path(__file__).with_name("commands.py")
 # Nine steps in three epochs: faults come in the second.

@@ -12,7 +12,7 @@ import pytest
 from cluster.runs import TORCHRUN, mpiexec
 
 from knltrain.comm import oneccl
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 
 TIMEOUT_S = 4
 

@@ -15,9 +15,9 @@ from cluster.runs import SMALL, TORCHRUN, assert_same_training, ccl_is_here, los
 from conftest import write_jpeg
 from safetensors.torch import save_file
 
-from knltrain.cli import main
-from knltrain.metrics import read_metrics
-from knltrain.noise import estimate
+from knltrain.cli.main import main
+from knltrain.runlog.metrics import read_metrics
+from knltrain.training.gradient_noise import estimate
 
 STEPS = ["--max-steps", "3"]
 
@@ -111,7 +111,7 @@ def test_no_thread_of_the_group_outlives_the_run(image_folder, tmp_path):
     script.write_text(
         "import os, sys, threading\n"
         "import torch\n"
-        "from knltrain.cli import main\n"
+        "from knltrain.cli.main import main\n"
         "torch.set_num_threads(1)\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert not end.code, end.code\n"
         "left = len(os.listdir('/proc/self/task')) - threading.active_count()\n"

@@ -11,7 +11,7 @@ import pytest
 from cluster.runs import GLOO, SMALL, TORCHRUN, mpiexec
 from cluster.test_lost_ranks import ranks_of, wait_until
 
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 
 STEPS = 1000
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1]
@@ -81,7 +81,7 @@ def test_mpiexec_passes_a_signal_on(number, image_folder, tmp_path):
 
 SENT_LATE = """
 import os, signal
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.comm.group import Group
 close = Group.close
 def close_late(self):

@@ -8,7 +8,7 @@ from pathlib import Path
 from cluster.hosts import until
 from cluster.runs import GLOO, SMALL, plan
 
-from knltrain.metrics import read_metrics
+from knltrain.runlog.metrics import read_metrics
 
 SCRIPT = Path(__file__).parents[2] / "run" / "slurm.sbatch"
 STEPS = 100

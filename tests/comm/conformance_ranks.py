@@ -405,8 +405,8 @@ def hooks_and_micro_batches(rank, size):
 def run_rank(backend):
     """Runs all cases as one rank, and writes what came of each."""
     from knltrain.comm import ccl, oneccl
-    from knltrain.node.ranks import discover
-    from knltrain.node.rendezvous import meet
+    from knltrain.launch.rendezvous import meet
+    from knltrain.launch.world import discover
 
     torch.set_num_threads(1)
     if "RANK" in os.environ:

@@ -28,7 +28,7 @@ def start_ranks(script, size, folder, *arguments, **environment):
 
 def start_by_mpiexec(script, size, folder, *arguments, **environment):
     """Starts ``script`` once for each rank with Intel MPI's mpiexec, and returns that, in a list."""
-    from knltrain.node.launch import command_line, find_mpiexec
+    from knltrain.launch.mpiexec import command_line, find_mpiexec
 
     mpiexec = find_mpiexec()
     if mpiexec.kind != "intel":

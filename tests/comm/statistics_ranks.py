@@ -9,7 +9,7 @@ from torch import nn
 
 from knltrain.comm.group import Group
 from knltrain.comm.statistics import averaged_running_statistics, gather_running_statistics
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 
 
 def main():

@@ -13,7 +13,7 @@ GROUP = """
 import json, os, sys
 from knltrain.comm.group import Group
 from knltrain.errors import KnltrainError
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 folder, backend, kept, exported = sys.argv[1:]
 ranks = discover()
 os.environ.update(json.loads(exported) if ranks.rank else {})
@@ -32,7 +32,7 @@ OPEN_FILES = """
 import json, sys
 from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 from knltrain.comm.group import Group
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 ranks = discover()
 setrlimit(RLIMIT_NOFILE, (256, getrlimit(RLIMIT_NOFILE)[1]))
 with Group(ranks, "gloo"):
@@ -42,11 +42,11 @@ open(f"{sys.argv[1]}/rank{ranks.rank}.json", "w").write(json.dumps({"soft": soft
 
 CHOOSE = """
 import json, sys
-from knltrain import train as trainer
+from knltrain.training import trainer
 from knltrain.config import RunConfig, override
-from knltrain.console import Console
+from knltrain.runlog.console import Console
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 folder, differs = sys.argv[1:]
 rank = discover().rank
 chosen = {"precision": ("fp32", "bf16"), "engine": ("fused", "eager")}
@@ -63,7 +63,7 @@ import json, sys
 from datetime import timedelta
 import torch.distributed as dist
 from knltrain.comm import ccl, oneccl
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 folder = sys.argv[1]
 ranks = discover()
 oneccl.configure(ranks, range(ranks.rank + 1))

@@ -13,7 +13,7 @@ import pytest
 from knltrain.comm import oneccl
 from knltrain.comm.backend import choose_backend
 from knltrain.errors import ConfigError
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 
 RANKS = Ranks("torchrun", 0, 2, 0, 2, "env://")
 SOURCE = Path(__file__).parents[2] / "kernels" / "ccl_library.cpp"
@@ -101,7 +101,7 @@ def test_wrong_calls_are_refused_before_an_address_is_used():
     code = """
 import os
 from knltrain.comm import oneccl
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 os.environ["CCL_LOG_LEVEL"] = "error"
 oneccl.configure(Ranks("none", 0, 1, 0, 1))
 ccl = __import__("knltrain._kernels")._kernels.ccl
@@ -160,7 +160,7 @@ except oneccl.UnavailableError as error:
 def test_one_rank_does_not_load_it():
     code = """
 from knltrain.comm.group import Group
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 group = Group(discover())
 assert group.sum(2.0) == [2.0]
 assert "libccl" not in open("/proc/self/maps").read()
@@ -220,7 +220,7 @@ def test_intels_own_binding_is_used_where_it_is_installed(tmp_path):
     code = """
 import sys
 from knltrain.comm.backend import choose_backend
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 chosen = choose_backend("auto", Ranks("torchrun", 0, 2, 0, 2, "env://"))
 assert sys.modules["oneccl_bindings_for_pytorch"].imported
 assert chosen.name == "ccl" and "is installed: its ccl is used" in chosen.note, chosen

@@ -112,7 +112,7 @@ from torch import nn
 from knltrain.comm.gradients import data_parallel
 from knltrain.comm.group import Group
 from knltrain.config import CommConfig
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 ranks, backend = discover(), sys.argv[2]
 group = Group(ranks, backend)
 torch.manual_seed(0)

@@ -8,7 +8,7 @@ import pytest
 from knltrain.comm import probe
 from knltrain.comm.backend import choose_backend
 from knltrain.comm.probe import DTYPES, all_reduce_of_two
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from comm.ranks import outputs, start_ranks, wait_for
 
 from knltrain.comm import segments
 from knltrain.comm.backend import choose_backend
-from knltrain.node.ranks import Ranks
-from knltrain.node.rendezvous import START_TIMEOUT_S
+from knltrain.launch.rendezvous import START_TIMEOUT_S
+from knltrain.launch.world import Ranks
 
 # Joins, says so, and then ends as it is told, or stays. Rank 0 fails by waiting in vain for rank 1.
 RANK = """
@@ -19,7 +19,7 @@ import os, sys, time
 from pathlib import Path
 import torch.distributed as dist
 from knltrain.comm.group import Group
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 folder, way, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
 with Group(Ranks("torchrun", rank, 2, rank, 2, f"file://{folder}/meet"), "ccl") as group:
     group.barrier()

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from knltrain.comm.group import Group
 from knltrain.errors import KnltrainError
-from knltrain.node.ranks import discover
+from knltrain.launch.world import discover
 folder, place, then = sys.argv[1:]
 ranks = replace(discover(), init_method=f"file://{place}")
 time.sleep(2.0 * (ranks.rank == 0))  # the others look first, at what an earlier run has left

@@ -20,9 +20,8 @@ from disk import record
 from PIL import Image
 from prepared import SIZE, jpeg, prepare, webdataset
 
-from knltrain import prepare as preparing
-from knltrain.console import Console
 from knltrain.data import augment, order
+from knltrain.data import prepare as preparing
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import EncodedImage
 from knltrain.data.folder import DataError, Folder
@@ -30,6 +29,7 @@ from knltrain.data.journal import Journal
 from knltrain.data.manifest import JOURNAL, NAME
 from knltrain.data.tar import Tar
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.runlog.console import Console
 
 
 def contents(folder):
@@ -184,7 +184,7 @@ def test_killed_and_started_again(image_folder, tmp_path):
                         copy_function=lambda a, b, copy=copy: shutil.copy(a, f"{b[:-4]}-{copy}.jpg"))  # fmt: skip
     script = (
         "import sys\nfrom pathlib import Path\nfrom knltrain import prepare as p\n"
-        "from knltrain.console import Console\n"
+        "from knltrain.runlog.console import Console\n"
         "if __name__ == '__main__':\n"
         f"    p._SHARD_BYTES = 40 * {SIZE} * {SIZE} * 3\n"
         f"    p.prepare(Path({str(src)!r}), Path(sys.argv[1]), Console(), format='raw', size={SIZE}, workers=1,"

@@ -6,13 +6,13 @@ import time
 
 import pytest
 
-from knltrain.console import Console
 from knltrain.data import stage as staging
 from knltrain.data.datasets import open_folder
 from knltrain.data.folder import DataError
+from knltrain.data.prepare import prepare
 from knltrain.data.stage import stage, stage_on_every_node
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.prepare import prepare
+from knltrain.runlog.console import Console
 
 
 @pytest.fixture(scope="module", params=["raw", "tar"])

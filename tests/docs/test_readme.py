@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 from conftest import write_jpeg
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -40,7 +40,7 @@ SHORTER = {
 # Another process takes seconds to start.
 IN_THIS_PROCESS = [["knltrain", verb] for verb in ("data", "eval", "export", "predict", "prepare", "recipes", "report")]
 # Those that measure all engines find no compiler: the engine compile has a command of its own, in which torch.compile
-# compiles nothing. tests/test_engine.py compiles.
+# compiles nothing. tests/training/test_engine.py compiles.
 ALL_ENGINES = ("knltrain tune", "knltrain bench --model alexnet_bn --batch 128 --compare")
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
 SLURM = "sbatch --nodes 16 run/slurm.sbatch --recipe resnet50-8k --data imagenet"

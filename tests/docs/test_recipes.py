@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.predict.accounting import course
 from knltrain.recipes import RECIPES
 

@@ -8,10 +8,10 @@ import pytest
 from click.testing import CliRunner
 
 import knltrain.doctor
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.doctor import examine
-from knltrain.node import doctor as checks
-from knltrain.node.finding import SEVERITIES, Finding
+from knltrain.doctor import machine as checks
+from knltrain.doctor.finding import SEVERITIES, Finding
 
 FINDINGS = [
     Finding("isa", "ok", "avx2"),

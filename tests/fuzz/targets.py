@@ -13,7 +13,6 @@ from PIL import Image
 from knltrain import checkpoint
 from knltrain import config as configuration
 from knltrain.config import AugmentConfig, RunConfig
-from knltrain.console import Console
 from knltrain.data import decode
 from knltrain.data.augment import Box
 from knltrain.data.convert import to_jpeg, to_square
@@ -22,14 +21,15 @@ from knltrain.data.decode import DecodeError, EncodedImage, decoder_of_parts
 from knltrain.data.journal import Journal
 from knltrain.data.manifest import Manifest, Shard, encode_manifest
 from knltrain.errors import KnltrainError
-from knltrain.evaluate import evaluate_checkpoint
+from knltrain.launch.placement import find_place
 from knltrain.models import model_of
-from knltrain.node import picture as drawing
+from knltrain.node import plan_formats as drawing
 from knltrain.node.affinity import plan_node
-from knltrain.node.binding import find_place
 from knltrain.node.topology import read_node
 from knltrain.optim import build_optimizer
-from knltrain.train import train
+from knltrain.runlog.console import Console
+from knltrain.training.evaluate import evaluate_checkpoint
+from knltrain.training.trainer import train
 
 
 def picture(height=90, width=120):

@@ -13,13 +13,13 @@ from click.testing import CliRunner
 from hypothesis import HealthCheck, given, settings
 
 from knltrain import config as configuration
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.config import RunConfig
+from knltrain.config.schedule import learning_rate, timetable
 from knltrain.data.datasets import open_folder
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.launch.world import Ranks, discover, expand_counts, expand_hosts
 from knltrain.node.cpulist import parse_cpu_list
-from knltrain.node.ranks import Ranks, discover, expand_counts, expand_hosts
-from knltrain.schedule import learning_rate, timetable
 
 # The same examples every time; KNLTRAIN_FUZZ_EXAMPLES makes them more, and others.
 EXAMPLES = int(os.environ.get("KNLTRAIN_FUZZ_EXAMPLES", "0"))

@@ -10,19 +10,19 @@ from runs import assert_same_run
 from small_networks import small_run
 
 from knltrain import checkpoint
-from knltrain import train as trainer
 from knltrain.config import RunConfig, override
-from knltrain.console import Console
-from knltrain.engine import build_engine
 from knltrain.errors import ConfigError
 from knltrain.models import convolutions, model_of
 from knltrain.models.convolutions import RESULTS, Convolution, Times, choose, eligible, measure
 from knltrain.models.fused import FusedConv2d
-from knltrain.node.measured import convolutions_file
 from knltrain.node.topology import read_node
+from knltrain.node.tuning_cache import convolutions_file
 from knltrain.ops import native
 from knltrain.ops.convgrad import NONE, Geometry, Native
 from knltrain.optim import build_optimizer
+from knltrain.runlog.console import Console
+from knltrain.training import trainer
+from knltrain.training.engine import build_engine
 
 CONFIG = RunConfig(model="alexnet_bn_small", image_size=32)
 

@@ -7,9 +7,9 @@ import pytest
 from click.testing import CliRunner
 from node import trees
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.errors import ConfigError
-from knltrain.node import picture
+from knltrain.node import plan_formats
 from knltrain.node.affinity import comm_cores, plan_node, threads_per_rank
 from knltrain.node.topology import Node, read_node
 
@@ -100,7 +100,7 @@ def test_whatever_is_asked_nobody_is_cornered_and_no_core_forgotten(name, count,
     if name not in ("phi-snc4", "xeon-snc3"):
         assert most - fewest <= 1
     assert crowded == any("share cores" in note for note in plan.notes)
-    assert all(len(line) <= 80 for line in picture.as_text(node, plan).splitlines())
+    assert all(len(line) <= 80 for line in plan_formats.as_text(node, plan).splitlines())
 
 
 def test_one_rank_per_domain_with_all_that_is_in_it(machine):
@@ -178,7 +178,7 @@ def test_fewer_threads_than_cores_are_pinned_to_none_of_them():
         assert (rank.threads, rank.cores, rank.compute) == (8, 16, tuple(range(16)))
         assert rank.decode == tuple(range(16, 32)), "the second thread of each core"
         assert (rank.spare, plan.idle) == (16, ())
-        text = " ".join(picture.as_text(limited, plan).split())
+        text = " ".join(plan_formats.as_text(limited, plan).split())
         assert "8 threads on any of 0-15" in text
         assert "cores left idle: 8 (whichever the kernel leaves)" in text
     # Ranks keep to their part of the node, and what the workers of the library take is not there for threads.
@@ -210,7 +210,7 @@ def test_no_more_threads_than_the_control_groups_quota(tmp_path):
 
 def test_the_picture_of_a_xeon_phi(machine):
     node = machine("phi-snc4")
-    lines = picture.as_text(node, plan_node(node, environ={})).splitlines()
+    lines = plan_formats.as_text(node, plan_node(node, environ={})).splitlines()
     at = lines.index("domain 3, package 0: 16 cores, 24,576 MiB + 4,096 MiB of MCDRAM (node 7)")
     assert lines[at + 1 : at + 6] == [
         "   rank 3---------------",
@@ -224,7 +224,7 @@ def test_the_picture_of_a_xeon_phi(machine):
 
 def test_the_picture_folds(machine):
     big = Node("CPU", frozenset(), tuple(range(100)), tuple((cpu,) for cpu in range(100)), 100)
-    text = picture.as_text(big, plan_node(big, 12, environ={}))
+    text = plan_formats.as_text(big, plan_node(big, 12, environ={}))
     lines = text.splitlines()
     assert "  rank 0--------1--------2--------3--------4-------5-----" in lines, "the first of two lines of 50 columns"
     assert "  rank 5-6-------7-------8-------9-------10------11------" in lines
@@ -234,19 +234,19 @@ def test_the_picture_folds(machine):
 def test_formats(machine):
     node = machine("xeon")
     plan = plan_node(node, environ={})
-    assert picture.as_env(plan).splitlines() == [
+    assert plan_formats.as_env(plan).splitlines() == [
         "export OMP_NUM_THREADS=26", "export CCL_WORKER_COUNT=2", "export CCL_WORKER_AFFINITY=26,27,54,55"]  # fmt: skip
-    arguments = picture.as_mpiexec(plan).split()
+    arguments = plan_formats.as_mpiexec(plan).split()
     assert arguments[:4] == ["-ppn", "2", "-genv", "I_MPI_PIN_DOMAIN"]
     masks = [int(mask, 16) for mask in arguments[4].strip("[]").split(",")]
     assert masks[0] & masks[1] == 0
     for mask, rank in zip(masks, plan.ranks, strict=True):
         assert {cpu for cpu in range(112) if mask >> cpu & 1} == {*rank.compute, *rank.comm, *rank.decode}
-    assert "--cpus-per-task=56" in picture.as_slurm(node, plan)
-    assert "#SBATCH --ntasks-per-node=2" in picture.as_slurm(node, plan)
-    ragged = picture.as_env(plan_node(machine("phi-snc4"), environ={}))
+    assert "--cpus-per-task=56" in plan_formats.as_slurm(node, plan)
+    assert "#SBATCH --ntasks-per-node=2" in plan_formats.as_slurm(node, plan)
+    ragged = plan_formats.as_env(plan_node(machine("phi-snc4"), environ={}))
     assert "export OMP_NUM_THREADS" not in ragged
-    record = json.loads(json.dumps(picture.as_dict(node, plan)))
+    record = json.loads(json.dumps(plan_formats.as_dict(node, plan)))
     assert record["ranks"][0]["threads"] == 26
 
 
@@ -265,7 +265,7 @@ def test_the_command(format, tmp_path, monkeypatch):
 
 def test_the_command_answers_without_torch():
     code = (
-        "import sys; from knltrain.cli import main; main(['plan'], standalone_mode=False); "
+        "import sys; from knltrain.cli.main import main; main(['plan'], standalone_mode=False); "
         "sys.exit(sorted({'torch', 'numpy', 'rich'} & set(sys.modules)) or 0)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

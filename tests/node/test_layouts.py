@@ -8,14 +8,14 @@ import pytest
 from click.testing import CliRunner
 from node import trees
 
-from knltrain.cli import main
-from knltrain.node import binding
+from knltrain.cli.main import main
+from knltrain.launch import placement
 from knltrain.node.affinity import plan_node
-from knltrain.node.chosen import plan_as_measured, threads_as_measured
 from knltrain.node.layouts import Layout, layouts
-from knltrain.node.measured import check_writable, layout_settings, measured_file, settings_of, store, stored_layout
-from knltrain.node.picture import as_text
+from knltrain.node.plan_formats import as_text
 from knltrain.node.topology import read_node
+from knltrain.node.tuned_plan import plan_as_measured, threads_as_measured
+from knltrain.node.tuning_cache import check_writable, layout_settings, measured_file, settings_of, store, stored_layout
 
 
 @pytest.fixture(autouse=True)
@@ -143,11 +143,11 @@ def test_ranks_take_the_threads_that_were_measured(xeon, monkeypatch):
     assert threads_as_measured(xeon, 4, by_torchrun)["OMP_NUM_THREADS"] == "14"
     assert threads_as_measured(xeon, 4, {"OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
     assert threads_as_measured(xeon, 2, {}) == {}
-    monkeypatch.setattr(binding, "read_node", lambda allowed=None: xeon)
+    monkeypatch.setattr(placement, "read_node", lambda allowed=None: xeon)
     for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 3), ("LOCAL_WORLD_SIZE", 4),
                         ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):  # fmt: skip
         monkeypatch.setenv(name, str(value))
-    place = binding.find_place()
+    place = placement.find_place()
     assert (place.plan.threads, place.plan.comm) == (14, ())
 
 

@@ -7,11 +7,11 @@ import pytest
 from click.testing import CliRunner
 from node import trees
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.errors import ConfigError
+from knltrain.launch.world import expand_counts, expand_hosts
 from knltrain.node.cgroup import read_limits
 from knltrain.node.cpulist import parse_cpu_list, read_number, read_text
-from knltrain.node.ranks import expand_counts, expand_hosts
 from knltrain.node.topology import read_node
 
 DIGITS = "9" * 5000

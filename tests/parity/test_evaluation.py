@@ -10,7 +10,7 @@ from conftest import write_jpeg
 from safetensors.torch import save_file
 from torch import nn
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 
 SIZE, RESIZE, CLASSES = 64, 80, 4
 

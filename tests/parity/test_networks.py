@@ -8,10 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from knltrain.config import OptimConfig, RunConfig
-from knltrain.engine import build_engine
 from knltrain.models import model_of
 from knltrain.ops.native import why_not
 from knltrain.optim import build_optimizer
+from knltrain.training.engine import build_engine
 
 CLASSES, BATCH = 10, 4
 # What is called alexnet here is Caffe's, with other layers: torchvision's is reached by its full name.

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from knltrain.comm.backend import choose_backend
-from knltrain.node.ranks import Ranks
+from knltrain.launch.world import Ranks
 
 PERF = Path(__file__).parents[2] / "perf"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -5,7 +5,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from knltrain import cli_predict
+from knltrain.cli import predict
 from knltrain.errors import ConfigError
 from knltrain.predict import allreduce
 from knltrain.predict.allreduce import ALGORITHMS, Fabric, all_reduce
@@ -101,7 +101,7 @@ def test_oneccl_takes_the_algorithm_of_its_table():
 
 
 def test_flag_and_files_know_the_same_algorithms():
-    (flag,) = [parameter for parameter in cli_predict.predict.params if parameter.name == "algorithm"]
+    (flag,) = [parameter for parameter in predict.predict.params if parameter.name == "algorithm"]
     assert tuple(flag.type.choices) == ALGORITHMS
     assert get_args(get_type_hints(Network)["algorithm"]) == ALGORITHMS
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.predict.allreduce import all_reduce

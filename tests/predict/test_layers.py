@@ -10,13 +10,13 @@ from torch.distributed import GradBucket
 from torch.nn.parallel import DistributedDataParallel
 
 from knltrain.config import OptimConfig
-from knltrain.engine import build_engine
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
 from knltrain.models.alexnet import LocalResponseNorm
 from knltrain.ops.native import why_not
 from knltrain.optim import build_optimizer
 from knltrain.predict.layers import KNOWN, Gradient, buckets, gradients_of, layers_of, times_from_profile
+from knltrain.training.engine import build_engine
 
 SIZES = {"alexnet": (227, 224, 67), "alexnet_bn": (227, 130), "alexnet_bn_small": (32, 48), "resnet20": (32, 45),
          "resnet50": (224, 100)}  # fmt: skip

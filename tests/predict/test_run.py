@@ -8,6 +8,7 @@ import pytest
 from foreseen import ALEXNET, GOOD, RESNET, job, replaced
 
 from knltrain.config import CommConfig, RunConfig, override
+from knltrain.config.schedule import timetable
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
 from knltrain.predict.accounting import accounting, course
@@ -15,7 +16,6 @@ from knltrain.predict.layers import layers_of
 from knltrain.predict.run import fabric_of, predict, share
 from knltrain.predict.systems import Input, Sourced, load, parse
 from knltrain.recipes import IMAGENET_IMAGES, RECIPES
-from knltrain.schedule import timetable
 
 
 @pytest.mark.parametrize("name, model", [("knl7250-opa", "alexnet"), ("knl7250-opa", "resnet50"),
@@ -160,7 +160,7 @@ def test_nonsense_is_one_line(changes, words):
 
 
 def test_the_batch_is_divided_as_the_trainer_does():
-    from knltrain.train import share_of
+    from knltrain.training.trainer import share_of
 
     for config in (ALEXNET, RESNET):
         for nodes in (1, 4, 512, 2048):

@@ -10,8 +10,8 @@ from cluster.hosts import without
 from PIL import Image
 from report.folders import RATIOS, run_folder
 
-from knltrain.console import Console
 from knltrain.report import report
+from knltrain.runlog.console import Console
 
 # The first run's colour in every figure.
 BLUE = (37, 99, 235)

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 from matplotlib.figure import Figure
 from report.folders import RATIOS, run_folder
 
-from knltrain.cli import main
+from knltrain.cli.main import main
 from knltrain.errors import KnltrainError
 from knltrain.report.draw import _noise
 from knltrain.report.runs import read_run

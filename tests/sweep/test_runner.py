@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner
 from sweeps import sweep_of
 
-from knltrain.cli import main
-from knltrain.metrics import read_metrics
-from knltrain.signals import StopRequest
+from knltrain.cli.main import main
+from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep import runner
 from knltrain.sweep.results import Results
+from knltrain.training.signals import StopRequest
 
 SMALL = ("--recipe", "cifar-256", "--batches", "16", "--local-batch", "16", "--precision", "fp32", "--engine", "eager")
 

@@ -1,0 +1,3 @@
+"""What to run. Imports no torch."""
+
+from knltrain.config.schema import *  # noqa: F403

@@ -1,0 +1,160 @@
+"""``knltrain data``: what a data folder is, how fast it can be read, and what the network sees of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from knltrain.config import RunConfig
+from knltrain.data.datasets import open_folder
+from knltrain.data.decode import DecodeError, decoder_of_parts
+from knltrain.data.folder import DataError, Folder
+from knltrain.data.loader import Loader, Share
+from knltrain.data.packed import Packed
+from knltrain.data.tar import Tar
+from knltrain.ops.crops import MEAN, STD
+from knltrain.runlog.console import Console
+
+# Images whose sizes are looked at, and through which the rate is measured: a second or two.
+_SAMPLE = 256
+_TIMED = 512
+# The sheet: pictures across and down, the names below them.
+_SHEET = 8
+_CAPTION = 14
+
+
+def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) -> dict[str, Any]:
+    """Looks at a folder, and draws a batch of it as the network will see it.
+
+    Args:
+        root: of images, of tar shards, or prepared.
+        sheet: the PNG file that is written.
+        console: where to speak.
+        config: image size and augmentation; the size is made smaller where prepared images are.
+
+    Returns:
+        ``parts``: for each its format, counts and sizes; ``images_per_s_per_core`` of reading, decoding and augmenting
+        training images on one core.
+
+    Raises:
+        DataError: the folder cannot be used.
+    """
+    parts: dict[str, Any] = {}
+    for part in ("train", "val"):
+        try:
+            dataset = open_folder(root, part)
+        except DataError as error:
+            parts[part] = {"error": str(error)}
+            console.warn(str(error))
+            continue
+        parts[part] = _describe_part(dataset)
+        console.line(_sentence(part, parts[part]))
+        dataset.close()
+    usable = [part for part, row in parts.items() if "error" not in row]
+    if not usable:
+        raise DataError(f"{root}: neither train nor val can be used")
+    dataset = open_folder(root, usable[0])
+    config = _fitting(dataset, config)
+    rate = rate_per_core(dataset, config)
+    console.line(f"{rate:,.0f} img/s on one core, {config.augment.name} to {config.image_size} pixels")
+    if not isinstance(dataset, Packed) and decoder_of_parts() is None:
+        console.warn(
+            "JPEGs are decoded whole, not only where a crop needs them: that takes the native kernels, and a "
+            "libjpeg-turbo as Pillow's wheels bring it"
+        )
+    _draw_sheet(open_folder(root, usable[0]), config, sheet)
+    console.line(f"{sheet}: {_SHEET * _SHEET} images as the network sees them")
+    return {"data": str(root), "parts": parts, "images_per_s_per_core": rate, "sheet": str(sheet)}
+
+
+def _describe_part(dataset: Folder | Packed | Tar) -> dict[str, Any]:
+    counts = np.bincount(dataset.labels, minlength=len(dataset.classes))
+    row: dict[str, Any] = {
+        "format": {Folder: "folder", Packed: "raw", Tar: "tar"}[type(dataset)],
+        "images": len(dataset),
+        "classes": len(dataset.classes),
+        "smallest_class": int(counts.min()),
+        "largest_class": int(counts.max()),
+    }
+    sizes, stored, bad = [], [], []
+    for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE).astype(int)).tolist():
+        try:
+            image = dataset.image(index)
+            image.pixels()
+        except (DecodeError, OSError) as error:
+            bad.append(str(dataset.bad(index, error)))
+            continue
+        sizes.append((image.height, image.width))
+        if isinstance(dataset, Packed):
+            stored.append(image.height * image.width * 3)
+        else:
+            path, _, length = dataset.where(index)
+            stored.append(length if length >= 0 else Path(path).stat().st_size)
+    if sizes:
+        row["mean_height"], row["mean_width"] = (float(side) for side in np.mean(sizes, axis=0))
+        row["mean_bytes"] = float(np.mean(stored))
+    return {**row, "sampled": len(sizes) + len(bad), "bad": bad}
+
+
+def _sentence(part: str, row: dict[str, Any]) -> str:
+    text = f"{part}: {row['format']}, {row['images']:,} images in {row['classes']:,} classes"
+    if row["smallest_class"] != row["largest_class"]:
+        text += f" of {row['smallest_class']:,} to {row['largest_class']:,}"
+    if "mean_height" in row:
+        text += (
+            f"; on average {row['mean_height']:.0f} x {row['mean_width']:.0f} px, {row['mean_bytes'] / 1024:.0f} KiB"
+        )
+    if row["bad"]:
+        text += f"; {len(row['bad'])} of {row['sampled']} looked at cannot be decoded, the first {row['bad'][0]}"
+    return text
+
+
+def _fitting(dataset: Folder | Packed | Tar, config: RunConfig) -> RunConfig:
+    """The same with a size that prepared images have."""
+    if not isinstance(dataset, Packed) or dataset.size >= config.resize:
+        return config
+    augmentation = dataclasses.replace(config.augment, resize=dataset.size)
+    return dataclasses.replace(config, image_size=min(config.image_size, dataset.size), augment=augmentation)
+
+
+def rate_per_core(dataset: Folder | Packed | Tar, config: RunConfig, timed: int = _TIMED) -> float:
+    """Returns images/s of reading, decoding and augmenting on one core, over ``timed`` images; closes the data set.
+
+    Args:
+        dataset: one part.
+        config: image size, made smaller where prepared images are, and augmentation.
+        timed: images, a multiple of 64; 256 come before them.
+    """
+    batch = 64
+    config = dataclasses.replace(_fitting(dataset, config), on_bad="skip")
+    loader = Loader(dataset, config, dtype=torch.float32, workers=1)
+    batches = loader.training(Share(batch, batch, 0, 1), 0, 4 + timed // batch)
+    for _ in range(4):
+        next(batches)
+    start = time.perf_counter()
+    count = sum(len(labels) for _, labels in batches)
+    seconds = time.perf_counter() - start
+    loader.close()
+    return count / seconds
+
+
+def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -> None:
+    loader = Loader(dataset, dataclasses.replace(config, on_bad="skip"), dtype=torch.float32, workers=1)
+    count = _SHEET * _SHEET
+    images, labels = next(loader.training(Share(count, count, 0, 1), 0, 1))
+    loader.close()
+    pixels = ((images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
+    side = config.image_size
+    picture = Image.new("RGB", (_SHEET * side, _SHEET * (side + _CAPTION)), "white")
+    draw = ImageDraw.Draw(picture)
+    for place, (image, label) in enumerate(zip(pixels.numpy(), labels.tolist(), strict=True)):
+        x, y = place % _SHEET * side, place // _SHEET * (side + _CAPTION)
+        picture.paste(Image.fromarray(image), (x, y))
+        draw.text((x + 2, y + side + 1), dataset.classes[label][: max(4, side // 6)], fill="black")
+    picture.save(path)

@@ -1,0 +1,467 @@
+"""``knltrain prepare``: a data set in few large files, decoded and checked once.
+
+A journal in the folder says which shards are finished, so that an interrupted run goes on; it is removed when the
+manifest, written last, says that the folder is whole.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import tarfile
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from knltrain.data.convert import Encoded, checksum, end_with, finish_squares, jpegs, short_sides, squares_into
+from knltrain.data.folder import DataError
+from knltrain.data.journal import Journal
+from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encode_manifest, read_manifest
+from knltrain.data.order import permutation
+from knltrain.data.sources import Source, find_sources
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.runlog.console import Console, ImageProgress
+
+REJECTED = "rejected.jsonl"
+# Few files, each large: what parallel file systems like.
+_SHARD_BYTES = 1 << 30
+# Images handed to a worker at once.
+_CHUNK = 32
+# Images that tell how large the others will be, encoded.
+_SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One shard: images [first, stop) of a part, in the order in which they are stored."""
+
+    part: str
+    number: int
+    first: int
+    stop: int
+    file: str
+
+
+class _Plan:
+    """What a folder will hold, in which order: the same whenever it is asked."""
+
+    def __init__(self, sources: dict[str, Source], format: Format, images_a_shard: int) -> None:
+        self.sources, self.format = sources, format
+        # Mixed, for readers that go through a shard from its beginning.
+        self.orders = {part: permutation(0, 0, len(source.labels)) for part, source in sources.items()}
+        self.jobs = [
+            _Job(part, number, first, min(first + images_a_shard, len(order)), _shard_name(part, number, format))
+            for part, order in self.orders.items()
+            for number, first in enumerate(range(0, len(order), images_a_shard))
+        ]
+
+    def where(self, job: _Job, first: int, stop: int) -> list[tuple[str, int, int]]:
+        source = self.sources[job.part]
+        return [source.where(sample) for sample in self.orders[job.part][first:stop].tolist()]
+
+    def name(self, job: _Job, place: int) -> str:
+        return self.sources[job.part].name(int(self.orders[job.part][job.first + place]))
+
+    def labels(self, job: _Job) -> NDArray[np.int64]:
+        return self.sources[job.part].labels[self.orders[job.part][job.first : job.stop]]
+
+
+def _shard_name(part: str, number: int, format: Format) -> str:
+    return f"{part}/images-{number:05}.npy" if format == "raw" else f"{part}-{number:05}.tar"
+
+
+def prepare(
+    src: Path, dst: Path, console: Console, *, format: Format, size: int, workers: int | None, on_bad: str
+) -> dict[str, Any]:
+    """Writes what ``src`` holds into ``dst``; goes on where an earlier call was interrupted.
+
+    Args:
+        src: a folder of images, of tar shards, or of ImageNet's archives; see :mod:`knltrain.data.sources`.
+        dst: a folder that does not exist, is empty, or was begun by the same call.
+        console: where to speak.
+        format: ``raw``, squares of pixels, or ``tar``, JPEGs.
+        size: of the short side, pixels; 0 with ``tar``: images stay as they are.
+        workers: processes; default one for each core that this process may use.
+        on_bad: ``fail`` or ``skip``: what an image that cannot be decoded means.
+
+    Returns:
+        The manifest's counts and ``rejected``, with ``bytes``, ``seconds`` and ``images_per_s`` of this call.
+
+    Raises:
+        ConfigError: what was asked for is not possible.
+        DataError: ``src`` cannot be read; with ``fail``, images of it cannot be decoded.
+        KnltrainError: a disk, or this machine's memory, failed; the same call goes on.
+    """
+    if format == "raw" and size == 0:
+        raise ConfigError("--size 0 with --format raw: its images all have one size; take --format tar, or a size")
+    if workers is None:
+        workers = len(os.sched_getaffinity(0))
+    _refuse_nested(src, dst)
+    done = _already(dst, format, size)
+    sources = find_sources(src)
+    settings: dict[str, Any] = {"format": format, "size": size, "source": _fingerprint(sources)}
+    if done is not None:
+        if done.source != settings["source"]:
+            raise ConfigError(f"{dst} was made from other images than those of {src}; give another folder")
+        without = f" without {done.rejected:,} images that {REJECTED} lists" if done.rejected else ""
+        console.line(f"{dst} is whole{without}; knltrain prepare --verify {dst} compares its checksums")
+        return _summary(done, dst, 0, 0.0)
+    dst.mkdir(parents=True, exist_ok=True)
+    with _goes_on(dst), _pool(workers) as pool, Journal(dst) as journal:
+        images_a_shard = journal.begin(settings, lambda: _images_a_shard(pool, sources, format, size))
+        plan = _Plan(sources, format, images_a_shard)
+        if on_bad == "fail":
+            journal.forget_rejected()  # they may have been replaced
+        _refuse_full_disk(dst, plan, journal, size)
+        sides = pool.submit(short_sides, _sample(sources)).result()
+        if format == "raw" and sides and (usual := int(np.median(sides))) < size:
+            console.warn(
+                f"most images have a short side of {usual} pixels or less and are enlarged to {size}; --size {usual} "
+                "would not"
+            )
+        left = [job for job in plan.jobs if job.file not in journal.records]
+        total = sum(len(order) for order in plan.orders.values())
+        before = total - sum(job.stop - job.first for job in left)
+        if before:
+            console.line(f"going on after {before:,} of {total:,} images")
+        with ImageProgress(console, first=before, total=total) as progress:
+            writer = _write_squares if format == "raw" else _write_tars
+            for job, record in writer(plan, left, dst, size, pool, workers, progress):
+                journal.add(job.file, record)
+        rejected = _list_rejected(plan, journal, dst)
+        if rejected and on_bad == "fail":
+            raise DataError(
+                f"{rejected} of {total:,} images cannot be decoded; {dst / REJECTED} lists them. Replace them, or "
+                "leave them out with --on-bad skip, and run the same command again"
+            )
+        manifest = _finish(plan, journal, dst, size, settings["source"], rejected)
+        return _summary(manifest, dst, total - before, progress.seconds)
+
+
+def verify(dst: Path, console: Console, *, workers: int | None = None) -> dict[str, Any]:
+    """Compares every file of a prepared folder with its checksum.
+
+    Raises:
+        DataError: the folder is not whole, or a file is not what was written.
+    """
+    manifest = read_manifest(dst)
+    if manifest is None:
+        raise DataError(f"{dst}: no {NAME}; this is not what knltrain prepare writes")
+    files = {shard.file: shard.sha256 for part in manifest.shards.values() for shard in part}
+    files |= {f"{part}/labels.npy": digest for part, digest in manifest.labels.items()}
+    for part in manifest.shards:
+        manifest.check_shards(dst, part)
+    bad = []
+    with _pool(workers or len(os.sched_getaffinity(0))) as pool:
+        futures = {file: pool.submit(checksum, str(dst / file)) for file in files}
+        with ImageProgress(console, first=0, total=len(files), unit="files") as progress:
+            for file, future in futures.items():
+                if future.result() != files[file]:
+                    bad.append(file)
+                progress.add(1)
+    if bad:
+        raise DataError(
+            f"{dst / bad[0]}: not what was written{f', nor are {len(bad) - 1} other files' if bad[1:] else ''}; copy "
+            "it again, or delete the folder and run knltrain prepare again"
+        )
+    console.line(f"{dst}: {len(files)} files, {sum(manifest.counts.values()):,} images, all as they were written")
+    return _summary(manifest, dst, 0, progress.seconds)
+
+
+def _refuse_nested(src: Path, dst: Path) -> None:
+    inner, outer = dst.resolve(), src.resolve()
+    if inner == outer or outer in inner.parents or inner in outer.parents:
+        raise ConfigError(f"{dst} and {src}: one lies within the other; give a folder elsewhere")
+
+
+def _already(dst: Path, format: Format, size: int) -> Manifest | None:
+    """The manifest of a folder that is whole already; None if there is work to do."""
+    if not dst.exists() or (dst / JOURNAL).exists():
+        return None
+    if not dst.is_dir():
+        raise ConfigError(f"{dst}: a file; give a folder")
+    manifest = read_manifest(dst)
+    if manifest is None:
+        if any(dst.iterdir()):
+            raise ConfigError(f"{dst}: not empty, and not what knltrain prepare writes; give another folder")
+        return None
+    if (manifest.format, manifest.size) != (format, size):
+        raise ConfigError(
+            f"{dst} holds format {manifest.format} of size {manifest.size}; give another folder, or delete this one"
+        )
+    return manifest
+
+
+def _fingerprint(sources: dict[str, Source]) -> str:
+    """Of names and labels: what decides which image comes where."""
+    digest = sha256()
+    for part, source in sorted(sources.items()):
+        digest.update(json.dumps([part, source.classes]).encode())
+        digest.update(np.ascontiguousarray(source.labels).tobytes())
+        for index in range(len(source.labels)):
+            path, offset, _ = source.where(index)
+            digest.update(f"{Path(path).name}:{offset}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
+    """Images that tell what the others are like."""
+    source = max(sources.values(), key=lambda source: len(source.labels))
+    chosen = np.unique(np.linspace(0, len(source.labels) - 1, _SAMPLE).astype(int)).tolist()
+    return [source.where(sample) for sample in chosen]
+
+
+@contextlib.contextmanager
+def _goes_on(dst: Path) -> Iterator[None]:
+    """Says of what fails for now that nothing is lost."""
+    try:
+        yield
+    except BrokenProcessPool:
+        raise KnltrainError("a worker process was ended; was there memory enough? The same command goes on") from None
+    except OSError as error:
+        raise KnltrainError(
+            f"{error.filename or dst}: {error.strerror or error}; what is finished stays, the same command goes on"
+        ) from None
+
+
+def _images_a_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], format: Format, size: int) -> int:
+    if format == "raw":
+        return max(1, _SHARD_BYTES // (size * size * 3))
+    encoded = pool.submit(jpegs, _sample(sources), size).result()
+    sizes = [len(one.data) + 4 * tarfile.BLOCKSIZE for one in encoded if isinstance(one, Encoded)]
+    return max(1, _SHARD_BYTES * len(sizes) // sum(sizes)) if sizes else 1 << 14
+
+
+def _refuse_full_disk(dst: Path, plan: _Plan, journal: Journal, size: int) -> None:
+    """Raw files have a size that is known before hours are spent."""
+    if plan.format != "raw":
+        return
+    needed = sum(job.stop - job.first for job in plan.jobs if job.file not in journal.records) * size * size * 3
+    # What an interrupted run left of its last shards will be written over.
+    free = shutil.disk_usage(dst).free + sum(path.stat().st_blocks * 512 for path in dst.glob("*/*.part"))
+    if needed > free:
+        raise KnltrainError(
+            f"{dst}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; --format tar takes a seventh"
+        )
+
+
+def _write_squares(
+    plan: _Plan,
+    jobs: list[_Job],
+    dst: Path,
+    size: int,
+    pool: ProcessPoolExecutor,
+    workers: int,
+    progress: ImageProgress,
+) -> Iterator[tuple[_Job, dict[str, Any]]]:
+    """Workers write into the shard's file, each its images, and one of them closes the gaps that bad ones leave."""
+    waiting: deque[tuple[_Job, Future[Any], bool]] = deque()
+    reasons: dict[str, list[str | None]] = {job.file: [] for job in jobs}
+
+    def take() -> Iterator[tuple[_Job, dict[str, Any]]]:
+        job, future, last = waiting.popleft()
+        if last:
+            size_bytes, digest = future.result()
+            yield job, _record(size_bytes, digest, reasons.pop(job.file))
+            return
+        found = future.result()
+        reasons[job.file] += found
+        progress.add(len(found))
+
+    for job in jobs:
+        path = dst / f"{job.file}.part"
+        path.parent.mkdir(exist_ok=True)
+        count = job.stop - job.first
+        with open(path, "wb") as file:
+            os.posix_fallocate(file.fileno(), 0, _HEADER + count * size * size * 3)
+        for first in range(job.first, job.stop, _CHUNK):
+            images = plan.where(job, first, min(first + _CHUNK, job.stop))
+            at = _HEADER + (first - job.first) * size * size * 3
+            waiting.append((job, pool.submit(squares_into, str(path), at, images, size), False))
+            while len(waiting) > 4 * workers:
+                yield from take()
+        while any(one is job for one, _, _ in waiting):
+            yield from take()
+        gaps = [place for place, reason in enumerate(reasons[job.file]) if reason]
+        waiting.append((job, pool.submit(finish_squares, str(path), str(dst / job.file), count, gaps, size), True))
+    while waiting:
+        yield from take()
+
+
+# Room for the header of a .npy file of any shape that images have here.
+_HEADER = 128
+
+
+def _write_tars(
+    plan: _Plan,
+    jobs: list[_Job],
+    dst: Path,
+    size: int,
+    pool: ProcessPoolExecutor,
+    workers: int,
+    progress: ImageProgress,
+) -> Iterator[tuple[_Job, dict[str, Any]]]:
+    """Workers encode, this process writes."""
+
+    def chunks() -> Iterator[tuple[_Job, int, Future[list[Encoded | str]]]]:
+        for job in jobs:
+            for first in range(job.first, job.stop, _CHUNK):
+                images = plan.where(job, first, min(first + _CHUNK, job.stop))
+                yield job, first, pool.submit(jpegs, images, size)
+
+    ahead: deque[tuple[_Job, int, Future[list[Encoded | str]]]] = deque()
+    source = chunks()
+
+    def next_chunk() -> tuple[_Job, int, Future[list[Encoded | str]]]:
+        while len(ahead) < 4 * workers and (one := next(source, None)) is not None:
+            ahead.append(one)
+        return ahead.popleft()
+
+    for job in jobs:
+        labels = plan.labels(job)
+        reasons: list[str | None] = []
+        path = dst / f"{job.file}.part"
+        with open(path, "wb") as file:
+            tar = _TarWriter(file)
+            for _ in range(job.first, job.stop, _CHUNK):
+                _, first, future = next_chunk()
+                for place, encoded in enumerate(future.result(), first - job.first):
+                    if isinstance(encoded, str):
+                        reasons.append(encoded)
+                        continue
+                    reasons.append(None)
+                    key = f"{job.part}-{job.first + place:08}"
+                    tar.add(f"{key}.{encoded.suffix}", encoded.data)
+                    tar.add(f"{key}.cls", str(labels[place]).encode())
+                progress.add(min(_CHUNK, job.stop - first))
+            tar.end()
+            file.flush()
+            os.fsync(file.fileno())
+            record = _record(file.tell(), tar.digest.hexdigest(), reasons)
+        os.replace(path, dst / job.file)
+        yield job, record
+
+
+class _TarWriter:
+    """Appends files to a tar file, the same bytes for the same files, and sums them up as it writes."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.digest = sha256()
+
+    def add(self, name: str, data: bytes) -> None:
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._write(info.tobuf(tarfile.USTAR_FORMAT) + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+
+    def end(self) -> None:
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self.digest.update(data)
+
+
+def _record(num_bytes: int, digest: str, reasons: list[str | None]) -> dict[str, Any]:
+    rejected = [[place, reason] for place, reason in enumerate(reasons) if reason is not None]
+    return {"images": len(reasons) - len(rejected), "bytes": num_bytes, "sha256": digest, "rejected": rejected}
+
+
+def _list_rejected(plan: _Plan, journal: Journal, dst: Path) -> int:
+    """Writes ``rejected.jsonl``, or removes it where there is nothing to list; returns the number of images."""
+    lines = [
+        json.dumps({"path": plan.name(job, place), "reason": reason})
+        for job in plan.jobs
+        for place, reason in journal.records[job.file]["rejected"]
+    ]
+    if lines:
+        (dst / REJECTED).write_text("\n".join(lines) + "\n", "utf-8")
+    else:
+        (dst / REJECTED).unlink(missing_ok=True)
+    return len(lines)
+
+
+def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, rejected: int) -> Manifest:
+    shards: dict[str, list[Shard]] = {part: [] for part in plan.sources}
+    labels: dict[str, list[NDArray[np.int64]]] = {part: [] for part in plan.sources}
+    for job in plan.jobs:
+        record = journal.records[job.file]
+        shards[job.part].append(Shard(job.file, record["images"], record["bytes"], record["sha256"]))
+        labels[job.part].append(np.delete(plan.labels(job), [place for place, _ in record["rejected"]]))
+    digests = {}
+    if plan.format == "raw":
+        for part, arrays in labels.items():
+            path = dst / part / "labels.npy"
+            with open(path.with_suffix(".part"), "wb") as file:
+                np.save(file, np.concatenate(arrays))
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(path.with_suffix(".part"), path)
+            digests[part] = checksum(str(path))
+    manifest = Manifest(
+        format=plan.format,
+        size=size,
+        classes=list(next(iter(plan.sources.values())).classes),
+        counts={part: sum(shard.images for shard in of_part) for part, of_part in shards.items()},
+        shards=shards,
+        labels=digests,
+        source=source,
+        rejected=rejected,
+    )
+    aside = dst / f"{NAME}.part"
+    with open(aside, "wb") as file:
+        file.write(encode_manifest(manifest))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, dst / NAME)
+    journal.remove()
+    return manifest
+
+
+class _Pool(ProcessPoolExecutor):
+    """Worker processes that Ctrl-C does not reach: it goes to all processes of a terminal, and one answer is enough."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
+        # Processes are started here, with the signals blocked that are blocked now. An interrupt waits until what they
+        # are told is written; Python would act on it, whichever thread it reaches.
+        interrupts: list[int] = []
+        handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            future = super().submit(*args, **kwargs)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            signal.signal(signal.SIGINT, handler)
+        if interrupts:
+            raise KeyboardInterrupt
+        return future
+
+
+def _pool(workers: int) -> _Pool:
+    return _Pool(workers, multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
+
+
+def _summary(manifest: Manifest, dst: Path, images: int, seconds: float) -> dict[str, Any]:
+    return {
+        "out": str(dst),
+        "format": manifest.format,
+        "size": manifest.size,
+        "classes": len(manifest.classes),
+        "counts": manifest.counts,
+        "rejected": manifest.rejected,
+        "bytes": sum(shard.bytes for part in manifest.shards.values() for shard in part),
+        "seconds": seconds,
+        "images_per_s": images / seconds if images else None,
+    }

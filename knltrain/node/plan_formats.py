@@ -1,0 +1,172 @@
+"""A plan, as a picture of the node and in the words of shells, mpiexec and Slurm."""
+
+from __future__ import annotations
+
+import dataclasses
+import textwrap
+from collections.abc import Iterator
+from typing import Any
+
+from knltrain.node.affinity import Plan, RankPlan, comm_cores
+from knltrain.node.cpulist import format_cpu_list
+from knltrain.node.topology import Cores, Node
+
+_WIDTH = 80
+# Columns of cores beside the number of the first CPU; a Xeon Phi's 68 are on one line.
+_COLUMNS = 68
+COMPUTE, COMM, DECODE, BOTH, IDLE = "#=d%."
+_LEGEND = f"{COMPUTE} computes  {COMM} communicates  {DECODE} decodes  {BOTH} computes and decodes  {IDLE} idle"
+
+
+def as_text(node: Node, plan: Plan) -> str:
+    """Draws the node, 80 columns wide: a column is a core, a line one hardware thread of each."""
+    lines = list(_head(node))
+    for domain in node.domains:
+        memory = f", {domain.memory_mb:,} MiB" if domain.memory_mb else ""
+        fast = "".join(
+            f" + {one.memory_mb:,} MiB of {one.kind if one.kind != 'far' else 'slower memory'} (node {one.number})"
+            for one in node.memory_nodes
+            if domain.number in one.domains
+        )
+        lines += ["", f"domain {domain.number}, package {domain.package}: {len(domain.cores)} cores{memory}{fast}"]
+        lines += _drawing(domain.cores, plan)
+    lines += [
+        "",
+        f"{COMPUTE} computes  {COMM} communicates  {DECODE} decodes  {BOTH} computes and decodes  {IDLE} idle",
+        "",
+    ]
+    for rank in plan.ranks:
+        lines += _wrapped(f"rank {rank.local_rank}: {_in_words(rank)}")
+    threadless = sum(rank.threadless for rank in plan.ranks)
+    which = f" (CPUs {_cpus(plan.idle)})" if plan.idle else " (whichever the kernel leaves)" if threadless else ""
+    lines += [f"cores left idle: {len(plan.idle) + threadless}{which}"]
+    several = comm_cores(plan.ranks[0].cores, world_size=2)
+    if len(plan.ranks) == 1 and several:
+        lines += _wrapped(f"note: as one of several nodes, {several} of its cores communicate instead of computing")
+    lines += _wrapped(f"from: {plan.origin}")
+    for note in plan.notes:
+        lines += _wrapped(f"note: {note}")
+    return "\n".join(lines)
+
+
+def as_dict(node: Node, plan: Plan) -> dict[str, Any]:
+    """The plan and what it rests on, as JSON types."""
+    return {
+        "cpu": node.cpu_model,
+        "isa": node.isa,
+        "amx_refused": node.amx_refused,
+        "packages": node.packages,
+        "domains": [dataclasses.asdict(domain) for domain in node.domains],
+        "memory_nodes": [dataclasses.asdict(one) for one in node.memory_nodes],
+        "online": node.online,
+        "cpus": node.cpus,
+        "memory_limit_mb": node.memory_limit_mb,
+        "cpu_quota": node.cpu_quota,
+        **dataclasses.asdict(plan),
+    }
+
+
+def as_env(plan: Plan) -> str:
+    """Lines for a shell: what libraries that know nothing of the plan should be told.
+
+    Ranks of the package place themselves. Threads that differ from rank to rank are not exported: one number would
+    be the wrong one for some.
+    """
+    lines = [f"export {name}={value}" for name, value in communication(plan).items()]
+    threads = {rank.threads for rank in plan.ranks}
+    if len(threads) == 1:
+        lines.insert(0, f"export OMP_NUM_THREADS={threads.pop()}")
+    else:
+        lines.insert(0, "# OMP_NUM_THREADS: ranks have different numbers of cores, and each takes its own")
+    return "\n".join(lines)
+
+
+def communication(plan: Plan) -> dict[str, str]:
+    """What oneCCL is told: how many workers a rank has, and the CPU of each worker of the node, rank by rank."""
+    workers = len(plan.ranks[0].comm)
+    if not workers:
+        return {}
+    cpus = ",".join(str(cpu) for rank in plan.ranks for cpu in rank.comm)
+    return {"CCL_WORKER_COUNT": str(workers), "CCL_WORKER_AFFINITY": cpus}
+
+
+def as_mpiexec(plan: Plan) -> str:
+    """Arguments of Hydra's mpiexec: ranks per node, and for Intel MPI a mask of CPUs for each rank."""
+    masks = ",".join(hex(sum(1 << cpu for cpu in rank.cpus)) for rank in plan.ranks)
+    return f"-ppn {len(plan.ranks)} -genv I_MPI_PIN_DOMAIN [{masks}]"
+
+
+def as_slurm(node: Node, plan: Plan) -> str:
+    """Lines of a batch script. Each rank places itself within what the job was given."""
+    share = len(node.cpus) // len(plan.ranks)
+    return (
+        f"#SBATCH --ntasks-per-node={len(plan.ranks)}\n"
+        f"#SBATCH --cpus-per-task={max(1, share)}\n"
+        "#SBATCH --exclusive\n"
+        "# Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch.\n"
+        f"srun --cpus-per-task={max(1, share)} --cpu-bind=none knltrain train"
+    )
+
+
+def _head(node: Node) -> Iterator[str]:
+    threads = {len(core) for core in node.cores}
+    per_core = f"{min(threads)}-{max(threads)}" if len(threads) > 1 else str(max(threads))
+    yield node.cpu_model
+    limits = f", {node.memory_limit_mb:,.0f} MiB allowed by the control group" if node.memory_limit_mb else ""
+    amx = ", AMX refused by the kernel" if node.amx_refused else ""
+    yield f"packages {node.packages}, NUMA domains {len(node.domains)}, cores {len(node.cores)} x {per_core} threads"
+    yield f"{node.isa}{amx}{limits}"
+
+
+def _drawing(cores: Cores, plan: Plan) -> Iterator[str]:
+    owner: dict[int, list[int]] = {}
+    for rank in plan.ranks:
+        for cpu in rank.cpus:
+            owner.setdefault(cpu, []).append(rank.local_rank)
+    lines = -(-len(cores) // _COLUMNS)
+    per_line = -(-len(cores) // lines)
+    width = max(len(str(cpu)) for core in cores for cpu in core)
+    for first in range(0, len(cores), per_line):
+        row = cores[first : first + per_line]
+        yield f"{'rank':>{width + 4}} {_ruler([owner.get(core[0], []) for core in row])}".rstrip()
+        for depth in range(max(len(core) for core in row)):
+            label = next(core[depth] for core in row if depth < len(core))
+            marks = "".join(_mark(core[depth], plan) if depth < len(core) else " " for core in row)
+            yield f"cpu {label:>{width}} {marks}".rstrip()
+
+
+def _ruler(owners: list[list[int]]) -> str:
+    """The number of each rank where its cores begin, a line to where they end; + where ranks share a core."""
+    text = ""
+    for column, ranks in enumerate(owners):
+        if len(ranks) != 1:
+            text = text[:column].ljust(column) + ("+" if ranks else " ")
+        elif column == 0 or owners[column - 1] != ranks:
+            text = text[:column].ljust(column) + str(ranks[0])
+        elif len(text) <= column:
+            text += "-"
+    return text[: len(owners)]
+
+
+def _mark(cpu: int, plan: Plan) -> str:
+    computes = any(cpu in rank.compute for rank in plan.ranks)
+    decodes = any(cpu in rank.decode for rank in plan.ranks)
+    if any(cpu in rank.comm for rank in plan.ranks):
+        return COMM
+    return BOTH if computes and decodes else COMPUTE if computes else DECODE if decodes else IDLE
+
+
+def _in_words(rank: RankPlan) -> str:
+    comm = f", communication on {format_cpu_list(rank.comm)}" if rank.comm else ""
+    where = "the same" if set(rank.decode) == set(rank.compute) else format_cpu_list(rank.decode)
+    on = "on any of" if rank.threadless else "on"
+    threads = f"{rank.threads} thread{'s' if rank.threads > 1 else ''} {on} {format_cpu_list(rank.compute)}"
+    return f"{threads}{comm}, decoders on {where}; memory: {rank.memory.reason}"
+
+
+def _cpus(cores: Cores) -> str:
+    return format_cpu_list(cpu for core in cores for cpu in core)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, subsequent_indent="  ", break_long_words=True, break_on_hyphens=False)

@@ -1,0 +1,1 @@
+"""The run: set up, stepped, evaluated, saved, and gone on with."""

@@ -1,0 +1,192 @@
+"""Trained networks for other programs: a state dict, ONNX or torch.export, each read again and its logits compared."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from knltrain import checkpoint
+from knltrain.config import RunConfig
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.models import model_of
+from knltrain.models.alexnet import LocalResponseNorm
+from knltrain.ops.crops import MEAN, STD
+from knltrain.ops.lrn import BETA
+from knltrain.runlog.console import Console
+from knltrain.weights.metadata import About, as_trained
+
+FORMATS = ("safetensors", "pth", "onnx", "pt2")
+# By these, float32 sums in another order differ by less: of the largest logit, and beside it.
+_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
+# A model in the protocol buffers that ONNX consists of.
+_LARGEST_ONNX = 2**31 - 1
+_ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_IN_ARCHIVE = "knltrain.json"
+
+
+def export(folder: Path, dst: Path, console: Console, *, format: str | None = None) -> dict[str, Any]:
+    """Writes a checkpoint's network to a file, in float32 and as it evaluates.
+
+    Before the file takes its name it is read again, and its logits of random images are compared with the network's.
+
+    Args:
+        folder: a checkpoint, or a run's folder, of which the newest is taken.
+        dst: the file; it must not be there yet.
+        console: told of checkpoints that were passed over.
+        format: ``safetensors`` or ``pth``, a state dict with the names of ``knltrain.models``, which are torchvision's
+            for ``resnet50`` and ``torchvision:NAME``; ``onnx`` or ``pt2``, the program too, for N x 3 x S x S
+            normalised images with any N. By default what the suffix of ``dst`` says.
+
+    Returns:
+        What was written, and the largest difference of a logit.
+
+    Raises:
+        ConfigError: no such format, a package for it is missing, or ``dst`` is there already.
+        KnltrainError: no checkpoint there, or it is damaged; the network cannot be written in this format, or the file
+            gives other logits. Nothing is left behind.
+    """
+    kind = format or dst.suffix.removeprefix(".")
+    _refuse(dst, kind)
+    folder = checkpoint.newest(folder, console.warn)
+    state = checkpoint.read_state(folder)
+    config = as_trained(RunConfig(), state)
+    model = _network(config, len(state["classes"]))
+    checkpoint.load_weights(folder, model)
+    images = torch.randn(3, 3, config.image_size, config.image_size, generator=torch.Generator().manual_seed(0))
+    about = {
+        **About(config.model, state["classes"], config.image_size, config.resize).as_metadata(),
+        "mean": json.dumps(MEAN),
+        "std": json.dumps(STD),
+    }
+    aside = dst.with_name(f".{dst.name}.tmp")
+    try:
+        with torch.no_grad(), _quiet():
+            expected = model(images)
+            _write(model, images[:2], aside, kind, about)
+            logits = _read(aside, kind, _network(config, len(state["classes"])), images)
+        difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+        if not difference <= _ABSOLUTE + _RELATIVE * largest:
+            raise KnltrainError(
+                f"{dst}: {kind} gives other logits than {folder}: they differ by {difference:.3g} where the largest "
+                f"is {largest:.3g}; nothing was written"
+            )
+        with open(aside, "rb") as file:
+            os.fsync(file.fileno())
+        num_bytes = aside.stat().st_size
+        aside.rename(dst)
+    except (KnltrainError, OSError):
+        raise
+    except Exception as error:  # what translators and writers raise is of every kind
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise KnltrainError(f"{dst}: {config.model} cannot be written as {kind}: {lines[0]:.300}") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return {
+        "checkpoint": str(folder),
+        "out": str(dst),
+        "format": kind,
+        "model": config.model,
+        "num_classes": len(state["classes"]),
+        "bytes": num_bytes,
+        "max_difference": difference,
+        "largest_logit": largest,
+    }
+
+
+def _refuse(dst: Path, format: str) -> None:
+    if format not in FORMATS:
+        raise ConfigError(f"{dst}: its suffix is no format; take .{', .'.join(FORMATS)}, or give --format")
+    if os.path.lexists(dst):
+        raise ConfigError(f"{dst} is there already; give another name, or delete it")
+    if not dst.parent.is_dir():
+        raise ConfigError(f"{dst}: no folder {dst.parent}")
+    missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if format == "onnx" and missing:
+        raise ConfigError(f"{dst}: {' and '.join(missing)} not installed; pip install 'knltrain[export]'")
+
+
+def _network(config: RunConfig, num_classes: int) -> nn.Module:
+    """A network as it evaluates, its weights contiguous."""
+    model: nn.Module = model_of(config, num_classes).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False)
+
+
+def _write(model: nn.Module, images: Tensor, path: Path, format: str, about: dict[str, str]) -> None:
+    if format == "safetensors":
+        save_file(model.state_dict(), path, metadata={"format": "pt", **about})
+    elif format == "pth":
+        torch.save(model.state_dict(), path)
+    else:
+        program = torch.export.export(
+            _without_own_operators(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+        )
+        if format == "pt2":
+            with open(path, "wb") as file:
+                torch.export.save(program, file, extra_files={_IN_ARCHIVE: json.dumps(about)})
+        else:
+            _write_onnx(program, path, about)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[str, str]) -> None:
+    num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
+    if num_bytes > _LARGEST_ONNX:
+        raise ValueError(f"its weights are {num_bytes / 2**30:.1f} GiB, and a file of ONNX holds 2; take pt2")
+    translated = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
+    assert translated is not None
+    translated.model.metadata_props.update(about)
+    translated.save(path, external_data=False)
+
+
+def _read(path: Path, format: str, fresh: nn.Module, images: Tensor) -> Tensor:
+    """The logits that a written file gives."""
+    logits: Tensor
+    if format == "onnx":
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        # Told how many, its threads leave their affinity alone.
+        options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        (result,) = session.run(["logits"], {"images": images.numpy()})
+        return torch.from_numpy(result)
+    if format == "pt2":
+        with open(path, "rb") as file:
+            logits = torch.export.load(file).module()(images)
+        return logits
+    fresh.load_state_dict(load_file(path) if format == "safetensors" else torch.load(path, weights_only=True))
+    logits = fresh(images)
+    return logits
+
+
+def _without_own_operators(model: nn.Module) -> nn.Module:
+    """Puts torch's layer in the place of one whose operator only this package has."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, LocalResponseNorm):
+                setattr(module, name, nn.LocalResponseNorm(5, alpha=1e-4, beta=BETA, k=1.0))
+    return model
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps to themselves what exporters say of their own insides and of operators that nobody uses."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

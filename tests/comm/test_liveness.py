@@ -1,0 +1,61 @@
+"""Ranks as threads of this process, which is what the roll call cannot tell from processes."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from knltrain.comm.liveness import RollCall
+
+HOSTS = ["node1", "node2", "node2"]
+
+
+@pytest.fixture
+def ranks(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), -1)
+    ranks = [RollCall(store, rank, HOSTS) for rank in range(3)]
+    yield ranks
+    for rank in ranks:
+        rank.end()
+
+
+def call(*ranks):
+    """What each of several ranks, which call at once, is told."""
+    said = {}
+    threads = [threading.Thread(target=lambda rank=rank: said.update({rank: rank.lost()})) for rank in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    return [said[rank] for rank in ranks]
+
+
+def test_one_that_does_not_answer_is_named(ranks):
+    ranks[2].end()
+    assert ranks[0].lost() == "rank 2 on node2", "rank 1 answers, though it has not noticed anything"
+    assert ranks[1].lost() == "rank 2 on node2"
+
+
+def test_several_that_do_not_answer_are_named(ranks):
+    ranks[0].end()
+    ranks[2].end()
+    assert ranks[1].lost() == "rank 0 on node1 and rank 2 on node2"
+
+
+def test_of_all_that_answer_the_one_that_does_not_wait_is_named(ranks):
+    assert call(ranks[0], ranks[2]) == ["rank 1 on node2"] * 2
+
+
+def test_nobody_is_to_blame_where_all_wait(ranks):
+    assert call(*ranks) == [""] * 3
+
+
+@pytest.mark.slow
+def test_without_its_store_the_rank_that_keeps_it_is_named(tmp_path):
+    path = tmp_path / "gone" / "store"
+    path.parent.mkdir()
+    rank = RollCall(dist.FileStore(str(path), -1), 1, HOSTS)
+    path.unlink(missing_ok=True)
+    path.parent.rmdir()
+    assert rank.lost() == "rank 0 on node1"
+    rank.end()
