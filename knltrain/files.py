@@ -1,4 +1,4 @@
-"""Reading files that somebody else has put there, whatever they are, and writing those that others may be reading."""
+"""Reading files that others wrote, writing files that others may be reading, and the folder of what is kept."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
         file.close()
         raise OSError(errno.EINVAL, "not a file", str(path))
     return file
+
+
+def cache_folder() -> Path:
+    """Where things made on first use are kept: $KNLTRAIN_CACHE, or knltrain in the user's cache folder."""
+    if "KNLTRAIN_CACHE" in os.environ:
+        return Path(os.environ["KNLTRAIN_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain"
 
 
 @contextlib.contextmanager

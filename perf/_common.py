@@ -158,7 +158,7 @@ def build_step(config: RunConfig) -> RankStep:
     step = TrainingStep(config, threads_per_rank(read_node(), ranks.local_size))
     group = Group(ranks)
     engine = step.engine
-    engine.model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried)
+    engine.model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.accumulated)
     return RankStep(step, group, clock)
 
 

@@ -52,12 +52,12 @@ def read_by_knltrain(root: Path, size: int, augment: str) -> Iterator[int]:
 
     from knltrain.config import AugmentConfig, RunConfig
     from knltrain.data.datasets import open_folder
-    from knltrain.data.loader import Loader, Share
+    from knltrain.data.loader import Loader, RankBatch
 
     resize = round(size * 256 / 224)
     config = RunConfig(image_size=size, augment=AugmentConfig(name=augment, resize=resize))  # type: ignore[arg-type]
     loader = Loader(open_folder(root, "train"), config, dtype=torch.bfloat16, workers=1)
-    for _, labels in loader.training(Share(BATCH, BATCH, 0, 1), 0, sys.maxsize):
+    for _, labels in loader.training(RankBatch(BATCH, BATCH, 0, 1), 0, sys.maxsize):
         yield len(labels)
 
 

@@ -70,9 +70,10 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
     if unknown := set(types) - set(_BYTES):
         raise ConfigError(f"--dtypes: no {', '.join(sorted(unknown))}; there are {', '.join(_BYTES)}")
     repeats = repeats or (5 if quick else 20)
-    from knltrain.launch.placement import running_on, take_place
+    from knltrain.launch.placement import bind_rank
+    from knltrain.node.binding import running_on
 
-    place = take_place()  # before torch is loaded
+    place = bind_rank()  # before torch is loaded
 
     import torch
     import torch.distributed as dist

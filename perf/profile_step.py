@@ -175,11 +175,11 @@ def main(steps: int | None, out: str | None, as_json: bool, quick: bool, **asked
     with contextlib.closing(step):
         for _ in range(WARMUP_STEPS):
             step()
-        step.clock.take()
+        step.clock.pop_step()
         seconds, on_wire = [], 0.0
         for _ in range(steps):
             seconds.append(step().step_s)
-            on_wire += step.clock.take().on_wire / steps
+            on_wire += step.clock.pop_step().on_wire / steps
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             times = [step() for _ in range(steps)]
         step.group.barrier()

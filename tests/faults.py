@@ -102,10 +102,10 @@ def flip(tensor, bit):
 if __name__ == "__main__":
     from knltrain.cli import main as cli
 
-    take_place = cli._take_place
+    bind_rank = cli._take_place
 
     def take_place_and_inject(**options):
-        place = take_place(**options)  # torch comes after it
+        place = bind_rank(**options)  # torch comes after it
         inject_all(os.environ["FAULTS"])
         return place
 

@@ -5,11 +5,11 @@ import shutil
 from cluster.hosts import without
 from cluster.runs import ccl_is_here
 
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 
 
 def test_kernels_oneccl_and_programs_are_here():
-    missing = [f"native kernels ({why_not()})"] if why_not() else []
+    missing = [f"native kernels ({load_error()})"] if load_error() else []
     missing += [] if ccl_is_here() else ["oneCCL"]
     missing += [name for name in ("g++", "mpiexec", "shellcheck") if shutil.which(name) is None]
     if missing:

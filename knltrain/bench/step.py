@@ -17,12 +17,12 @@ from torch.profiler import record_function
 from knltrain.bench.primitives import observed, slow_convolutions
 from knltrain.config import RunConfig
 from knltrain.data.datasets import open_part
-from knltrain.data.loader import Batch, Loader, Share
+from knltrain.data.loader import Batch, Loader, RankBatch
 from knltrain.errors import ConfigError
 from knltrain.models import model_of
 from knltrain.models.convolutions import choose
 from knltrain.node.affinity import threads_per_rank
-from knltrain.node.contention import Neighbours
+from knltrain.node.contention import CpuContentionMonitor
 from knltrain.node.memory import keep_freed_memory, peak_resident_mb
 from knltrain.node.topology import read_node
 from knltrain.ops.native import isa
@@ -83,7 +83,7 @@ class TrainingStep:
         )  # fmt: skip
         self.engine = build_engine(name, precision, model, build_optimizer(model, config.optim), convolutions)
         self._config = config
-        self._share = Share(config.global_batch, config.global_batch, rank=0, world_size=1)
+        self._share = RankBatch(config.global_batch, config.global_batch, rank=0, world_size=1)
         self._loader: Loader | None = None
         self.settings: dict[str, Any] = {
             "model": config.model,
@@ -187,12 +187,12 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
             console.warn(slow)
         result["slow_convolutions"] = slow
         cpus, cores = len(step.node.cpus), len(step.node.cores)
-        neighbours = Neighbours(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
+        neighbours = CpuContentionMonitor(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
         times = [step() for _ in range(steps)]
         taken = neighbours.taken()
     if problem := neighbours.describe(taken):
         console.warn(problem)
-    result |= {"other_cpus": taken.others, "stolen_cpus": taken.stolen}
+    result |= {"other_cpus": taken.other, "stolen_cpus": taken.steal}
     return {**result, **summary(times, step.settings), "peak_rss_mb": peak_resident_mb(), **provenance(step.node)}
 
 

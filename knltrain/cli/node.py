@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from knltrain.cli.options import FAILED, JSON, reports_errors
+from knltrain.cli.options import FAILED, JSON, comma_list, reports_errors
 from knltrain.errors import ConfigError
 
 _RUN_BY_RANKS = ("train", "eval")
@@ -34,13 +34,13 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
     from knltrain.launch.mpiexec import openmpi_arguments
     from knltrain.node import plan_formats
     from knltrain.node.topology import read_node
-    from knltrain.node.tuned_plan import plan_as_measured
+    from knltrain.node.tuned_plan import tuned_plan
 
     root = Path(topology or "/")
     if not any((root / name).is_dir() for name in ("sys", "proc")):
         raise ConfigError(f"{root}: no folder sys or proc in it; docs/clusters.md says how to copy those of a node")
     node = read_node(root)
-    planned = plan_as_measured(node, ranks_per_node)
+    planned = tuned_plan(node, ranks_per_node)
     if format == "text":
         click.echo(plan_formats.as_text(node, planned), err=as_json)
     elif format == "env":
@@ -101,18 +101,16 @@ def launch(
     """Start ranks with the mpiexec there is (Intel MPI, MPICH or Open MPI); each takes its place by the plan."""
     from knltrain.launch.mpiexec import command_line, count_ranks, find_mpiexec
     from knltrain.node.topology import read_node
-    from knltrain.node.tuned_plan import plan_as_measured
+    from knltrain.node.tuned_plan import tuned_plan
 
     if not arguments or arguments[0] not in _RUN_BY_RANKS:
         raise ConfigError("nothing to launch: end with -- and what every rank runs, as in `-- train --recipe NAME`")
     if as_json and not dry_run:
         raise ConfigError("--json: only --dry-run has a result; for that of the training, give --json after `train`")
-    names = hosts.split(",") if hosts else []
-    if not all(names):
-        raise ConfigError(f"--hosts {hosts}: give names with commas between them, as in node1,node2")
+    names = list(comma_list("--hosts", hosts, str)) if hosts else []
     mpiexec = find_mpiexec()
     nodes = len(names) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
-    ranks, ppn = count_ranks(ranks, ppn, nodes, len(plan_as_measured(read_node()).ranks))
+    ranks, ppn = count_ranks(ranks, ppn, nodes, len(tuned_plan(read_node()).ranks))
     program = [sys.executable, "-m", "knltrain", *arguments]
     environment = {**os.environ, **mpiexec.environment}
     line = command_line(mpiexec, ranks, ppn, names, program, environment)

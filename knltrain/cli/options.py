@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping
 from types import UnionType
-from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import click
 
@@ -22,7 +22,11 @@ from knltrain.errors import ConfigError, KnltrainError, one_line
 from knltrain.launch.world import rank_as_told
 from knltrain.recipes import RECIPES
 
+_T = TypeVar("_T")
+
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
+# Pixels of an image of a network, where nobody says.
+USUAL_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
 _PACKAGE = os.path.dirname(knltrain.__file__) + os.sep
 _TOO_LARGE = "not enough memory ({}); take a smaller local-batch, image-size or number of workers"
 
@@ -133,3 +137,34 @@ def recipe_named(name: str) -> RunConfig:
         hint = f"did you mean {near[0]}?" if near else "`knltrain recipes` lists them"
         raise ConfigError(f"no recipe {name!r}; {hint}")
     return RECIPES[name].config()
+
+
+def positive(word: str) -> int:
+    """A whole number of 1 or more; ValueError otherwise."""
+    number = int(word)
+    if number < 1:
+        raise ValueError(word)
+    return number
+
+
+_KINDS: dict[Any, str] = {str: "names", int: "whole numbers", float: "numbers", positive: "whole numbers from 1"}
+
+
+def comma_list(flag: str, text: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:
+    """The values of an option that takes several, separated by commas.
+
+    Args:
+        flag: the option, for the message.
+        text: what was given.
+        kind: ``str``, ``int``, ``float`` or :func:`positive`.
+
+    Raises:
+        ConfigError: a value is missing or not of this kind.
+    """
+    try:
+        values = tuple(kind(word.strip()) for word in text.split(","))
+    except ValueError:
+        values = ()
+    if not values or "" in values:
+        raise ConfigError(f"{flag} {text}: give {_KINDS[kind]}, separated by commas")
+    return values

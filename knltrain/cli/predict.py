@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, field_options, given, recipe_named, reports_errors
+from knltrain.cli.options import JSON, comma_list, field_options, given, positive, recipe_named, reports_errors
 from knltrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,9 +74,11 @@ def predict(
         if recipe is None or nodes is None:
             raise ConfigError("give --recipe NAME (`knltrain recipes` lists them) and --nodes N")
         config = configuration.override(recipe_named(recipe), given(values))
-        counts = _numbers("--nodes", nodes)
+        counts = list(comma_list("--nodes", nodes, positive))
         if mode == "--accounting":
-            result = _accounting(console, config, counts, _numbers("--batches", batches) if batches else None, images)
+            result = _accounting(
+                console, config, counts, list(comma_list("--batches", batches, positive)) if batches else None, images
+            )
         else:
             from knltrain.predict.run import Job
             from knltrain.predict.systems import load, names
@@ -86,7 +88,7 @@ def predict(
             job = Job(config=config, system=load(system), nodes=counts[0], network_factor=network_factor,
                       algorithm=algorithm, overlap=not no_overlap, images=images,
                       profile=_profile(layers) if layers else None)  # fmt: skip
-            sizes = _numbers("--batches", batches) if batches else [config.global_batch]
+            sizes = list(comma_list("--batches", batches, positive)) if batches else [config.global_batch]
             result = _predict(console, job, counts, sizes, Path(out) if out else None)
     if as_json:
         click.echo(json.dumps(result))
@@ -110,18 +112,6 @@ def _takes(mode: str) -> set[str]:
                          "--comm.dtype"},
         "--calibrate": {"--bench", "--allreduce", "--out"},
     }[mode]  # fmt: skip
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    numbers = []
-    for word in text.split(","):
-        try:
-            numbers.append(int(word))
-        except ValueError:
-            raise ConfigError(f"{name} {text}: give whole numbers with commas between them") from None
-    if bad := [number for number in numbers if number < 1]:
-        raise ConfigError(f"{name} {bad[0]}: give 1 or more")
-    return numbers
 
 
 def _profile(path: str) -> dict[str, Any]:

@@ -6,21 +6,19 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, STOPPED, field_options, given, recipe_named, reports_errors
+from knltrain.cli.options import JSON, STOPPED, comma_list, field_options, given, recipe_named, reports_errors
 from knltrain.errors import ConfigError
 from knltrain.sweep.plan import OWN_FIELDS, Cell, Sweep
 
 if TYPE_CHECKING:
     from knltrain.runlog.console import Console
-
-_T = TypeVar("_T", int, float, str)
 
 
 @click.command()
@@ -51,15 +49,15 @@ def sweep(
         raise ConfigError("nothing to sweep: give --recipe NAME (`knltrain recipes` lists them)")
     base = recipe_named(recipe)
     everywhere, at = _factors(lr_factors)
-    all_seeds = _several("--seeds", seeds, int)
+    all_seeds = comma_list("--seeds", seeds, int)
     plan = Sweep(
         recipe,
         given(values),
-        _several("--batches", batches or str(base.global_batch), int),
-        _several("--optimizers", optimizers or base.optim.name, str),
+        comma_list("--batches", batches or str(base.global_batch), int),
+        comma_list("--optimizers", optimizers or base.optim.name, str),
         everywhere,
         all_seeds,
-        _several("--search-seeds", search_seeds, int) if search_seeds is not None else all_seeds,
+        comma_list("--search-seeds", search_seeds, int) if search_seeds is not None else all_seeds,
         at,
     )
     folder = Path(out or f"runs/sweep-{recipe}")
@@ -100,24 +98,9 @@ def _factors(texts: Sequence[str]) -> tuple[tuple[float, ...], dict[Cell, tuple[
         cell = (own[1], int(own[2])) if own else None
         if cell in found:
             raise ConfigError(f"--lr-factors {text}: it is given twice for {f'{cell[0]}:{cell[1]}' if cell else 'all'}")
-        found[cell] = _several("--lr-factors", own[3] if own else text, float)
+        found[cell] = comma_list("--lr-factors", own[3] if own else text, float)
     everywhere = found.pop(None, (1.0,))
     return everywhere, {cell: factors for cell, factors in found.items() if cell}
-
-
-def _several(flag: str, text: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:
-    """The values of a comma list.
-
-    Raises:
-        ConfigError: one of them is none of its kind.
-    """
-    try:
-        values = tuple(kind(word.strip()) for word in text.split(","))
-    except ValueError:
-        values = ()
-    if not values or "" in values:
-        raise ConfigError(f"{flag} {text}: give {'names' if kind is str else 'numbers'} with commas between them")
-    return values
 
 
 def _list(plan: Sweep, out: Path, console: Console, task: int | None, *, as_json: bool) -> None:

@@ -20,7 +20,7 @@ from knltrain.comm.powersgd import PowerSGD
 from knltrain.config import CommConfig
 
 
-class Travel(NamedTuple):
+class CommTiming(NamedTuple):
     """What a step's gradients took on their way, in seconds; 0 where nothing travelled.
 
     Attributes:
@@ -56,9 +56,9 @@ class GradientClock:
         """A bucket is back."""
         self._last = time.perf_counter()
 
-    def take(self) -> Travel:
+    def pop_step(self) -> CommTiming:
         """Returns the times of the step that has ended, and begins with the next."""
-        travel = Travel(max(0.0, self._last - self._first), max(0.0, self._last - self._sent))
+        travel = CommTiming(max(0.0, self._last - self._first), max(0.0, self._last - self._sent))
         self._first = self._sent = self._last = 0.0
         return travel
 
@@ -135,7 +135,7 @@ def _average(group: Group, clock: GradientClock, flat: Tensor) -> None:
     clock.finished()
 
 
-def settle_buckets(
+def prime_ddp_buckets(
     model: nn.Module, clock: GradientClock, images: Tensor, forward: AbstractContextManager[object]
 ) -> None:
     """Has DistributedDataParallel form its buckets before the first step; does nothing to any other model.
@@ -157,7 +157,7 @@ def settle_buckets(
     with forward:
         outputs = model(black)
     outputs.float().sum().backward()
-    clock.take()
+    clock.pop_step()
     if clock.compressor:
         clock.compressor.forget()
     with torch.no_grad():

@@ -24,7 +24,7 @@ from torch import Tensor
 from knltrain.comm import oneccl
 from knltrain.comm.backend import Chosen, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
-from knltrain.comm.liveness import RollCall
+from knltrain.comm.liveness import PeerLiveness
 from knltrain.comm.segments import remove_own_segments
 from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
@@ -81,7 +81,7 @@ class Group:
         self.last_step: int | None = None
         self.channel: dist.ProcessGroup | None = None
         self.hosts = [socket.gethostname()]
-        self._roll_call: RollCall | None = None
+        self._liveness: PeerLiveness | None = None
         if ranks.size == 1:
             return
         _allow_open_files()
@@ -134,7 +134,7 @@ class Group:
         """All ranks take the same ccl, or none does; each learns the others' hosts."""
         said = self._tell_all(store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0])
         self.hosts = [host for host, _, _ in said]
-        self._roll_call = RollCall(store, self.rank, self.hosts)
+        self._liveness = PeerLiveness(store, self.rank, self.hosts)
         without = sorted({host for host, name, _ in said if name == "gloo"})
         libraries = {library: host for host, _, library in reversed(said)}
         if chosen.name == "gloo" or len(libraries) == 1:
@@ -155,8 +155,8 @@ class Group:
         if error is None:
             self.close()
             return
-        if self._roll_call:
-            self._roll_call.end()
+        if self._liveness:
+            self._liveness.end()
         if self.world_size > 1 and issubclass(error, Exception):
             remove_own_segments()  # now: mpiexec, once told, leaves no time for it
             atexit.register(end_the_job)
@@ -191,7 +191,7 @@ class Group:
         if self.world_size > 1:
             dist.barrier(group=self.channel)
 
-    def from_first(self, text: str) -> str:
+    def broadcast_str(self, text: str) -> str:
         """The first rank's text, on every rank."""
         if self.world_size == 1:
             return text
@@ -203,7 +203,7 @@ class Group:
         dist.broadcast(message, 0, group=self.channel)
         return os.fsdecode(bytes(message.tolist()))
 
-    def refuse_differences(self, what: str, chosen: str, remedy: str) -> None:
+    def require_same_on_all_ranks(self, what: str, chosen: str, remedy: str) -> None:
         """Sees that every rank has chosen the same. All ranks call it at once.
 
         Args:
@@ -241,7 +241,7 @@ class Group:
                 raise KnltrainError(
                     f"{named[0].rstrip(')')}{step}; it has ended, hangs, or waits for its data"
                 ) from None
-            who = (self._roll_call and self._roll_call.lost()) or "another rank"
+            who = (self._liveness and self._liveness.lost()) or "another rank"
             raise KnltrainError(
                 f"{who} has ended or does not answer{step}; what that rank printed is the cause ({reason})"
             ) from None
@@ -262,7 +262,7 @@ class Group:
 
     def close(self) -> None:
         """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""
-        if self._roll_call:
-            self._roll_call.end()
+        if self._liveness:
+            self._liveness.end()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()

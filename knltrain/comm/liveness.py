@@ -16,7 +16,7 @@ _PATIENCE_S = 2.5
 _STORE_PATIENCE_S = 5.0
 
 
-class RollCall:
+class PeerLiveness:
     """Ranks answer a call in the store over which they met, each on a thread of its own.
 
     So a rank that is blocked in a collective answers, and one that has ended, is stopped or cannot be reached does not.
@@ -30,14 +30,14 @@ class RollCall:
     def __init__(self, store: Any, rank: int, hosts: list[str]) -> None:
         self._store, self._rank, self._hosts = store.clone(), rank, hosts
         self._noticed, self._ended = False, threading.Event()
-        self._thread = threading.Thread(target=self._listen, name="roll call", daemon=True)
+        self._thread = threading.Thread(target=self._listen, name="liveness check", daemon=True)
         self._thread.start()
         atexit.register(self.end)  # before the interpreter goes, which a thread inside the store would meet
 
     def _listen(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store has gone, and with it whoever could call
             while not self._ended.wait(_LOOK_S):
-                if self._store.check(["roll call"]):
+                if self._store.check(["liveness check"]):
                     self._answer()
                     return
 
@@ -57,14 +57,14 @@ class RollCall:
             with contextlib.suppress(RuntimeError):
                 said.append(self._call())
 
-        caller = threading.Thread(target=call, name="roll call", daemon=True)
+        caller = threading.Thread(target=call, name="liveness check", daemon=True)
         caller.start()
         caller.join(_PATIENCE_S + _STORE_PATIENCE_S)
         return said[0] if said else self._names([0])
 
     def _call(self) -> str:
         self._answer()
-        self._store.set("roll call", "1")
+        self._store.set("liveness check", "1")
         deadline = time.monotonic() + _PATIENCE_S
         while time.monotonic() < deadline:
             time.sleep(_PATIENCE_S / 10)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from knltrain.config import WEIGHTS_ONLY, RunConfig
+from knltrain.config.schema import WEIGHTS_ONLY, RunConfig
 
 # What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
 _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
@@ -35,7 +35,7 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
 }
 
 
-def after_the_end(config: RunConfig) -> list[str]:
+def unreached_schedule_warnings(config: RunConfig) -> list[str]:
     """Says what of the schedule a run would not come to: shorter than its recipe, it may never lower its rate."""
     schedule, end = config.schedule, f"the end of {config.epochs:g} epochs"
     said = []
@@ -49,7 +49,7 @@ def after_the_end(config: RunConfig) -> list[str]:
     return said
 
 
-def without_effect(config: RunConfig, names: Iterable[str]) -> list[str]:
+def unused_field_warnings(config: RunConfig, names: Iterable[str]) -> list[str]:
     """Says of each named field that changes nothing in this configuration what it would need to."""
     return [
         f"{name.replace('_', '-')} has no effect without {_NEEDS[name][0]}"

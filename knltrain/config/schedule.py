@@ -1,6 +1,6 @@
 """What a step is, as a pure function of its number: its images, how they are seen, the learning rate.
 
-Imports no torch, so a login node can plot it. A run is a few phases of steps that are alike (:class:`Timetable`): batch
+Imports no torch, so a login node can plot it. A run is a few phases of steps that are alike (:class:`Schedule`): batch
 and image size may change at given epochs, and the last epochs may go without augmentation. A phase begins with the step
 that is nearest to its epoch, and with the image after the last one of the phase before: the stream has no gap.
 
@@ -25,7 +25,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from knltrain.config import RunConfig, ScheduleConfig
+from knltrain.config.schema import RunConfig, ScheduleConfig
 
 
 class Phase(NamedTuple):
@@ -49,7 +49,7 @@ class Phase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Timetable:
+class Schedule:
     """The phases of a run, in order and without a gap."""
 
     phases: tuple[Phase, ...]
@@ -78,7 +78,7 @@ class Timetable:
         return self.images(steps) / self.num_images
 
     def lr(self, config: RunConfig, step: int) -> float:
-        """The learning rate of a step; ``config`` is what the timetable was made of."""
+        """The learning rate of a step; ``config`` is what the schedule was made of."""
         return learning_rate(
             config.schedule,
             peak=config.peak_lr_at(self.phase(step).batch),
@@ -88,7 +88,7 @@ class Timetable:
         )
 
 
-def timetable(config: RunConfig, num_images: int) -> Timetable:
+def make_schedule(config: RunConfig, num_images: int) -> Schedule:
     """Divides a run into phases.
 
     Each takes as many steps as come closest to its end; the whole run at least one. Without changes in its course a run
@@ -114,7 +114,7 @@ def timetable(config: RunConfig, num_images: int) -> Timetable:
         if steps:
             phases.append(Phase(step, step + steps, image, batch, size, augmented))
         step, image, begin = step + steps, image + steps * batch, bound
-    return Timetable(tuple(phases), num_images)
+    return Schedule(tuple(phases), num_images)
 
 
 def _value_at(epoch: float, values: tuple[int, ...], ends: tuple[float, ...], last: int) -> int:

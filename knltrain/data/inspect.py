@@ -15,7 +15,7 @@ from knltrain.config import RunConfig
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import DecodeError, decoder_of_parts
 from knltrain.data.folder import DataError, Folder
-from knltrain.data.loader import Loader, Share
+from knltrain.data.loader import Loader, RankBatch
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.ops.crops import MEAN, STD
@@ -134,7 +134,7 @@ def rate_per_core(dataset: Folder | Packed | Tar, config: RunConfig, timed: int 
     batch = 64
     config = dataclasses.replace(_fitting(dataset, config), on_bad="skip")
     loader = Loader(dataset, config, dtype=torch.float32, workers=1)
-    batches = loader.training(Share(batch, batch, 0, 1), 0, 4 + timed // batch)
+    batches = loader.training(RankBatch(batch, batch, 0, 1), 0, 4 + timed // batch)
     for _ in range(4):
         next(batches)
     start = time.perf_counter()
@@ -147,7 +147,7 @@ def rate_per_core(dataset: Folder | Packed | Tar, config: RunConfig, timed: int 
 def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -> None:
     loader = Loader(dataset, dataclasses.replace(config, on_bad="skip"), dtype=torch.float32, workers=1)
     count = _SHEET * _SHEET
-    images, labels = next(loader.training(Share(count, count, 0, 1), 0, 1))
+    images, labels = next(loader.training(RankBatch(count, count, 0, 1), 0, 1))
     loader.close()
     pixels = ((images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
     side = config.image_size

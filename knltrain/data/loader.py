@@ -22,7 +22,7 @@ from knltrain.data.augment import Box, Pixels
 from knltrain.data.decode import DecodeError, is_bad, refuse_large
 from knltrain.data.folder import DataError
 from knltrain.data.packed import Packed
-from knltrain.launch.placement import prefer_memory
+from knltrain.node.binding import prefer_memory
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at
 from knltrain.ops.native import kernels
@@ -83,7 +83,7 @@ class Batch(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Share:
+class RankBatch:
     """Which part of every global batch is this rank's, in which micro-batches it comes, and how it is seen.
 
     Attributes:
@@ -205,7 +205,7 @@ class Loader:
         # In another epoch a bad image is another rank's: the numbers of images cannot be added up.
         return sum(count > 0 for count in total(*(index in self._bad for index in range(len(self)))))
 
-    def training(self, share: Share, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    def training(self, share: RankBatch, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).
 
         Raises:

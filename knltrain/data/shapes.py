@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from knltrain.data.augment import Pixels
 from knltrain.data.folder import DataError
 from knltrain.data.order import random_bits
-from knltrain.node.cache import cache_folder
+from knltrain.files import cache_folder
 
 SHAPES = ("cross", "disc", "ring", "square", "triangle")
 TEXTURES = ("plain", "striped")

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from knltrain.data.decode import DecodeError, EncodedImage, is_bad, refuse_long
 from knltrain.data.folder import SUFFIXES, DataError, check_some
 from knltrain.data.manifest import NAME, read_manifest
-from knltrain.files import open_regular, replacing
-from knltrain.node.cache import cache_folder
+from knltrain.files import cache_folder, open_regular, replacing
 
 # Part of an index's name: indexes made by other rules are not read.
 _VERSION = 2

@@ -19,7 +19,7 @@ from typing import IO
 
 from knltrain.doctor.finding import Finding, run_check
 from knltrain.errors import KnltrainError
-from knltrain.launch.placement import Place, take_place
+from knltrain.launch.placement import RankPlacement, bind_rank
 
 # torch comes from a parallel file system at times; the others are done in a few seconds where all is well.
 _LIMITS_S = {"torch": 120.0, "kernels": 10.0, "engines": 30.0, "openmp": 10.0, "all-reduce": 60.0,
@@ -124,9 +124,9 @@ def _main(data: str, names: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # Before torch is loaded, as training does. What is wrong with it is the finding of another check.
-    place: Place | None = None
+    place: RankPlacement | None = None
     with contextlib.suppress(KnltrainError):
-        place = take_place(strict=False)
+        place = bind_rank(strict=False)
 
     def say(finding: Finding) -> None:
         print(json.dumps(dataclasses.asdict(finding)), file=answers, flush=True)

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from knltrain.doctor.finding import Finding
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.launch.placement import BINDING_VARIABLES, before_pinning, beyond_allocation, place_of
+from knltrain.launch.placement import before_pinning, beyond_allocation, plan_placement
 from knltrain.launch.world import discover
 from knltrain.node.affinity import asked_threads, plan_node
 from knltrain.node.amx import knows_amx
+from knltrain.node.binding import BINDING_VARIABLES
 from knltrain.node.cpulist import format_cpu_list, parse_cpu_list, read_number, read_text
 from knltrain.node.memory import keep_freed_memory
 from knltrain.node.topology import Node, onednn_restriction, read_node
@@ -149,7 +150,7 @@ def affinity(machine: Machine) -> Finding:
     try:
         # Of a copy of another node nobody can say what a launcher there had.
         together = before_pinning(ranks, node) if machine.root == Path("/") else whole
-        place = place_of(ranks, node, together, environ={})
+        place = plan_placement(ranks, node, together, environ={})
     except KnltrainError as error:
         cause, _, remedy = str(error).partition("; ")
         return Finding("affinity", "error", cause, "training refuses to start on fewer cores than planned", remedy)

@@ -25,7 +25,7 @@ from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.doctor.finding import Finding
 from knltrain.errors import ConfigError
-from knltrain.launch.placement import Place, drift
+from knltrain.launch.placement import RankPlacement, drift
 from knltrain.launch.world import Ranks
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.mounts import file_system, is_network
@@ -52,7 +52,7 @@ LATE = {
 }
 
 
-def checks_of(place: Place | None, data: Path) -> dict[str, Callable[[], Finding]]:
+def checks_of(place: RankPlacement | None, data: Path) -> dict[str, Callable[[], Finding]]:
     """The checks by name.
 
     Args:
@@ -70,7 +70,7 @@ def checks_of(place: Place | None, data: Path) -> dict[str, Callable[[], Finding
     }
 
 
-def torch_itself(place: Place | None) -> Finding:
+def torch_itself(place: RankPlacement | None) -> Finding:
     """Version, threads, and whether loading it moved this process."""
     found = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     if place is None:
@@ -97,7 +97,7 @@ def torch_itself(place: Place | None) -> Finding:
 
 def kernels() -> Finding:
     """Whether the native kernels run, and in which variant."""
-    if reason := native.why_not():
+    if reason := native.load_error():
         cause, _, remedy = reason.partition("; ")
         return Finding(
             "kernels",

@@ -8,38 +8,30 @@ runtime keeps to the mask as well. Who sets these variables, or KMP_AFFINITY or 
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import os
-import platform
 import re
 import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 from knltrain.errors import KnltrainError
 from knltrain.launch.world import Ranks, cpus_of_launcher, discover
 from knltrain.node.affinity import Plan, RankPlan, plan_node
+from knltrain.node.binding import BINDING_VARIABLES, prefer_memory
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.node.topology import Node, read_node
-from knltrain.node.tuned_plan import threads_as_measured
-
-# set_mempolicy(2), <linux/mempolicy.h>.
-_SET_MEMPOLICY = {"x86_64": 238, "aarch64": 237}
-_DEFAULT, _PREFERRED, _PREFERRED_MANY = 0, 1, 5
-_MAX_NODES = 1024
+from knltrain.node.tuned_plan import tuned_threads
 
 _UNPINNED = {
     "hydra": "mpiexec -genv I_MPI_PIN=0 (Intel MPI) or -bind-to none (MPICH)",
     "openmpi": "mpiexec --bind-to none",
     "slurm": "srun --cpu-bind=none, with enough --cpus-per-task",
 }
-BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class RankPlacement:
     """Where this rank runs.
 
     Attributes:
@@ -59,7 +51,7 @@ class Place:
         return dataclasses.asdict(self.plan)
 
 
-def take_place(*, strict: bool = True) -> Place:
+def bind_rank(*, strict: bool = True) -> RankPlacement:
     """Finds this rank's part of the node and moves this process there.
 
     Call it before torch is imported: OpenMP reads its variables once, and threads inherit the CPUs of the thread that
@@ -72,7 +64,7 @@ def take_place(*, strict: bool = True) -> Place:
         ConfigError: the launcher's variables contradict each other, or ``OMP_NUM_THREADS`` is no positive number.
         KnltrainError: fewer cores are left than planned, and ``strict``.
     """
-    place = find_place(strict=strict)
+    place = find_placement(strict=strict)
     plan, warnings = place.plan, list(place.warnings)
     wanted = frozenset(plan.compute)
     try:
@@ -95,12 +87,12 @@ def take_place(*, strict: bool = True) -> Place:
     return dataclasses.replace(place, warnings=tuple(warnings))
 
 
-def find_place(*, strict: bool = True) -> Place:
-    """Finds this rank's part of the node, and touches nothing. As :func:`take_place` otherwise."""
+def find_placement(*, strict: bool = True) -> RankPlacement:
+    """Finds this rank's part of the node, and touches nothing. As :func:`bind_rank` otherwise."""
     node, ranks = read_node(), discover()
     whole = before_pinning(ranks, node)
-    environ = threads_as_measured(whole, ranks.local_size, os.environ)
-    return place_of(ranks, node, whole, strict=strict, environ=environ)
+    environ = tuned_threads(whole, ranks.local_size, os.environ)
+    return plan_placement(ranks, node, whole, strict=strict, environ=environ)
 
 
 def before_pinning(ranks: Ranks, node: Node) -> Node:
@@ -124,9 +116,9 @@ def before_pinning(ranks: Ranks, node: Node) -> Node:
     return read_node(allowed=allowed)
 
 
-def place_of(
+def plan_placement(
     ranks: Ranks, node: Node, whole: Node, *, strict: bool = True, environ: Mapping[str, str] | None = None
-) -> Place:
+) -> RankPlacement:
     """Chooses a rank's part of its node.
 
     A rank that its launcher pinned keeps to what it was given. The others divide what the launcher had; a process that
@@ -148,7 +140,7 @@ def place_of(
         plan = plan_node(node, ranks.local_size, world_size=ranks.size, environ=environ)
         beyond = beyond_allocation(node, environ)
         warnings = (*_worth_a_warning(plan), *([beyond] if beyond else []))
-        return Place(node, ranks, plan.ranks[ranks.local_rank], warnings)
+        return RankPlacement(node, ranks, plan.ranks[ranks.local_rank], warnings)
     planned = plan_node(whole, ranks.local_size, world_size=ranks.size, environ=environ)
     share = planned.ranks[ranks.local_rank]
     # Of a part of a node, the control group may well have the whole.
@@ -157,7 +149,7 @@ def place_of(
     together = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > share.cores
     if together and share.cpus <= set(node.cpus):
         # Pinned with others, to a package perhaps, which holds what the plan has for this rank.
-        return Place(node, ranks, share, _worth_a_warning(planned))
+        return RankPlacement(node, ranks, share, _worth_a_warning(planned))
     given = (
         f"{ranks.launcher} pinned rank {ranks.rank} to {_cores(len(node.cores))} (CPUs {format_cpu_list(node.cpus)})"
     )
@@ -172,7 +164,7 @@ def place_of(
         raise KnltrainError(f"{problem}; {remedy}, or keep to these cores with --no-strict-affinity")
     own = plan_node(node, 1, world_size=ranks.size, environ=environ).ranks[0]
     own = dataclasses.replace(own, local_rank=ranks.local_rank)
-    return Place(node, ranks, own, (f"{problem}; {remedy}",) if problem else ())
+    return RankPlacement(node, ranks, own, (f"{problem}; {remedy}",) if problem else ())
 
 
 def beyond_allocation(node: Node, environ: Mapping[str, str]) -> str:
@@ -205,7 +197,7 @@ def _cores(count: int) -> str:
     return f"{count} core{'' if count == 1 else 's'}"
 
 
-def drift(place: Place) -> str:
+def drift(place: RankPlacement) -> str:
     """Says where the compute threads are if that is not where they were put; empty as long as all is well.
 
     Libraries change what they find: an OpenMP runtime that binds its first thread, a package that sets its own mask.
@@ -214,38 +206,3 @@ def drift(place: Place) -> str:
     if wanted <= got or any(name in os.environ for name in BINDING_VARIABLES):
         return ""
     return f"rank {place.ranks.rank} was put on CPUs {format_cpu_list(wanted)} and is on {format_cpu_list(got)} now"
-
-
-@contextmanager
-def running_on(cpus: tuple[int, ...]) -> Iterator[None]:
-    """Moves this thread to other CPUs for a while, so that the threads it makes are born there. No CPUs: stays."""
-    before = os.sched_getaffinity(0)
-    try:
-        if cpus:
-            os.sched_setaffinity(0, cpus)
-        yield
-    finally:
-        os.sched_setaffinity(0, before)
-
-
-def prefer_memory(nodes: tuple[int, ...]) -> str:
-    """Lets the calling thread, and those it makes, take memory from these nodes first; from none: where it runs.
-
-    Returns:
-        Why not, or nothing.
-    """
-    number = _SET_MEMPOLICY.get(platform.machine())
-    if number is None:
-        return f"unknown on {platform.machine()}"
-    libc = ctypes.CDLL(None, use_errno=True)
-
-    def call(mode: int, mask: int) -> int:
-        words = (ctypes.c_ulong * (_MAX_NODES // 64))(*(mask >> 64 * i & 2**64 - 1 for i in range(_MAX_NODES // 64)))
-        failed = libc.syscall(number, mode, words if mask else None, ctypes.c_ulong(_MAX_NODES if mask else 0))
-        return ctypes.get_errno() if failed else 0
-
-    mask = sum(1 << node for node in nodes)
-    error = call(_PREFERRED_MANY if len(nodes) > 1 else _PREFERRED if nodes else _DEFAULT, mask)
-    if error and len(nodes) > 1:  # several are understood since Linux 5.15
-        error = call(_PREFERRED, 1 << nodes[0])
-    return os.strerror(error) if error else ""

@@ -83,14 +83,14 @@ class RankPlan:
         return frozenset((*self.compute, *self.comm, *self.decode))
 
     @property
-    def threadless(self) -> int:
+    def num_unpinned_cpus(self) -> int:
         """How many of its compute CPUs have no thread; which they are, the kernel chooses."""
         return max(0, len(self.compute) - self.threads)
 
     @property
-    def spare(self) -> int:
+    def num_spare_cpus(self) -> int:
         """How many of all its CPUs others may take without a thread having to wait."""
-        return self.threadless * len({*self.compute, *self.decode}) // len(self.compute)
+        return self.num_unpinned_cpus * len({*self.compute, *self.decode}) // len(self.compute)
 
 
 @dataclass(frozen=True)

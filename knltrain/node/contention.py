@@ -20,16 +20,16 @@ _LOOK_S = 30.0
 _LITTLE_CPUS, _LITTLE_SHARE = 0.25, 0.01
 
 
-class Taken(NamedTuple):
+class CpuContention(NamedTuple):
     """CPUs' worth of time that this process did not have, though it was spent.
 
     Attributes:
-        others: on other processes, beyond what this one has to spare.
-        stolen: on other virtual machines, by the hypervisor.
+        other: on other processes, beyond what this one has to spare.
+        steal: on other virtual machines, by the hypervisor.
     """
 
-    others: float = 0.0
-    stolen: float = 0.0
+    other: float = 0.0
+    steal: float = 0.0
 
 
 class _Sample(NamedTuple):
@@ -48,7 +48,7 @@ class _Sample(NamedTuple):
     stolen: float
 
 
-class Neighbours:
+class CpuContentionMonitor:
     """Watches what others take of some CPUs, from when it is made.
 
     Args:
@@ -62,7 +62,7 @@ class Neighbours:
         self._first = self._last = self._sample()
         self._said = False
 
-    def taken(self) -> Taken:
+    def taken(self) -> CpuContention:
         """The mean since this was made; zeros where the kernel does not say it."""
         return self._between(self._first, self._sample())
 
@@ -75,12 +75,12 @@ class Neighbours:
             self._said = True
         return text
 
-    def describe(self, taken: Taken) -> str:
+    def describe(self, taken: CpuContention) -> str:
         """What was taken, for people; empty where that is little."""
         much = max(_LITTLE_CPUS, _LITTLE_SHARE * len(self._cpus))
-        went = [f"{taken.others:.1f} went to other processes (`top` has their names)"] if taken.others > much else []
-        if taken.stolen > much:
-            went.append(f"{taken.stolen:.1f} went to other machines of the hypervisor")
+        went = [f"{taken.other:.1f} went to other processes (`top` has their names)"] if taken.other > much else []
+        if taken.steal > much:
+            went.append(f"{taken.steal:.1f} went to other machines of the hypervisor")
         if not went:
             return ""
         more = f", beyond the {self._spare} that it has no thread for," if self._spare else ""
@@ -106,11 +106,11 @@ class Neighbours:
         own = time.process_time() + reaped.children_user + reaped.children_system + _of_children("self") / tick
         return _Sample(time.monotonic(), own, busy / tick, stolen / tick)
 
-    def _between(self, before: _Sample | None, after: _Sample | None) -> Taken:
+    def _between(self, before: _Sample | None, after: _Sample | None) -> CpuContention:
         if before is None or after is None or after.wall <= before.wall:
-            return Taken()
+            return CpuContention()
         wall, own, busy, stolen = (now - then for now, then in zip(after, before, strict=True))
-        return Taken(max(0.0, (busy - own) / wall - self._spare), max(0.0, stolen / wall))
+        return CpuContention(max(0.0, (busy - own) / wall - self._spare), max(0.0, stolen / wall))
 
 
 def _of_children(process: str) -> int:

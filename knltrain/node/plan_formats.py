@@ -37,9 +37,9 @@ def as_text(node: Node, plan: Plan) -> str:
     ]
     for rank in plan.ranks:
         lines += _wrapped(f"rank {rank.local_rank}: {_in_words(rank)}")
-    threadless = sum(rank.threadless for rank in plan.ranks)
-    which = f" (CPUs {_cpus(plan.idle)})" if plan.idle else " (whichever the kernel leaves)" if threadless else ""
-    lines += [f"cores left idle: {len(plan.idle) + threadless}{which}"]
+    unpinned = sum(rank.num_unpinned_cpus for rank in plan.ranks)
+    which = f" (CPUs {_cpus(plan.idle)})" if plan.idle else " (whichever the kernel leaves)" if unpinned else ""
+    lines += [f"cores left idle: {len(plan.idle) + unpinned}{which}"]
     several = comm_cores(plan.ranks[0].cores, world_size=2)
     if len(plan.ranks) == 1 and several:
         lines += _wrapped(f"note: as one of several nodes, {several} of its cores communicate instead of computing")
@@ -159,7 +159,7 @@ def _mark(cpu: int, plan: Plan) -> str:
 def _in_words(rank: RankPlan) -> str:
     comm = f", communication on {format_cpu_list(rank.comm)}" if rank.comm else ""
     where = "the same" if set(rank.decode) == set(rank.compute) else format_cpu_list(rank.decode)
-    on = "on any of" if rank.threadless else "on"
+    on = "on any of" if rank.num_unpinned_cpus else "on"
     threads = f"{rank.threads} thread{'s' if rank.threads > 1 else ''} {on} {format_cpu_list(rank.compute)}"
     return f"{threads}{comm}, decoders on {where}; memory: {rank.memory.reason}"
 

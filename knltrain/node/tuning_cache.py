@@ -21,8 +21,7 @@ from typing import Any
 
 import knltrain
 from knltrain.errors import KnltrainError
-from knltrain.files import open_regular
-from knltrain.node.cache import cache_folder
+from knltrain.files import cache_folder, open_regular
 from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
 

@@ -55,7 +55,7 @@ def _load() -> tuple[ModuleType | None, str]:
     return _kernels, ""
 
 
-def why_not() -> str | None:
+def load_error() -> str | None:
     """Why the native kernels cannot run here, or None if they can."""
     module, reason = _load()
     return None if module is not None else reason

@@ -29,26 +29,26 @@ class MasterOptimizer(torch.optim.Optimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, defaults)
         self.working_copies: dict[Tensor, nn.Parameter] = {}
-        self.carried: dict[Tensor, Tensor] = {}
+        self.accumulated: dict[Tensor, Tensor] = {}
 
     def use_working_copies(self, copies: Mapping[Tensor, nn.Parameter]) -> None:
         """Takes gradients from, and writes new weights to, bf16 ``copies`` of parameters."""
         self.working_copies.update(copies)
 
-    def carry(self) -> None:
+    def accumulate_fp32(self) -> None:
         """Adds the copies' gradients to float32 sums and clears them, between the micro-batches of a step."""
         for copy in self.working_copies.values():
             if copy.grad is None:
                 continue
-            if copy in self.carried:
-                self.carried[copy].add_(copy.grad)
+            if copy in self.accumulated:
+                self.accumulated[copy].add_(copy.grad)
             else:
-                self.carried[copy] = copy.grad.float()
+                self.accumulated[copy] = copy.grad.float()
             copy.grad = None
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
         """The gradient that :meth:`step` takes for a parameter, or for a copy: the sum over micro-batches, if any."""
-        carried = self.carried.get(parameter)
+        carried = self.accumulated.get(parameter)
         if carried is not None and parameter.grad is not None:
             carried.add_(parameter.grad)
             parameter.grad = None
@@ -57,7 +57,7 @@ class MasterOptimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of parameters and copies."""
         self._zero_parameters_grad(set_to_none)
-        self.carried.clear()
+        self.accumulated.clear()
         for copy in self.working_copies.values():
             copy.grad = None
 

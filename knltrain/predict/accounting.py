@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from knltrain.config import RunConfig
-from knltrain.config.schedule import timetable, total_steps
+from knltrain.config.schedule import make_schedule, total_steps
 from knltrain.errors import ConfigError
 from knltrain.predict.layers import layers_of
 from knltrain.predict.run import classes_for
@@ -85,7 +85,7 @@ def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> l
     Raises:
         ConfigError: a network that is not known, or no nodes.
     """
-    plan = timetable(config, images)
+    plan = make_schedule(config, images)
     rows = []
     for phase in plan.phases:
         steps = phase.last_step - phase.first_step

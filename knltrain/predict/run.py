@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from knltrain.config import RunConfig
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.errors import ConfigError
 from knltrain.predict.allreduce import Fabric
 from knltrain.predict.layers import Layer, LayerTime, gradients_of, layers_of, times_from_profile
@@ -156,7 +156,7 @@ def predict(job: Job) -> Prediction:
         raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
     if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MOST_STEPS:
         raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: nobody lives to see the end")
-    course = timetable(config, job.training_images)
+    course = make_schedule(config, job.training_images)
     steps = min(course.total_steps, config.max_steps or course.total_steps)
     kinds = {(phase.batch, phase.image_size): _step_of(_at(job, phase.batch, phase.image_size))
              for phase in course.phases if phase.first_step < steps}  # fmt: skip

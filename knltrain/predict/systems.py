@@ -13,7 +13,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from knltrain.config import Count, CountFromZero, NotNegative, Positive
+from knltrain.config.schema import Count, CountFromZero, NotNegative, Positive
 from knltrain.errors import ConfigError
 
 T = TypeVar("T")

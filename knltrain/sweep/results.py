@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.sweep.plan import Point, Sweep
 
 Status = Literal["waiting", "stopped", "done", "diverged", "failed"]
@@ -106,7 +106,7 @@ class Results:
     def steps(self, point: Point) -> int:
         """How many a run has."""
         config = point.config
-        steps = timetable(config, self._num_images).total_steps
+        steps = make_schedule(config, self._num_images).total_steps
         return min(steps, config.max_steps or steps)
 
     def record(self, point: Point) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from rich.table import Table
 
 from knltrain import config as configuration
-from knltrain.config.checks import after_the_end, without_effect
+from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
 from knltrain.data.datasets import open_data
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.models import refuse_unbuildable
@@ -37,7 +37,7 @@ from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
 from knltrain.training import resume
 from knltrain.training.engine import choose_engine, choose_precision
 from knltrain.training.signals import StopRequest
-from knltrain.training.state import share_of
+from knltrain.training.state import rank_batch_of
 
 _LOOK_S = 0.5
 # To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.
@@ -74,7 +74,7 @@ def sweep(plan: Sweep, out: Path, console: Console) -> tuple[dict[str, Any], boo
         KnltrainError: the data cannot be read, OUT is in use, or runs failed; those are tried again by the same call.
     """
     num_images = check(plan, console)
-    with resume.lock_out(out, console):
+    with resume.lock_run_dir(out, console):
         guard(plan, out)
         results = Results(plan, out, num_images)
         try:
@@ -107,7 +107,7 @@ def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dic
     """
     num_images = check(plan, console)
     # Tasks that begin at the same time wait for each other here, and an array may begin as a whole.
-    with resume.lock_out(out, console, patience_s=_ARRAY_S):
+    with resume.lock_run_dir(out, console, patience_s=_ARRAY_S):
         guard(plan, out)
     results = Results(plan, out, num_images)
     point = task_of(results, task)
@@ -154,13 +154,15 @@ def check(plan: Sweep, console: Console) -> int:
     precision = choose_precision(base.precision, node, force=base.force_bf16, warn=console.warn)
     choose_engine(base.engine, model=base.model, precision=precision, node=node,
                   threads=threads_per_rank(node, local_size=1))  # fmt: skip
-    late = {f"{point.optimizer}: {said}" for point in plan.search() for said in after_the_end(point.config)}
-    for complaint in [*without_effect(base, plan.fields), *sorted(late)]:
+    late = {
+        f"{point.optimizer}: {said}" for point in plan.search() for said in unreached_schedule_warnings(point.config)
+    }
+    for complaint in [*unused_field_warnings(base, plan.fields), *sorted(late)]:
         console.warn(complaint)
     for point in plan.search():
         try:
             for batch in (None, *point.config.schedule.batches):
-                share_of(point.config, 0, 1, batch)
+                rank_batch_of(point.config, 0, 1, batch)
         except ConfigError as error:
             raise ConfigError(f"--batches {point.batch}: {error}") from None
     refuse_unbuildable(base)

@@ -27,7 +27,7 @@ from knltrain.models.fused import FusedConv2d, fuse
 from knltrain.node.topology import Node, onednn_restriction
 from knltrain.node.tuning_cache import stored_engine
 from knltrain.ops.bf16 import onednn_computes_bf16, widen_layer_norms
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import MasterOptimizer
 from knltrain.training.compile_cache import remove_cut_libraries
 
@@ -175,7 +175,7 @@ def choose_engine(asked: EngineName, *, model: str, precision: str, node: Node, 
             return measured
         except ConfigError as error:
             warnings.warn(f"the fastest engine by `knltrain tune` is {measured}, but: {error}", stacklevel=2)
-    default = "eager" if why_not() else "fused"
+    default = "eager" if load_error() else "fused"
     refuse_missing_parts(default, precision)
     return default
 
@@ -186,7 +186,7 @@ def refuse_missing_parts(asked: str, precision: str) -> None:
     Raises:
         ConfigError: as :func:`choose_engine`.
     """
-    if asked == "fused" and (reason := why_not()):
+    if asked == "fused" and (reason := load_error()):
         raise ConfigError(f"engine fused: no native kernels: {reason}; or use --engine eager")
     if asked == "compile" and not (shutil.which("g++") or shutil.which("clang++")):
         raise ConfigError("engine compile: torch.compile needs g++ or clang++ on the PATH; install one or use eager")
@@ -203,7 +203,7 @@ def refuse_missing_parts(asked: str, precision: str) -> None:
                 "pip install 'knltrain[intel]' in an environment of its own, or use --engine eager"
             )
     if precision == "bf16" and asked != "fused" and not onednn_computes_bf16():
-        remedy = "--precision fp32" if why_not() else "--engine fused, which sums in float32, or --precision fp32"
+        remedy = "--precision fp32" if load_error() else "--engine fused, which sums in float32, or --precision fp32"
         raise ConfigError(
             f"engine {asked} in bf16: this processor lacks AVX-512 with BW, DQ and VL, or ONEDNN_MAX_CPU_ISA hides it; "
             f"PyTorch then sums weight gradients in bf16 and loses up to half of them. Use {remedy}"

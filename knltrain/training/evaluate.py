@@ -20,8 +20,9 @@ from knltrain.data.datasets import open_part
 from knltrain.data.folder import DataError
 from knltrain.data.loader import Batch, Loader, replaced
 from knltrain.errors import KnltrainError
-from knltrain.launch.placement import Place, running_on
+from knltrain.launch.placement import RankPlacement
 from knltrain.models import model_of
+from knltrain.node.binding import running_on
 from knltrain.node.memory import keep_freed_memory
 from knltrain.runlog.console import Console
 from knltrain.training.engine import DTYPES, autocast, choose_precision
@@ -97,7 +98,7 @@ def _agreed(path: Path, group: Group, console: Console) -> Path:
     found = ""
     if group.is_first:
         found = str(path if path.is_file() else checkpoint.newest(path, console.warn))
-    path = Path(group.from_first(found))
+    path = Path(group.broadcast_str(found))
     (unseen,) = group.sum(not path.exists())
     if unseen:
         raise KnltrainError(f"{path}: {unseen:.0f} ranks do not see it; it must be where all nodes do")
@@ -105,7 +106,7 @@ def _agreed(path: Path, group: Group, console: Console) -> Path:
 
 
 def evaluate_checkpoint(
-    path: Path, config: RunConfig, console: Console, place: Place, *, classes: Sequence[str] | None = None
+    path: Path, config: RunConfig, console: Console, place: RankPlacement, *, classes: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint, or a file of weights, on the ``val`` part of a data set.
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from knltrain.checkpoint import Progress
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
-from knltrain.data.loader import Share
+from knltrain.data.loader import RankBatch
 from knltrain.training.engine import Engine
 from knltrain.training.step_guard import norm_of
 
@@ -42,7 +42,7 @@ class NoiseScale:
         self._ranks, self._compressed = group.world_size, config.comm.compression != "none"
         self.squares = 0.0
 
-    def begin_step(self, share: Share) -> None:
+    def begin_step(self, share: RankBatch) -> None:
         """Forgets the step before.
 
         Args:

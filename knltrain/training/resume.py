@@ -22,7 +22,7 @@ from knltrain import checkpoint
 from knltrain import config as configuration
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
-from knltrain.config.schedule import Timetable, timetable
+from knltrain.config.schedule import Schedule, make_schedule
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
 
@@ -39,7 +39,7 @@ _UNSUPPORTED = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def lock_out(out: Path, console: Console, *, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+def lock_run_dir(out: Path, console: Console, *, patience_s: float = _PATIENCE_S) -> Iterator[None]:
     """Makes a run's folder, and keeps other runs out of it as long as this process lives.
 
     The lock is the kernel's (fcntl, which NFS has too): a process that is killed holds it no longer. After the death of
@@ -121,7 +121,7 @@ class Start:
         console: Console,
         *,
         made: Mapping[str, object],
-        course: Timetable,
+        course: Schedule,
         labels_sha256: str,
     ) -> checkpoint.Progress:
         """Gives a model and its optimizer the checkpoint's state, and says where the run stands.
@@ -171,7 +171,7 @@ class Start:
         if self.folder is not None:
             checkpoint.restore_average(self.folder, model, rank=group.rank, world_size=group.world_size)
 
-    def or_newer(self, saved: Sequence[Path], group: Group) -> Start:
+    def latest_valid(self, saved: Sequence[Path], group: Group) -> Start:
         """The same, but from the newest whole checkpoint of those that this process has written, if there is one."""
         folder = self.folder
         for path in reversed(saved if group.is_first else []):
@@ -179,15 +179,15 @@ class Start:
                 checkpoint.verify(path)
                 folder = path
                 break
-        found = group.from_first(str(folder or ""))
+        found = group.broadcast_str(str(folder or ""))
         return dataclasses.replace(self, folder=Path(found) if found else None)
 
 
-def _refuse_another_place(folder: Path, state: Mapping[str, Any], course: Timetable) -> None:
+def _refuse_another_place(folder: Path, state: Mapping[str, Any], course: Schedule) -> None:
     """Compares where a checkpoint stands among the images with where its step would be now."""
     known = {field.name for field in configuration.fields()}
     then = {name: value for name, value in configuration.flatten(state["config"]).items() if name in known}
-    before, step = timetable(configuration.override(RunConfig(), then), course.num_images), state["step"]
+    before, step = make_schedule(configuration.override(RunConfig(), then), course.num_images), state["step"]
     if before.images(step) == course.images(step):
         return
     kept: dict[float, int] = {}  # by the epoch that it lasts to, the batch
@@ -244,11 +244,11 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
         for name, (was, now) in changed.items():
             history.append({"step": step, "field": name, "before": was, "after": now})
             console.line(f"from step {step} on, {name} is {now} and no longer {was}")
-    found, convolutions = json.loads(group.from_first(json.dumps([str(folder or ""), convolutions])))
+    found, convolutions = json.loads(group.broadcast_str(json.dumps([str(folder or ""), convolutions])))
     return Start(Path(found) if found else None, history, convolutions)
 
 
-def deciding(config: RunConfig) -> dict[str, object]:
+def result_affecting_fields(config: RunConfig) -> dict[str, object]:
     """The fields that decide a run's result, by dotted name."""
     flat = configuration.flatten(configuration.as_dict(config))
     return {name: value for name, value in flat.items() if name not in _MAY_CHANGE}
@@ -256,7 +256,7 @@ def deciding(config: RunConfig) -> dict[str, object]:
 
 def digest(config: RunConfig) -> str:
     """SHA-256 of the fields that decide a run's result."""
-    return hashlib.sha256(json.dumps(deciding(config), sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(result_affecting_fields(config), sort_keys=True).encode()).hexdigest()
 
 
 def guard_out(config: RunConfig, out: Path, allowed: frozenset[str]) -> dict[str, Any]:
@@ -302,8 +302,10 @@ def changes(before: Mapping[str, object], config: RunConfig) -> dict[str, tuple[
 
     A field that there was not yet had its default's effect.
     """
-    now = deciding(config)
-    then = deciding(RunConfig()) | {name: value for name, value in before.items() if name not in _MAY_CHANGE}
+    now = result_affecting_fields(config)
+    then = result_affecting_fields(RunConfig()) | {
+        name: value for name, value in before.items() if name not in _MAY_CHANGE
+    }
     return {
         name: (then.get(name), now.get(name))
         for name in sorted(then.keys() | now.keys())

@@ -15,11 +15,11 @@ from knltrain import checkpoint
 from knltrain import config as configuration
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
-from knltrain.config.schedule import Timetable
-from knltrain.data.loader import Batch, Dataset, Loader, Share
+from knltrain.config.schedule import Schedule
+from knltrain.data.loader import Batch, Dataset, Loader, RankBatch
 from knltrain.errors import ConfigError
-from knltrain.launch.placement import Place
-from knltrain.node.contention import Neighbours, Taken
+from knltrain.launch.placement import RankPlacement
+from knltrain.node.contention import CpuContention, CpuContentionMonitor
 from knltrain.node.memory import peak_resident_mb
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import draw_curves, read_metrics, write_json
@@ -38,15 +38,15 @@ class Run:
     config: RunConfig
     out: Path
     group: Group
-    shares: tuple[Share, ...]  # of each phase of the timetable
+    shares: tuple[RankBatch, ...]  # of each phase of the schedule
     engine: Engine
     train_loader: Loader
     val_loader: Loader
-    timetable: Timetable
+    schedule: Schedule
     progress: checkpoint.Progress
     meta: dict[str, Any]
-    place: Place
-    neighbours: Neighbours
+    place: RankPlacement
+    neighbours: CpuContentionMonitor
     watch: Watch
     average: WeightAverage | None
     writer: checkpoint.CheckpointWriter | None = None  # of the first rank
@@ -55,7 +55,7 @@ class Run:
     @property
     def last_step(self) -> int:
         """Where this process stops: the end of the run, or max_steps."""
-        return min(self.timetable.total_steps, self.config.max_steps or self.timetable.total_steps)
+        return min(self.schedule.total_steps, self.config.max_steps or self.schedule.total_steps)
 
     @property
     def evaluated(self) -> nn.Module:
@@ -69,11 +69,11 @@ class Run:
 
     def epoch(self, steps: int) -> float:
         """Passes over the training images after so many steps."""
-        return self.timetable.epoch(steps)
+        return self.schedule.epoch(steps)
 
-    def share(self, step: int) -> Share:
+    def share(self, step: int) -> RankBatch:
         """This rank's part of a step."""
-        return self.shares[self.timetable.index(step)]
+        return self.shares[self.schedule.index(step)]
 
     def batches(self, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).
@@ -81,7 +81,7 @@ class Run:
         Raises:
             DataError: an image that cannot be decoded; the message has its path.
         """
-        for share, phase in zip(self.shares, self.timetable.phases, strict=True):
+        for share, phase in zip(self.shares, self.schedule.phases, strict=True):
             first, last = max(first_step, phase.first_step), min(last_step, phase.last_step)
             if first < last:
                 yield from self.train_loader.training(share, first, last)
@@ -96,15 +96,15 @@ class Run:
 
     def trust_ratios_due(self, steps: int) -> bool:
         """Whether the last of ``steps`` steps has its trust ratios logged: the first, and up to a thousand of a run."""
-        every = math.ceil(self.timetable.total_steps / _TRUST_RATIOS)
+        every = math.ceil(self.schedule.total_steps / _TRUST_RATIOS)
         return self.config.log_trust_ratios and (steps == 1 or steps % every == 0)
 
     def lr(self, step: int) -> float:
         """The learning rate of a step."""
-        return self.progress.lr_factor * self.timetable.lr(self.config, step)
+        return self.progress.lr_factor * self.schedule.lr(self.config, step)
 
 
-def share_of(config: RunConfig, rank: int, world_size: int, batch: int | None = None) -> Share:
+def rank_batch_of(config: RunConfig, rank: int, world_size: int, batch: int | None = None) -> RankBatch:
     """Divides a batch, by default the global batch, over ranks and micro-batches.
 
     Raises:
@@ -123,24 +123,24 @@ def share_of(config: RunConfig, rank: int, world_size: int, batch: int | None = 
             f"local-batch {local} does not divide the {of_rank} images a rank has in a step of {name} {batch}; take "
             f"{divisor}"
         )
-    return Share(batch, local, rank, world_size)
+    return RankBatch(batch, local, rank, world_size)
 
 
-def shares_of(config: RunConfig, timetable: Timetable, rank: int, world_size: int) -> tuple[Share, ...]:
+def rank_batches_of(config: RunConfig, schedule: Schedule, rank: int, world_size: int) -> tuple[RankBatch, ...]:
     """Divides the batch of each phase.
 
     Raises:
-        ConfigError: as :func:`share_of`.
+        ConfigError: as :func:`rank_batch_of`.
     """
     return tuple(
         dataclasses.replace(
-            share_of(config, rank, world_size, None if phase.batch == config.global_batch else phase.batch),
+            rank_batch_of(config, rank, world_size, None if phase.batch == config.global_batch else phase.batch),
             first_step=phase.first_step,
             first_image=phase.first_image,
             image_size=phase.image_size,
             augmented=phase.augmented,
         )
-        for phase in timetable.phases
+        for phase in schedule.phases
     )
 
 
@@ -156,9 +156,9 @@ def announce(
     console.line(
         f"{config.optim.name}/{config.optim.variant}, batch {config.global_batch:,} = {plan['world_size']} rank(s) x "
         f"{plan['accumulate']} x {plan['local_batch']}, peak lr {config.peak_lr:g}, {config.epochs:g} epochs = "
-        f"{run.timetable.total_steps:,} steps"
+        f"{run.schedule.total_steps:,} steps"
     )
-    for phase in run.timetable.phases if len(run.timetable.phases) > 1 else ():
+    for phase in run.schedule.phases if len(run.schedule.phases) > 1 else ():
         console.line(
             f"epochs {run.epoch(phase.first_step):.4g} to {run.epoch(phase.last_step):.4g}: batch {phase.batch:,}, "
             f"{phase.image_size} pixels" + ("" if phase.augmented else ", no augmentation")
@@ -195,7 +195,7 @@ def summary_of(run: Run, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def summarize(
-    run: Run, plan: dict[str, Any], wall_s: float, skipped: int, taken: Taken | None, *, finished: bool
+    run: Run, plan: dict[str, Any], wall_s: float, skipped: int, taken: CpuContention | None, *, finished: bool
 ) -> dict[str, Any]:
     """Writes OUT/summary.json and OUT/curves.png from the run's metrics, and returns the former.
 
@@ -229,8 +229,8 @@ def summarize(
         "skipped_steps": run.progress.skipped_steps,
         "rewinds": run.progress.rewinds,
         "peak_rss_mb": peak_resident_mb(),
-        "other_cpus": taken and taken.others,
-        "stolen_cpus": taken and taken.stolen,
+        "other_cpus": taken and taken.other,
+        "stolen_cpus": taken and taken.steal,
         "train_s": train_s,
         "wall_s": wall_s,
         "engine": plan["engine"],

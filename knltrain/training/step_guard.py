@@ -19,8 +19,8 @@ from torch import Tensor
 from knltrain.checkpoint import Progress, Snapshot, write
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
-from knltrain.config.schedule import Timetable
-from knltrain.data.loader import Dataset, Share
+from knltrain.config.schedule import Schedule
+from knltrain.data.loader import Dataset, RankBatch
 from knltrain.data.order import samples
 from knltrain.errors import SharedError
 from knltrain.ops.native import isa
@@ -46,7 +46,7 @@ class Watch:
         out: the run's folder.
         group: the ranks.
         engine: whose gradients and weights are looked at.
-        timetable: of the run.
+        schedule: of the run.
         shares: this rank's part of every batch of each phase.
         dataset: the training set.
         warn: told what is done about a bad step, where the run goes on.
@@ -61,13 +61,13 @@ class Watch:
         out: Path,
         group: Group,
         engine: Engine,
-        timetable: Timetable,
-        shares: Sequence[Share],
+        schedule: Schedule,
+        shares: Sequence[RankBatch],
         dataset: Dataset,
         warn: Callable[[str], None],
     ) -> None:
         self._config, self._out, self._group, self._engine = config, out, group, engine
-        self._timetable, self._shares = timetable, shares
+        self._schedule, self._shares = schedule, shares
         self._images, self._warn = len(dataset), warn
         # Of a network that takes all classes for equally likely; smoothing the labels does not change it.
         self._diverged = _ABOVE_CHANCE * math.log(max(2, len(dataset.classes)))
@@ -107,7 +107,7 @@ class Watch:
         health = self._config.health
         if math.isfinite(mean_loss) and math.isfinite(norm):
             above = progress.steps_above_chance + 1 if mean_loss > self._diverged else 0
-            above = above if self._timetable.epoch(progress.step) >= self._quiet_epochs else 0
+            above = above if self._schedule.epoch(progress.step) >= self._quiet_epochs else 0
             if health.divergence_steps and above >= health.divergence_steps:
                 raise SharedError(self._diverged_at(progress.step + 1, mean_loss, lr))
             return dataclasses.replace(progress, skipped_in_a_row=0, steps_above_chance=above)
@@ -194,7 +194,7 @@ class Watch:
         folder = self._out / "failed" / f"step-{step:08}"
         batches = [
             samples(self._config.seed, self._images, first, stop).tolist()
-            for first, stop in self._shares[self._timetable.index(progress.step)].ranges(progress.step)
+            for first, stop in self._shares[self._schedule.index(progress.step)].ranges(progress.step)
         ]
         rank = self._group.rank
         mine = {"rank": rank, "host": self._group.hosts[rank], "losses": losses, "samples": batches}
@@ -242,7 +242,7 @@ class Watch:
         return " and ".join(named) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
 
     def _epoch(self, step: int) -> float:
-        return self._timetable.epoch(step)
+        return self._schedule.epoch(step)
 
 
 def norm_of(gradients: Iterable[Tensor]) -> float:

@@ -19,21 +19,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from knltrain import checkpoint
 from knltrain import config as configuration
-from knltrain.comm.gradients import data_parallel, settle_buckets
+from knltrain.comm.gradients import data_parallel, prime_ddp_buckets
 from knltrain.comm.group import Group
 from knltrain.comm.statistics import averaged_running_statistics, gather_running_statistics
 from knltrain.config import RunConfig
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.data.datasets import open_data
 from knltrain.data.loader import Dataset, Loader, replaced
 from knltrain.data.order import random_bits
 from knltrain.data.stage import stage_on_every_node
 from knltrain.errors import ConfigError, KnltrainError, SharedError
-from knltrain.launch.placement import Place, drift, find_place, running_on
+from knltrain.launch.placement import RankPlacement, drift, find_placement
 from knltrain.launch.world import Ranks
 from knltrain.models import model_of, refuse_unbuildable
 from knltrain.models.convolutions import choose as choose_convolutions
-from knltrain.node.contention import Neighbours, Taken
+from knltrain.node.binding import running_on
+from knltrain.node.contention import CpuContention, CpuContentionMonitor
 from knltrain.node.memory import keep_freed_memory, resident_mb
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
@@ -46,7 +47,7 @@ from knltrain.training.engine import Engine, build_engine, choose_engine, choose
 from knltrain.training.evaluate import evaluate
 from knltrain.training.gradient_noise import NoiseScale
 from knltrain.training.signals import StopRequest
-from knltrain.training.state import Run, announce, share_of, shares_of, summarize, summary_of
+from knltrain.training.state import Run, announce, rank_batch_of, rank_batches_of, summarize, summary_of
 from knltrain.training.step_guard import RewindError, Watch
 from knltrain.weights.load import initialize
 
@@ -77,13 +78,13 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
     """
     config, engine, group, watch = run.config, run.engine, run.group, run.watch
     noise = NoiseScale(config, group)
-    model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.carried, noise.add)
+    model, clock = data_parallel(engine.model, config.comm, group, engine.optimizer.accumulated, noise.add)
     first_step, last_step = run.progress.step, run.last_step
     started = time.perf_counter()
     begin = run.share(first_step)
     size = begin.image_size or config.image_size
     shape = (begin.local_batch, 3, size, size)
-    settle_buckets(model, clock, torch.empty(shape, dtype=engine.dtype, device="meta"), engine.autocast())
+    prime_ddp_buckets(model, clock, torch.empty(shape, dtype=engine.dtype, device="meta"), engine.autocast())
     batches = run.batches(first_step, last_step)
 
     with contextlib.closing(batches):
@@ -109,7 +110,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                     (loss / share.accumulate).backward()
                 if micro < share.accumulate - 1:
                     noise.end_micro_batch(micro, engine)
-                    engine.optimizer.carry()
+                    engine.optimizer.accumulate_fp32()
                 losses.append(loss.item())
             loss_sum, norm_sum, squares, stops = group.sum(
                 sum(losses), watch.gradient_norm(), noise.squares, stop.requested
@@ -125,7 +126,7 @@ def loop(run: Run, log: MetricsLog | None, bar: StepProgress, stop: StopRequest)
                     run.average.update(engine.state_dict(), step + 1)
             step_s = time.perf_counter() - step_start
 
-            done, travel = step + 1, clock.take()
+            done, travel = step + 1, clock.pop_step()
             group.last_step = done
             row = {"step": done, "epoch": run.epoch(done), "loss": mean_loss, "lr": lr, "grad_norm": norm,
                    "images_per_s": share.global_batch / step_s, "data_s": data_s, "step_s": step_s,
@@ -242,7 +243,11 @@ def save_checkpoint(run: Run, log: MetricsLog | None, elapsed_s: float, *, last:
 
 
 def train(  # noqa: C901, PLR0915
-    config: RunConfig, console: Console, place: Place | None = None, *, allow_change: frozenset[str] = frozenset()
+    config: RunConfig,
+    console: Console,
+    place: RankPlacement | None = None,
+    *,
+    allow_change: frozenset[str] = frozenset(),
 ) -> tuple[dict[str, Any], bool]:
     """Trains as configured, alone or as one of several ranks.
 
@@ -261,14 +266,14 @@ def train(  # noqa: C901, PLR0915
         KnltrainError: data, a checkpoint or the other ranks failed.
     """
     malloc = keep_freed_memory()
-    place = place or find_place(strict=False)
+    place = place or find_placement(strict=False)
     ranks, node, threads = place.ranks, place.node, place.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine_name = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=threads)
     set_fp32_precision(config.fp32_precision, precision=precision, engine=engine_name, node=node)
     for batch in (None, *config.schedule.batches):
-        share_of(config, ranks.rank, ranks.size, batch)
+        rank_batch_of(config, ranks.rank, ranks.size, batch)
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     with contextlib.ExitStack() as cleanup:
         stop = cleanup.enter_context(StopRequest())
@@ -276,8 +281,8 @@ def train(  # noqa: C901, PLR0915
             group = cleanup.enter_context(Group(ranks, config.comm.backend, place.plan.comm))
         cleanup.enter_context(group.names_lost_ranks())
         # Of auto, each node makes what is best there.
-        group.refuse_differences("precision", precision, "give one that all can have: --precision fp32")
-        group.refuse_differences("engine", engine_name, "give one that all can have: --engine NAME")
+        group.require_same_on_all_ranks("precision", precision, "give one that all can have: --precision fp32")
+        group.require_same_on_all_ranks("engine", engine_name, "give one that all can have: --engine NAME")
         if group.is_first:
             resume.guard_out(config, out, allow_change)
             refuse_unbuildable(config)  # before the data is read
@@ -286,11 +291,11 @@ def train(  # noqa: C901, PLR0915
             end_together(group, stop)
             return {}, False
         train_set, val_set = data
-        course = timetable(config, len(train_set))
-        shares = shares_of(config, course, ranks.rank, ranks.size)
+        course = make_schedule(config, len(train_set))
+        shares = rank_batches_of(config, course, ranks.rank, ranks.size)
         labels_sha256 = hashlib.sha256(train_set.labels.tobytes()).hexdigest()
         if group.is_first:
-            cleanup.enter_context(resume.lock_out(out, console))
+            cleanup.enter_context(resume.lock_run_dir(out, console))
         start = resume.choose(config, out, group, console, allow_change)
         made = {"world_size": ranks.size, "threads": threads, "isa": node.isa, "kernels": isa(), "engine": engine_name,
                 "precision": precision, "backend": group.backend.name if group.backend else "none",
@@ -299,7 +304,7 @@ def train(  # noqa: C901, PLR0915
             config, num_classes=len(train_set.classes), engine=engine_name, precision=precision, node=node,
             threads=threads, images=shares[-1].local_batch, keep=ranks.local_rank == 0, recorded=start.convolutions,
         )  # fmt: skip
-        convolutions = json.loads(group.from_first(json.dumps(chosen)))
+        convolutions = json.loads(group.broadcast_str(json.dumps(chosen)))
         if convolutions:
             made["convolutions"] = convolutions
 
@@ -330,7 +335,7 @@ def train(  # noqa: C901, PLR0915
                 "dropout": config.dropout, "classes": list(train_set.classes), "images": len(train_set),
                 "labels_sha256": labels_sha256, "made": made,
                 "config": configuration.as_dict(config), "config_sha256": resume.digest(config)}  # fmt: skip
-        neighbours = Neighbours(place.plan.cpus, spare=place.plan.spare)
+        neighbours = CpuContentionMonitor(place.plan.cpus, spare=place.plan.num_spare_cpus)
         run = Run(
             config, out, group, shares, engine, train_loader, val_loader, course, progress, meta, place, neighbours,
             watch, average,
@@ -376,7 +381,9 @@ def train(  # noqa: C901, PLR0915
         skipped = train_loader.skipped(group.sum) + val_loader.skipped(group.sum)
         if skipped:
             console.warn(replaced(skipped))
-        summary = summarize(run, plan, wall_s, skipped, Taken(*taken), finished=finished) if group.is_first else {}
+        summary = (
+            summarize(run, plan, wall_s, skipped, CpuContention(*taken), finished=finished) if group.is_first else {}
+        )
         if finished:
             group.barrier()
         else:
@@ -434,7 +441,7 @@ def loop_and_rewind(
                 log = None
                 if run.group.is_first:
                     log = shown.enter_context(MetricsLog(run.out, at.step, at.evaluated_step, console.warn))
-                total = run.timetable.total_steps
+                total = run.schedule.total_steps
                 bar = StepProgress(console, first=at.step, total=total, epochs=run.config.epochs)
                 return loop(run, log, shown.enter_context(bar), stop)
         except SharedError:
@@ -449,7 +456,7 @@ def loop_and_rewind(
         before = run.progress
         if run.writer:
             run.writer.finish()
-        start = start.or_newer(run.saved, run.group)
+        start = start.latest_valid(run.saved, run.group)
         run.engine, run.progress, run.watch, run.average, _ = build(start)
         lr_factor = before.lr_factor * run.config.health.rewind_factor
         run.progress = dataclasses.replace(run.progress, rewinds=before.rewinds + 1, lr_factor=lr_factor)

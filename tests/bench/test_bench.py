@@ -23,7 +23,7 @@ from knltrain.bench.sweep import draw
 from knltrain.cli.main import main
 from knltrain.config import AugmentConfig, RunConfig
 from knltrain.data.datasets import open_part
-from knltrain.data.loader import Loader, Share
+from knltrain.data.loader import Loader, RankBatch
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.models import model_of
 from knltrain.runlog.console import Console
@@ -58,7 +58,7 @@ def test_data_is_what_train_would_read(image_folder):
     assert step.engine.model.classifier.fc6.out_features == 3
     assert step.input_alone(2) > 0
     loader = Loader(open_part(config, "train"), config, dtype=torch.float32, workers=1)
-    expected = list(loader.training(Share(8, 8, 0, 1), 0, 3))
+    expected = list(loader.training(RankBatch(8, 8, 0, 1), 0, 3))
     images, labels = next(step._batches)
     assert torch.equal(images, expected[2].images)
     assert torch.equal(labels, expected[2].labels)

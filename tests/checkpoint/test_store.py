@@ -15,7 +15,7 @@ from knltrain.checkpoint import Progress, store
 from knltrain.config import OptimConfig
 from knltrain.errors import KnltrainError
 from knltrain.models import model_of
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import build_optimizer
 from knltrain.training.engine import build_engine
 
@@ -47,8 +47,8 @@ def test_what_is_saved_comes_back(tmp_path, optim):
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_live_engine_takes_a_checkpoint_as_a_new_one_does(tmp_path, precision):
     """Float32 weights and their bf16 working copies alike."""
-    if why_not():
-        pytest.skip(f"no native kernels: {why_not()}")
+    if load_error():
+        pytest.skip(f"no native kernels: {load_error()}")
     folder = save(tmp_path, 1, *stepped())
     live = build_engine("fused", precision, *stepped(seed=1))
     checkpoint.restore(folder, live.model, live.optimizer)

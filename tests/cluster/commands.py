@@ -14,12 +14,12 @@ from faults import inject_all
 
 from knltrain.cli.main import main as knltrain
 from knltrain.comm.group import Group
-from knltrain.launch.placement import find_place
+from knltrain.launch.placement import find_placement
 from knltrain.training import trainer
 
 
 def main():
-    place = find_place(strict=False)
+    place = find_placement(strict=False)
     with Group(place.ranks, "gloo") as group:
         trainer.Group = lambda *_: contextlib.nullcontext(group)
         for arguments, faults in json.loads(sys.argv[1]):

@@ -8,7 +8,7 @@ from pathlib import Path
 from small_networks import add_small_networks, whole_and_in_parts
 
 from knltrain.comm.group import Group
-from knltrain.launch.placement import find_place
+from knltrain.launch.placement import find_placement
 from knltrain.models import convolutions
 from knltrain.runlog.console import Console
 from knltrain.training import trainer
@@ -17,7 +17,7 @@ from knltrain.training import trainer
 def main():
     data, out, backend, cases = sys.argv[1:]
     add_small_networks()
-    place = find_place(strict=False)
+    place = find_placement(strict=False)
 
     def measure(convolution, images, dtype):
         """Each rank finds something else to be faster: the first one's choice is that of all, when they resume too."""

@@ -27,8 +27,8 @@ def main():
             "averaged": averaged,
             "own again": all(map(torch.equal, own, model.buffers())),
             "rows": {name: tensor.tolist() for name, tensor in rows.items()},
-            "text": group.from_first(f"ü of rank {group.rank}"),
-            "empty": group.from_first("" if group.is_first else "not this"),
+            "text": group.broadcast_str(f"ü of rank {group.rank}"),
+            "empty": group.broadcast_str("" if group.is_first else "not this"),
         }
         (folder / f"rank{group.rank}.json").write_text(json.dumps(result))
 

@@ -1,11 +1,11 @@
-"""Ranks as threads of this process, which is what the roll call cannot tell from processes."""
+"""Ranks as threads of this process, which is what a liveness check cannot tell from processes."""
 
 import threading
 
 import pytest
 import torch.distributed as dist
 
-from knltrain.comm.liveness import RollCall
+from knltrain.comm.liveness import PeerLiveness
 
 HOSTS = ["node1", "node2", "node2"]
 
@@ -13,7 +13,7 @@ HOSTS = ["node1", "node2", "node2"]
 @pytest.fixture
 def ranks(tmp_path):
     store = dist.FileStore(str(tmp_path / "store"), -1)
-    ranks = [RollCall(store, rank, HOSTS) for rank in range(3)]
+    ranks = [PeerLiveness(store, rank, HOSTS) for rank in range(3)]
     yield ranks
     for rank in ranks:
         rank.end()
@@ -54,7 +54,7 @@ def test_nobody_is_to_blame_where_all_wait(ranks):
 def test_without_its_store_the_rank_that_keeps_it_is_named(tmp_path):
     path = tmp_path / "gone" / "store"
     path.parent.mkdir()
-    rank = RollCall(dist.FileStore(str(path), -1), 1, HOSTS)
+    rank = PeerLiveness(dist.FileStore(str(path), -1), 1, HOSTS)
     path.unlink(missing_ok=True)
     path.parent.rmdir()
     assert rank.lost() == "rank 0 on node1"

@@ -129,7 +129,7 @@ for step in range(4):
     if step == 2:
         carried[weight] = torch.full_like(weight, 3.0)
     parallel(torch.randn(8, 4, 6, 6)).square().mean().backward()
-    travel = clock.take()
+    travel = clock.pop_step()
     steps.append({"gradients": [p.grad.flatten().tolist() for p in model.parameters()],
                   "exposed": 0 < travel.exposed <= travel.on_wire})
     group.expect_steps(60) if step == 0 else None

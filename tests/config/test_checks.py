@@ -3,7 +3,7 @@
 import pytest
 
 from knltrain.config import RunConfig, override
-from knltrain.config.checks import after_the_end, without_effect
+from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
 
 
 @pytest.mark.parametrize(
@@ -12,7 +12,7 @@ from knltrain.config.checks import after_the_end, without_effect
 )
 def test_a_milestone_at_the_end_or_later_is_named(milestones, late):
     config = override(RunConfig(), {"schedule.name": "step", "schedule.milestones": milestones, "epochs": 30})
-    said = after_the_end(config)
+    said = unreached_schedule_warnings(config)
     assert len(said) == bool(late)
     if late:
         assert ",".join(late) in said[0].split()
@@ -22,7 +22,7 @@ def test_a_milestone_at_the_end_or_later_is_named(milestones, late):
 @pytest.mark.parametrize("warmup, rises", [(4.9, False), (5, True), (6, True)])
 def test_a_warm_up_as_long_as_the_run_is_named(warmup, rises):
     config = override(RunConfig(), {"schedule.warmup_epochs": warmup, "epochs": 5})
-    assert len(after_the_end(config)) == rises
+    assert len(unreached_schedule_warnings(config)) == rises
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,6 @@ def test_a_warm_up_as_long_as_the_run_is_named(warmup, rises):
 def test_each_optimizer_says_which_of_the_others_fields_it_does_not_use(name, variant, used):
     fields = ["optim.trust_coefficient", "log_trust_ratios", "optim.eps", "optim.beta2"]
     config = override(RunConfig(), {"optim.name": name, "optim.variant": variant, "optim.eps": 1e-6})
-    said = without_effect(config, fields)
+    said = unused_field_warnings(config, fields)
     unused = [field.replace("_", "-") for field in fields if field not in used]
     assert [line.split(" has no effect")[0] for line in said] == unused

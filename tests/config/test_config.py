@@ -9,7 +9,7 @@ import torch
 
 from knltrain import config as configuration
 from knltrain.config import CommConfig, RunConfig, ScheduleConfig, override
-from knltrain.config.checks import without_effect
+from knltrain.config.checks import unused_field_warnings
 from knltrain.data.augment import NUM_DRAWS, training_box, training_boxes
 from knltrain.errors import ConfigError
 from knltrain.ops.crops import crop_flip_normalize
@@ -223,7 +223,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path):
 
 def test_fields_without_effect_are_named():
     config = override(RunConfig(), {"schedule.gamma": "0.5", "optim.eps": "1e-8"})
-    assert without_effect(config, ["schedule.gamma", "optim.eps", "seed"]) == [
+    assert unused_field_warnings(config, ["schedule.gamma", "optim.eps", "seed"]) == [
         "schedule.gamma has no effect without schedule.name step"
     ]
 

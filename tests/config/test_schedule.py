@@ -3,7 +3,7 @@ from itertools import pairwise
 import pytest
 
 from knltrain.config import RunConfig, ScheduleConfig, override
-from knltrain.config.schedule import Phase, learning_rate, timetable, total_steps
+from knltrain.config.schedule import Phase, learning_rate, make_schedule, total_steps
 from knltrain.errors import ConfigError
 
 TOTAL = 100
@@ -88,16 +88,16 @@ CHANGING = {
 
 def test_a_run_that_does_not_change_is_one_phase():
     config = RunConfig(epochs=90, global_batch=8192)
-    course = timetable(config, 1_281_167)
+    course = make_schedule(config, 1_281_167)
     assert course.phases == (Phase(0, 14_075, 0, 8192, 224, True),)
     assert course.images(14_075) == 14_075 * 8192
-    assert not timetable(override(config, {"augment.name": "none"}), 1_281_167).phases[0].augmented
-    assert timetable(RunConfig(epochs=0.5, global_batch=512), 10).total_steps == 1
+    assert not make_schedule(override(config, {"augment.name": "none"}), 1_281_167).phases[0].augmented
+    assert make_schedule(RunConfig(epochs=0.5, global_batch=512), 10).total_steps == 1
 
 
 @pytest.mark.parametrize("num_images", [1_281_167, 50_000, 4096])
 def test_phases_follow_each_other_without_a_gap(num_images):
-    course = timetable(override(RunConfig(), CHANGING), num_images)
+    course = make_schedule(override(RunConfig(), CHANGING), num_images)
     seen = 0
     for step in range(course.total_steps):
         phase = course.phase(step)
@@ -109,7 +109,7 @@ def test_phases_follow_each_other_without_a_gap(num_images):
 
 
 def test_phases_change_at_their_epochs():
-    course = timetable(override(RunConfig(), CHANGING), 1_281_167)
+    course = make_schedule(override(RunConfig(), CHANGING), 1_281_167)
     found = [(phase.batch, phase.image_size, phase.augmented) for phase in course.phases]
     assert found == [(1024, 160, True), (2048, 160, True), (4096, 160, True), (4096, 192, True), (4096, 192, False)]
     ends = [course.epoch(phase.last_step) for phase in course.phases]
@@ -119,14 +119,16 @@ def test_phases_change_at_their_epochs():
 
 
 def test_a_phase_too_short_for_a_step_is_left_out():
-    course = timetable(override(RunConfig(), CHANGING), 1000)
+    course = make_schedule(override(RunConfig(), CHANGING), 1000)
     assert len(course.phases) < 5
     assert all(phase.first_step < phase.last_step for phase in course.phases)
     assert course.phases[0].first_step == course.phases[0].first_image == 0
 
 
 def test_all_steps_of_a_run_may_go_without_augmentation():
-    (phase,) = timetable(override(RunConfig(), {"global_batch": 4096, "augment.collapse_epochs": 89.9}), 5000).phases
+    (phase,) = make_schedule(
+        override(RunConfig(), {"global_batch": 4096, "augment.collapse_epochs": 89.9}), 5000
+    ).phases
     assert not phase.augmented
 
 
@@ -134,7 +136,7 @@ def test_the_rate_is_a_function_of_the_images_seen():
     """Where the batch changes, it is that of the steps of the last batch at the same number of images."""
     plain = override(RunConfig(), {"epochs": 8, "global_batch": 64, "schedule.warmup_epochs": 2, "optim.lr": 3.0})
     changing = override(plain, {"schedule.batches": [16], "schedule.batch_epochs": [4]})
-    one, other = timetable(plain, 1024), timetable(changing, 1024)
+    one, other = make_schedule(plain, 1024), make_schedule(changing, 1024)
     assert (one.total_steps, other.total_steps) == (128, 256 + 64)
     rates = {one.images(step): one.lr(plain, step) for step in range(one.total_steps)}
     shared = 0

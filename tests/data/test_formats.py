@@ -21,7 +21,7 @@ from knltrain.config import AugmentConfig, RunConfig
 from knltrain.data import augment, order
 from knltrain.data.datasets import open_data, open_folder, open_part
 from knltrain.data.folder import DataError, Folder
-from knltrain.data.loader import Loader, Share
+from knltrain.data.loader import Loader, RankBatch
 from knltrain.data.manifest import NAME, Manifest, Shard, encode_manifest
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
@@ -36,7 +36,7 @@ def batches(root, config, *, rank=0, ranks=1, workers=2, steps=3, part="train"):
     try:
         return [
             (images.clone(), labels)
-            for images, labels in loader.training(Share(16, 16 // ranks, rank, ranks), 0, steps)
+            for images, labels in loader.training(RankBatch(16, 16 // ranks, rank, ranks), 0, steps)
         ]
     finally:
         loader.close()
@@ -293,7 +293,7 @@ def test_a_shard_that_shrinks_while_it_is_read(tmp_path):
     os.truncate(tmp_path / "train-0.tar", tar.where(5)[1] + 10)
     loader = Loader(tar, CROPS, dtype=torch.float32, workers=2)
     with pytest.raises(DataError, match=r"train-0\.tar: .*: the shard is cut short.*--on-bad skip"):
-        list(loader.training(Share(8, 8, 0, 1), 0, 1))
+        list(loader.training(RankBatch(8, 8, 0, 1), 0, 1))
     loader.close()
 
 
@@ -315,7 +315,7 @@ def test_skipped_images_are_the_next_good_ones_at_any_rank_layout(tmp_path):
         parts, said = [], []
         for rank in range(ranks):
             loader = Loader(open_part(config, "train"), config, dtype=torch.float32, workers=2)
-            parts += list(loader.training(Share(12, 12 // ranks, rank, ranks), 0, 1))
+            parts += list(loader.training(RankBatch(12, 12 // ranks, rank, ranks), 0, 1))
             said.append(told_by(loader))
             loader.close()
         numbers, which = ([sum(column) for column in zip(*values, strict=True)] for values in zip(*said, strict=True))
@@ -334,7 +334,7 @@ def test_all_bad_is_an_error_even_where_bad_ones_are_skipped(tmp_path):
     config = RunConfig(data=str(tmp_path), image_size=24, on_bad="skip")
     loader = Loader(Tar(tmp_path, "train"), config, dtype=torch.float32, workers=1)
     with pytest.raises(DataError, match="no image"):
-        list(loader.training(Share(2, 2, 0, 1), 0, 1))
+        list(loader.training(RankBatch(2, 2, 0, 1), 0, 1))
     loader.close()
 
 
@@ -369,7 +369,7 @@ def test_files_are_closed(fixture, request):
 
     before = open_now()
     loader = Loader(open_part(config_for(CROPS, root), "train"), CROPS, dtype=torch.float32, workers=2)
-    next(iter(loader.training(Share(16, 16, 0, 1), 0, 2)))
+    next(iter(loader.training(RankBatch(16, 16, 0, 1), 0, 2)))
     assert open_now() > before
     loader.close()
     del loader
@@ -382,7 +382,7 @@ def test_memory_stays_flat_over_epochs(fixture, request):
     root = request.getfixturevalue(fixture)
     script = (
         "import sys, torch\nfrom knltrain.config import RunConfig, AugmentConfig\n"
-        "from knltrain.data.datasets import open_part\nfrom knltrain.data.loader import Loader, Share\n"
+        "from knltrain.data.datasets import open_part\nfrom knltrain.data.loader import Loader, RankBatch\n"
         "from knltrain.node.memory import keep_freed_memory\n"
         "def anonymous():\n"
         "    line = next(line for line in open('/proc/self/status') if line.startswith('RssAnon'))\n"
@@ -391,7 +391,7 @@ def test_memory_stays_flat_over_epochs(fixture, request):
         "config = RunConfig(data=sys.argv[1], image_size=24, augment=AugmentConfig(resize=32))\n"
         "loader = Loader(open_part(config, 'train'), config, dtype=torch.float32, workers=2)\n"
         "seen = []\n"
-        "for step, _ in enumerate(loader.training(Share(48, 48, 0, 1), 0, 150)):\n"
+        "for step, _ in enumerate(loader.training(RankBatch(48, 48, 0, 1), 0, 150)):\n"
         "    if step % 50 == 49: seen.append(anonymous())\n"
         "print(*seen)\n"
     )

@@ -15,7 +15,7 @@ from knltrain.data import order
 from knltrain.data.augment import centre_crop
 from knltrain.data.decode import DecodedImage
 from knltrain.data.folder import DataError, Folder
-from knltrain.data.loader import Loader, Share
+from knltrain.data.loader import Loader, RankBatch
 from knltrain.ops.crops import MEAN, STD, normalize
 
 CONFIG = RunConfig(image_size=24, seed=3, augment=AugmentConfig(name="rrc"))
@@ -42,13 +42,13 @@ def steps(loader, share, first, last):
 
 
 def test_the_same_images_at_any_number_of_ranks_workers_and_micro_batches(make_loader):
-    whole, labels = steps(make_loader(), Share(32, 32, 0, 1), 0, 4)
+    whole, labels = steps(make_loader(), RankBatch(32, 32, 0, 1), 0, 4)
     for local in (8, 16):
         for workers in (1, 5):
             assert torch.equal(
-                torch.cat(whole), torch.cat(steps(make_loader(workers=workers), Share(32, local, 0, 1), 0, 4)[0])
+                torch.cat(whole), torch.cat(steps(make_loader(workers=workers), RankBatch(32, local, 0, 1), 0, 4)[0])
             )
-    ranks = [steps(make_loader(), Share(32, 8, rank, 2), 0, 4) for rank in range(2)]
+    ranks = [steps(make_loader(), RankBatch(32, 8, rank, 2), 0, 4) for rank in range(2)]
     for step in range(4):
         assert torch.equal(whole[step], torch.cat([images[step] for images, _ in ranks]))
         assert torch.equal(labels[step], torch.cat([labels[step] for _, labels in ranks]))
@@ -99,7 +99,7 @@ def test_three_epochs_come_in_the_order_that_the_script_prints(world_size, worke
     of_ranks = []
     for rank in range(world_size):
         loader = Loader(Numbered(), config, dtype=torch.float32, workers=workers)
-        images, labels = steps(loader, Share(12, 12 // world_size, rank, world_size), 0, 26)
+        images, labels = steps(loader, RankBatch(12, 12 // world_size, rank, world_size), 0, 26)
         loader.close()
         of_ranks.append([step.tolist() for step in labels])
         for step, numbers in zip(images, labels, strict=True):
@@ -115,19 +115,19 @@ def test_without_workers_a_bad_image_ends_the_run_as_with_them(image_folder, tmp
     (broken / "0.jpg").write_bytes((broken / "0.jpg").read_bytes()[:200])
     loader = Loader(Folder(tmp_path / "train"), CONFIG, dtype=torch.float32, workers=0)
     with pytest.raises(DataError, match=r"0\.jpg"):
-        next(loader.training(Share(2, 2, 0, 1), 0, 1))
+        next(loader.training(RankBatch(2, 2, 0, 1), 0, 1))
     loader.close()
 
 
 def test_a_later_start_goes_on_in_the_same_stream(make_loader):
-    whole, _ = steps(make_loader(), Share(32, 16, 0, 1), 0, 6)
-    later, _ = steps(make_loader(), Share(32, 16, 0, 1), 4, 6)
+    whole, _ = steps(make_loader(), RankBatch(32, 16, 0, 1), 0, 6)
+    later, _ = steps(make_loader(), RankBatch(32, 16, 0, 1), 4, 6)
     assert torch.equal(torch.cat(whole[4:]), torch.cat(later))
 
 
 def test_labels_belong_to_their_images(make_loader, image_folder):
     config = RunConfig(image_size=24, augment=AugmentConfig(name="none"))
-    images, labels = steps(make_loader(config=config), Share(48, 48, 0, 1), 0, 1)
+    images, labels = steps(make_loader(config=config), RankBatch(48, 48, 0, 1), 0, 1)
     dataset = Folder(image_folder / "train")
     for place, sample in enumerate(order.samples(0, 48, 0, 48)):
         assert labels[0][place] == dataset.labels[sample]
@@ -148,7 +148,7 @@ def test_evaluation_sees_every_image_once(make_loader, world_size):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_batches_are_channels_last_in_the_type_asked_for(make_loader, dtype):
-    batch = next(make_loader(dtype=dtype).training(Share(16, 16, 0, 1), 0, 1))
+    batch = next(make_loader(dtype=dtype).training(RankBatch(16, 16, 0, 1), 0, 1))
     assert batch.images.dtype == dtype
     assert batch.images.shape == (16, 3, 24, 24)
     assert batch.images.is_contiguous(memory_format=torch.channels_last)
@@ -170,10 +170,10 @@ def test_a_bad_image_met_later_names_its_path(tmp_path):
     loader = Loader(Folder(tmp_path), CONFIG, dtype=torch.float32, workers=2)
     (tmp_path / "x" / "2.jpg").write_bytes(b"broken")
     with pytest.raises(DataError, match=r"2\.jpg"):
-        list(loader.training(Share(4, 4, 0, 1), 0, 1))
+        list(loader.training(RankBatch(4, 4, 0, 1), 0, 1))
     (tmp_path / "x" / "2.jpg").unlink()
     with pytest.raises(DataError, match=r"2\.jpg.*No such file"):
-        list(loader.training(Share(4, 4, 0, 1), 0, 1))
+        list(loader.training(RankBatch(4, 4, 0, 1), 0, 1))
     loader.close()
 
 
@@ -181,7 +181,7 @@ def test_threads_end_with_the_loader_and_leave_the_trainers_threads_alone(image_
     torch.set_num_threads(2)
     before = threading.active_count()
     loader = Loader(Folder(image_folder / "train"), CONFIG, dtype=torch.float32, workers=3)
-    batches = loader.training(Share(16, 16, 0, 1), 0, 100)
+    batches = loader.training(RankBatch(16, 16, 0, 1), 0, 100)
     next(batches)
     batches.close()
     loader.close()
@@ -190,7 +190,7 @@ def test_threads_end_with_the_loader_and_leave_the_trainers_threads_alone(image_
 
 
 def test_a_batch_larger_than_the_data_set(make_loader):
-    images, _ = steps(make_loader(), Share(128, 64, 0, 1), 0, 2)
+    images, _ = steps(make_loader(), RankBatch(128, 64, 0, 1), 0, 2)
     assert [len(step) for step in images] == [128, 128]
 
 
@@ -201,7 +201,7 @@ def test_decoders_run_where_they_are_told_and_notice_when_they_are_moved(image_f
     others = set(threading.enumerate())
     loader = Loader(Folder(image_folder / "train"), CONFIG, dtype=torch.float32, workers=2, cpus={mine[1]})
     with contextlib.closing(loader):
-        list(loader.training(Share(16, 16, 0, 1), 0, 2))
+        list(loader.training(RankBatch(16, 16, 0, 1), 0, 2))
         threads = [thread.native_id for thread in set(threading.enumerate()) - others if thread.name[:6] == "decode"]
         assert threads
         deadline = time.monotonic() + 60  # the first may have made all batches before the second came to its place

@@ -11,7 +11,7 @@ from knltrain.comm.backend import Chosen
 from knltrain.comm.probe import Reduced
 from knltrain.doctor import torch_checks
 from knltrain.errors import ConfigError
-from knltrain.launch.placement import Place
+from knltrain.launch.placement import RankPlacement
 from knltrain.launch.world import Ranks
 from knltrain.node.affinity import plan_node, threads_per_rank
 from knltrain.node.topology import read_node
@@ -49,7 +49,7 @@ def test_a_preloaded_openmp_runtime_serves_all():
 @pytest.fixture
 def place():
     node = read_node()
-    return Place(node, Ranks("none", 0, 1, 0, 1), plan_node(node, 1, environ={}).ranks[0])
+    return RankPlacement(node, Ranks("none", 0, 1, 0, 1), plan_node(node, 1, environ={}).ranks[0])
 
 
 def test_torch_that_has_moved_its_threads(place, monkeypatch):
@@ -69,14 +69,14 @@ def test_torch_that_has_moved_its_threads(place, monkeypatch):
 
 def test_kernels(monkeypatch):
     for reason, severity in ((None, "ok"), ("they were not built; install g++", "warning")):
-        monkeypatch.setattr(native, "why_not", lambda reason=reason: reason)
+        monkeypatch.setattr(native, "load_error", lambda reason=reason: reason)
         monkeypatch.setattr(native, "isa", lambda: "avx512")
         monkeypatch.setattr(native, "best_isa", lambda: "avx512")
         monkeypatch.setattr(native, "has_openmp", lambda: True)
         finding = torch_checks.kernels()
         assert finding.severity == severity
         assert finding.remedy.startswith("install g++") or not reason
-    monkeypatch.setattr(native, "why_not", lambda: None)
+    monkeypatch.setattr(native, "load_error", lambda: None)
     monkeypatch.setattr(native, "has_openmp", lambda: False)
     assert "one thread" in torch_checks.kernels().symptom
     monkeypatch.setattr(native, "best_isa", lambda: "avx512_bf16")
@@ -90,7 +90,7 @@ def test_kernels(monkeypatch):
     assert torch_checks.kernels().severity == "error"
 
 
-@pytest.mark.skipif(native.why_not() is not None, reason="no native kernels here")
+@pytest.mark.skipif(native.load_error() is not None, reason="no native kernels here")
 def test_kernels_of_this_machine():
     assert native.best_isa() in ("avx2", "avx512f", "avx512", "avx512_bf16")
     assert native.has_openmp()

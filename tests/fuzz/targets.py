@@ -21,7 +21,7 @@ from knltrain.data.decode import DecodeError, EncodedImage, decoder_of_parts
 from knltrain.data.journal import Journal
 from knltrain.data.manifest import Manifest, Shard, encode_manifest
 from knltrain.errors import KnltrainError
-from knltrain.launch.placement import find_place
+from knltrain.launch.placement import find_placement
 from knltrain.models import model_of
 from knltrain.node import plan_formats as drawing
 from knltrain.node.affinity import plan_node
@@ -309,7 +309,7 @@ class Checkpoint:
         name = sorted(self.whole)[data[0] % len(self.whole)] if data else "state.json"
         (self.folder / name).write_bytes(data[1:] + self.whole[name][4096:])
         try:
-            evaluate_checkpoint(self.folder, self.config, Console(silent=True), find_place(strict=False))
+            evaluate_checkpoint(self.folder, self.config, Console(silent=True), find_placement(strict=False))
             model = model_of(self.config, 2)
             checkpoint.load_optimizer(self.folder, build_optimizer(model, self.config.optim))
             assert checkpoint.progress_of(checkpoint.read_state(self.folder)).step >= 0

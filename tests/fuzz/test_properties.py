@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from knltrain import config as configuration
 from knltrain.cli.main import main
 from knltrain.config import RunConfig
-from knltrain.config.schedule import learning_rate, timetable
+from knltrain.config.schedule import learning_rate, make_schedule
 from knltrain.data.datasets import open_folder
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.launch.world import Ranks, discover, expand_counts, expand_hosts
@@ -109,7 +109,7 @@ def test_any_course_of_a_run_is_a_stream_without_a_gap(data):
          "schedule.warmup_epochs": data.draw(st.sampled_from([0.0, 2.0])),
          "schedule.name": data.draw(st.sampled_from(["poly", "poly-after-warmup", "step", "constant"]))},
     )  # fmt: skip
-    course = timetable(config, data.draw(st.sampled_from([1, 10, 50_000])))
+    course = make_schedule(config, data.draw(st.sampled_from([1, 10, 50_000])))
     step = image = 0
     for phase in course.phases:
         assert (phase.first_step, phase.first_image) == (step, image)

@@ -11,8 +11,9 @@ from node import trees
 
 from knltrain.errors import KnltrainError
 from knltrain.launch import placement
-from knltrain.launch.placement import Place, drift, place_of, running_on
+from knltrain.launch.placement import RankPlacement, drift, plan_placement
 from knltrain.launch.world import Ranks
+from knltrain.node.binding import running_on
 from knltrain.node.topology import read_node
 
 
@@ -24,7 +25,7 @@ def xeon(tmp_path_factory):
 def place(root, cpus, ranks, **options):
     whole = read_node(root)
     node = whole if cpus is None else read_node(root, allowed=set(cpus))
-    return place_of(ranks, node, whole, environ={}, **options)
+    return plan_placement(ranks, node, whole, environ={}, **options)
 
 
 def rank(launcher, local_rank=0, local_size=2, size=None):
@@ -104,7 +105,7 @@ def test_a_user_who_confines_a_process_is_obeyed(xeon):
                                          ("", False), ("many", False)])  # fmt: skip
 def test_a_job_that_slurm_does_not_confine_to_its_part_of_the_node_says_so(given, part, xeon):
     node = read_node(xeon)
-    found = place_of(rank("slurm"), node, node, environ={"SLURM_JOB_CPUS_PER_NODE": given})
+    found = plan_placement(rank("slurm"), node, node, environ={"SLURM_JOB_CPUS_PER_NODE": given})
     said = "Slurm gave this job 16 CPUs of this node and does not confine it to them: it takes all 56 cores"
     assert [said in warning for warning in found.warnings] == ([True] if part else [])
 
@@ -114,7 +115,7 @@ def test_a_rank_that_srun_gives_its_part_of_a_part_of_a_node_has_all_it_should(x
 
     def place(cpus, given):
         node, whole = read_node(xeon, allowed=set(cpus)), read_node(xeon)
-        return place_of(rank("slurm"), node, whole, environ={"SLURM_JOB_CPUS_PER_NODE": given})
+        return plan_placement(rank("slurm"), node, whole, environ={"SLURM_JOB_CPUS_PER_NODE": given})
 
     # Where the parts are not equal, that of this node is not known: the smallest is asked for.
     for given in ("16", "16,112", "112(x2),16"):
@@ -128,7 +129,7 @@ def test_a_rank_that_srun_gives_its_part_of_a_part_of_a_node_has_all_it_should(x
 
 def test_a_job_that_is_confined_is_warned_of_nothing(xeon):
     few = read_node(xeon, allowed=set(range(8)))
-    (said,) = place_of(rank("none", 0, 1), few, few, environ={"SLURM_JOB_CPUS_PER_NODE": "8"}).warnings
+    (said,) = plan_placement(rank("none", 0, 1), few, few, environ={"SLURM_JOB_CPUS_PER_NODE": "8"}).warnings
     assert said == "this process may run on 8 of 112 CPUs"
 
 
@@ -140,7 +141,7 @@ def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeo
     def compute(mine, launchers, local_rank, local_size=2):
         monkeypatch.setattr(placement, "cpus_of_launcher", lambda _: frozenset(launchers))
         ranks, node = rank(launcher, local_rank, local_size), read_node(xeon, allowed=set(mine))
-        return place_of(ranks, node, placement.before_pinning(ranks, node), environ={})
+        return plan_placement(ranks, node, placement.before_pinning(ranks, node), environ={})
 
     mask = (*range(16), *range(28, 44))
     both = [compute(mask, mask, local_rank).plan for local_rank in (0, 1)]
@@ -159,8 +160,8 @@ def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeo
 def test_a_place_is_taken_before_torch_and_read_back(monkeypatch):
     code = """
 import os, sys
-from knltrain.launch.placement import take_place
-place = take_place()
+from knltrain.launch.placement import bind_rank
+place = bind_rank()
 assert os.sched_getaffinity(0) == set(place.plan.compute)
 assert os.environ["OMP_NUM_THREADS"] == str(place.plan.threads)
 assert "torch" not in sys.modules
@@ -177,14 +178,14 @@ assert os.sched_getaffinity(0) == set(place.plan.compute), "no library has moved
 def test_cpus_that_the_kernel_does_not_give_are_missed(monkeypatch, xeon):
     """As when the cpuset has shrunk since it was read: the kernel takes what is left without a word."""
     found = place(xeon, None, rank("torchrun", 0, 1))
-    monkeypatch.setattr(placement, "find_place", lambda *, strict: found)
+    monkeypatch.setattr(placement, "find_placement", lambda *, strict: found)
     asked = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: asked.append(cpus))
     monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0, 1})
     with pytest.raises(KnltrainError, match=r"to compute on CPUs 0-55 and got 0-1: the control group"):
-        placement.take_place()
+        placement.bind_rank()
     assert asked == [set(range(56))]
-    (warning,) = placement.take_place(strict=False).warnings
+    (warning,) = placement.bind_rank(strict=False).warnings
     assert "got 0-1" in warning
 
 
@@ -193,7 +194,7 @@ def test_threads_that_were_moved_are_noticed(monkeypatch):
     if len(mine) < 2:
         pytest.skip("one CPU: nowhere to move")
     node = read_node()
-    here = Place(node, Ranks("none", 0, 1, 0, 1), placement.plan_node(node, 1, environ={}).ranks[0])
+    here = RankPlacement(node, Ranks("none", 0, 1, 0, 1), placement.plan_node(node, 1, environ={}).ranks[0])
     os.sched_setaffinity(0, here.plan.compute)
     assert drift(here) == ""
     os.sched_setaffinity(0, {min(mine)})
@@ -218,7 +219,7 @@ def test_memory_policy():
     """In a process of its own: the policy is read back from the kernel's own list of it."""
     code = """
 import sys
-from knltrain.launch.placement import prefer_memory
+from knltrain.node.binding import prefer_memory
 problem = prefer_memory((0,))
 if problem:
     sys.exit(f"refused: {problem}")

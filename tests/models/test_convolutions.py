@@ -29,8 +29,8 @@ CONFIG = RunConfig(model="alexnet_bn_small", image_size=32)
 
 @pytest.fixture(autouse=True)
 def needs_kernels(tmp_path, monkeypatch):
-    if native.why_not():
-        pytest.skip(native.why_not())
+    if native.load_error():
+        pytest.skip(native.load_error())
     monkeypatch.setenv("KNLTRAIN_CACHE", str(tmp_path / "cache"))
 
 

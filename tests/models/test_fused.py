@@ -14,11 +14,11 @@ from knltrain.models import fused, model_of
 from knltrain.models.convolutions import eligible
 from knltrain.models.fused import fuse
 from knltrain.ops.convgrad import Geometry, Native, native_results
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import SGD, build_optimizer
 from knltrain.training.engine import build_engine
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"no native kernels: {why_not()}")
+pytestmark = pytest.mark.skipif(load_error() is not None, reason=f"no native kernels: {load_error()}")
 
 MODELS = [("alexnet", 67), ("alexnet_bn", 67), ("alexnet_bn_small", 32), ("resnet20", 32), ("resnet50", 64)]
 THEIRS = [("torchvision:resnet18", 64), ("torchvision:resnet50", 64), ("torchvision:vgg11_bn", 32),
@@ -318,11 +318,11 @@ def test_gradients_of_micro_batches_are_summed_in_float32():
     copy = nn.Parameter(layer.weight.detach().bfloat16())
     optimizer.use_working_copies({layer.weight: copy})
     for gradient in (256.0, 1.0, 1.0):  # in bf16, 256 + 1 is 256
-        optimizer.carry()
+        optimizer.accumulate_fp32()
         copy.grad = torch.full_like(copy, gradient)
     optimizer.step()
     assert layer.weight.item() == -258.0
     assert copy.item() == -258.0
     optimizer.zero_grad()
     assert copy.grad is None
-    assert not optimizer.carried
+    assert not optimizer.accumulated

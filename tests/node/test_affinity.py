@@ -155,7 +155,7 @@ def test_a_single_thread_a_core_leaves_the_decoders_the_whole_rank(machine):
 def test_a_users_number_of_threads():
     (rank,) = plan_node(node(8), 1, environ={"OMP_NUM_THREADS": "3"}).ranks
     assert (rank.threads, rank.compute, rank.decode) == (3, tuple(range(8)), tuple(range(8)))
-    assert rank.spare == 5
+    assert rank.num_spare_cpus == 5
     (rank,) = plan_node(node(8, threads=2), 1, environ={"OMP_NUM_THREADS": "12"}).ranks
     assert rank.compute == (*range(8), *range(8, 12))
     assert set(range(12, 16)) <= set(rank.decode)
@@ -164,7 +164,7 @@ def test_a_users_number_of_threads():
     assert "more than the 2 CPUs" in plan.notes[0]
     # What communicates gives way.
     (rank,) = plan_node(node(16), 1, world_size=2, environ={"OMP_NUM_THREADS": "16"}).ranks
-    assert (rank.threads, rank.comm, rank.spare) == (16, (), 0)
+    assert (rank.threads, rank.comm, rank.num_spare_cpus) == (16, (), 0)
     ranks = plan_node(node(8), 2, environ={"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}).ranks
     assert [rank.threads for rank in ranks] == [4, 4]
 
@@ -177,7 +177,7 @@ def test_fewer_threads_than_cores_are_pinned_to_none_of_them():
         (rank,) = plan.ranks
         assert (rank.threads, rank.cores, rank.compute) == (8, 16, tuple(range(16)))
         assert rank.decode == tuple(range(16, 32)), "the second thread of each core"
-        assert (rank.spare, plan.idle) == (16, ())
+        assert (rank.num_spare_cpus, plan.idle) == (16, ())
         text = " ".join(plan_formats.as_text(limited, plan).split())
         assert "8 threads on any of 0-15" in text
         assert "cores left idle: 8 (whichever the kernel leaves)" in text

@@ -12,7 +12,7 @@ import pytest
 
 from knltrain.config import RunConfig, override
 from knltrain.node import contention
-from knltrain.node.contention import Neighbours, Taken
+from knltrain.node.contention import CpuContention, CpuContentionMonitor
 from knltrain.runlog.console import Console
 from knltrain.training.trainer import train
 
@@ -53,7 +53,7 @@ def machine(tmp_path, monkeypatch):
 
 
 def test_what_is_not_this_process_s_is_others(machine):
-    watch = Neighbours({2, 3}, machine.path)
+    watch = CpuContentionMonitor({2, 3}, machine.path)
     machine.goes_on(10, own=15, busy={0: 9, 2: 10, 3: 10}, stolen={1: 5, 3: 2})
     assert watch.taken() == pytest.approx((0.5, 0.2))
     machine.goes_on(10, own=20, busy={2: 10, 3: 10})
@@ -62,7 +62,7 @@ def test_what_is_not_this_process_s_is_others(machine):
 
 def test_what_a_run_has_no_thread_for_is_the_others(machine):
     """With fewer threads than cores, which the kernel moves out of each other's way."""
-    watch = Neighbours({0, 1, 2, 3}, machine.path, spare=2)
+    watch = CpuContentionMonitor({0, 1, 2, 3}, machine.path, spare=2)
     machine.goes_on(40, own=80, busy=dict.fromkeys(range(4), 40))
     assert watch.taken() == pytest.approx((0, 0))
     assert watch.problem() == ""
@@ -73,7 +73,7 @@ def test_what_a_run_has_no_thread_for_is_the_others(machine):
 
 
 def test_a_problem_is_that_of_half_a_minute_and_is_said_once(machine):
-    watch = Neighbours({2, 3}, machine.path)
+    watch = CpuContentionMonitor({2, 3}, machine.path)
     machine.goes_on(20, own=20, busy={2: 20, 3: 20})
     assert watch.problem() == "", "not yet half a minute"
     machine.goes_on(20, own=40, busy={2: 20, 3: 20})
@@ -86,7 +86,7 @@ def test_a_problem_is_that_of_half_a_minute_and_is_said_once(machine):
 
 
 def test_each_look_is_at_what_came_after_the_one_before(machine):
-    watch = Neighbours({2, 3}, machine.path)
+    watch = CpuContentionMonitor({2, 3}, machine.path)
     machine.goes_on(40, own=80, busy={2: 40, 3: 40})
     assert watch.problem() == ""
     machine.goes_on(40, own=80, busy={2: 40, 3: 40}, stolen={2: 30})
@@ -97,7 +97,7 @@ def test_each_look_is_at_what_came_after_the_one_before(machine):
 def test_what_daemons_take_is_not_worth_a_word(cpus, others, said, tmp_path):
     path = tmp_path / "stat"
     path.write_text("".join(f"cpu{cpu} 0 0 0 0 0 0 0 0\n" for cpu in range(cpus)))
-    assert bool(Neighbours(range(cpus), path).describe(Taken(others, 0.0))) == said
+    assert bool(CpuContentionMonitor(range(cpus), path).describe(CpuContention(others, 0.0))) == said
 
 
 @pytest.mark.parametrize("text", [None, "", "cpu0 1 2\n", "cpux 1 2 3 4 5 6 7 8\n", "cpu0 1 2 3 4 5 6 7 8\n"])
@@ -106,8 +106,8 @@ def test_a_kernel_that_does_not_say_it_is_no_problem(text, tmp_path):
     path = tmp_path / "stat"
     if text is not None:
         path.write_text(text)
-    watch = Neighbours({4, 5}, path)
-    assert (watch.taken(), watch.problem()) == (Taken(0.0, 0.0), "")
+    watch = CpuContentionMonitor({4, 5}, path)
+    assert (watch.taken(), watch.problem()) == (CpuContention(0.0, 0.0), "")
 
 
 SPIN = """
@@ -144,7 +144,7 @@ def spinning(then):
 
 def test_a_process_that_spins_is_seen():
     with spinning("leave"):
-        watch = Neighbours(os.sched_getaffinity(0))
+        watch = CpuContentionMonitor(os.sched_getaffinity(0))
         time.sleep(1)
         assert watch.taken().others > 0.5
 

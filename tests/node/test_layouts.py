@@ -14,7 +14,7 @@ from knltrain.node.affinity import plan_node
 from knltrain.node.layouts import Layout, layouts
 from knltrain.node.plan_formats import as_text
 from knltrain.node.topology import read_node
-from knltrain.node.tuned_plan import plan_as_measured, threads_as_measured
+from knltrain.node.tuned_plan import tuned_plan, tuned_threads
 from knltrain.node.tuning_cache import check_writable, layout_settings, measured_file, settings_of, store, stored_layout
 
 
@@ -115,10 +115,10 @@ def sizes(plan):
 
 
 def test_plan_goes_by_what_was_measured_and_says_so(xeon):
-    assert sizes(plan_as_measured(xeon, environ={})) == [(26, 2)] * 2
-    assert "one rank per NUMA domain by rule; threads by rule" in as_text(xeon, plan_as_measured(xeon, environ={}))
+    assert sizes(tuned_plan(xeon, environ={})) == [(26, 2)] * 2
+    assert "one rank per NUMA domain by rule; threads by rule" in as_text(xeon, tuned_plan(xeon, environ={}))
     keep(xeon, FOUR)
-    plan = plan_as_measured(xeon, environ={})
+    plan = tuned_plan(xeon, environ={})
     assert sizes(plan) == [(14, 0)] * 4
     text = " ".join(as_text(xeon, plan).split())
     assert "ranks and threads measured by knltrain tune with resnet50 at batch 32 (2026-11-22)" in text
@@ -127,34 +127,34 @@ def test_plan_goes_by_what_was_measured_and_says_so(xeon):
 
 def test_explicit_numbers_win(xeon):
     keep(xeon, FOUR)
-    two = plan_as_measured(xeon, 2, environ={})
+    two = tuned_plan(xeon, 2, environ={})
     assert (sizes(two), two.origin) == ([(26, 2)] * 2, "number of ranks asked for; threads by rule")
-    four = plan_as_measured(xeon, 4, environ={})
+    four = tuned_plan(xeon, 4, environ={})
     assert (sizes(four), four.origin.split(" measured")[0]) == ([(14, 0)] * 4, "number of ranks asked for; threads")
-    threads = plan_as_measured(xeon, environ={"OMP_NUM_THREADS": "5"})
+    threads = tuned_plan(xeon, environ={"OMP_NUM_THREADS": "5"})
     assert (sizes(threads), threads.origin.split("; ")[-1]) == ([(5, 1)] * 4, "threads as OMP_NUM_THREADS says")
 
 
 def test_ranks_take_the_threads_that_were_measured(xeon, monkeypatch):
     """Those of torchrun, which tells everybody 1, as well."""
     keep(xeon, FOUR)
-    assert threads_as_measured(xeon, 4, {})["OMP_NUM_THREADS"] == "14"
+    assert tuned_threads(xeon, 4, {})["OMP_NUM_THREADS"] == "14"
     by_torchrun = {"TORCHELASTIC_RUN_ID": "none", "OMP_NUM_THREADS": "1"}
-    assert threads_as_measured(xeon, 4, by_torchrun)["OMP_NUM_THREADS"] == "14"
-    assert threads_as_measured(xeon, 4, {"OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
-    assert threads_as_measured(xeon, 2, {}) == {}
+    assert tuned_threads(xeon, 4, by_torchrun)["OMP_NUM_THREADS"] == "14"
+    assert tuned_threads(xeon, 4, {"OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
+    assert tuned_threads(xeon, 2, {}) == {}
     monkeypatch.setattr(placement, "read_node", lambda allowed=None: xeon)
     for name, value in (("RANK", 3), ("WORLD_SIZE", 4), ("LOCAL_RANK", 3), ("LOCAL_WORLD_SIZE", 4),
                         ("MASTER_ADDR", "localhost"), ("MASTER_PORT", 1)):  # fmt: skip
         monkeypatch.setenv(name, str(value))
-    place = placement.find_place()
+    place = placement.find_placement()
     assert (place.plan.threads, place.plan.comm) == (14, ())
 
 
 def test_a_rank_that_was_measured_alone_says_nothing_of_communication(xeon):
     keep(xeon, Layout(1, 56, 0, 32))
-    assert sizes(plan_as_measured(xeon, environ={})) == [(56, 0)]
-    assert threads_as_measured(xeon, 1, {}) == {}
+    assert sizes(tuned_plan(xeon, environ={})) == [(56, 0)]
+    assert tuned_threads(xeon, 1, {}) == {}
 
 
 def test_the_command_plans_by_the_measurement(tmp_path):

@@ -17,7 +17,7 @@ def each_isa(request, monkeypatch):
         yield name
         return
     if module is None:
-        pytest.skip(f"no native kernels: {native.why_not()}")
+        pytest.skip(f"no native kernels: {native.load_error()}")
     if name not in module.supported_isas():
         pytest.skip(f"this processor does not run {name}")
     before = native.isa()

@@ -20,8 +20,8 @@ VARIANTS = ("avx2", "avx512f", "avx512", "avx512_bf16")
 @pytest.fixture
 def module():
     """The built module."""
-    if native.why_not() is not None:
-        pytest.skip(f"no native kernels: {native.why_not()}")
+    if native.load_error() is not None:
+        pytest.skip(f"no native kernels: {native.load_error()}")
     return native.kernels()
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from knltrain.config import OptimConfig, RunConfig
 from knltrain.models import model_of
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import build_optimizer
 from knltrain.training.engine import build_engine
 
@@ -73,7 +73,7 @@ def test_the_kernels_forward_and_backward(torchvision, name):
 
     That of the whole gradient: of a single layer's a ReLU decides, which rounding has fall on the other side of zero.
     """
-    if reason := why_not():
+    if reason := load_error():
         pytest.skip(f"no native kernels: {reason}")
     ours, theirs, images = pair(torchvision, name, torch.float32)
     exact = logits_and_gradients(copy.deepcopy(theirs).double(), images.double(), training=True)

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 
 SCRIPT = Path(__file__).parents[2] / "perf" / "first_steps.py"
 
 
-@pytest.mark.skipif(bool(why_not()), reason="no native kernels")
+@pytest.mark.skipif(bool(load_error()), reason="no native kernels")
 def test_ways_begin_alike(tmp_path):
     command = [sys.executable, SCRIPT, "--quick", "--json", "--out", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)

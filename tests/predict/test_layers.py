@@ -13,7 +13,7 @@ from knltrain.config import OptimConfig
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
 from knltrain.models.alexnet import LocalResponseNorm
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import build_optimizer
 from knltrain.predict.layers import KNOWN, Gradient, buckets, gradients_of, layers_of, times_from_profile
 from knltrain.training.engine import build_engine
@@ -105,8 +105,8 @@ def alone():
     ],
 )
 def test_buckets_are_those_of_the_trainer(alone, model, size, engine, precision, bucket_mb):
-    if engine == "fused" and why_not():
-        pytest.skip(f"no kernels: {why_not()}")
+    if engine == "fused" and load_error():
+        pytest.skip(f"no kernels: {load_error()}")
     torch.set_num_threads(1)
     network = build_model(model, num_classes=1000, image_size=size).to(memory_format=torch.channels_last)
     built = build_engine(engine, precision, network, build_optimizer(network, OptimConfig()))

@@ -8,7 +8,7 @@ import pytest
 from foreseen import ALEXNET, GOOD, RESNET, job, replaced
 
 from knltrain.config import CommConfig, RunConfig, override
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
 from knltrain.predict.accounting import accounting, course
@@ -160,11 +160,11 @@ def test_nonsense_is_one_line(changes, words):
 
 
 def test_the_batch_is_divided_as_the_trainer_does():
-    from knltrain.training.trainer import share_of
+    from knltrain.training.trainer import rank_batch_of
 
     for config in (ALEXNET, RESNET):
         for nodes in (1, 4, 512, 2048):
-            theirs = share_of(config, 0, nodes)
+            theirs = rank_batch_of(config, 0, nodes)
             assert share(job(config, nodes=nodes)) == (theirs.local_batch, theirs.accumulate)
 
 
@@ -219,7 +219,7 @@ def test_a_run_that_changes_takes_as_long_as_its_phases():
     plain = dataclasses.replace(RESNET, local_batch=8)
     changing = override(plain, CHANGING)
     whole = predict(job(changing, nodes=512))
-    plan = timetable(changing, IMAGENET_IMAGES)
+    plan = make_schedule(changing, IMAGENET_IMAGES)
     assert [(phase.batch, phase.image_size) for phase in plan.phases] == [(8192, 128), (32768, 128), (32768, 224)]
     seconds = 0.0
     for phase in plan.phases:
@@ -237,7 +237,7 @@ def test_a_run_that_changes_takes_as_long_as_its_phases():
 
 def test_a_course_is_counted_exactly():
     config = override(RESNET, CHANGING)
-    rows, plan = course(config, nodes=512), timetable(config, IMAGENET_IMAGES)
+    rows, plan = course(config, nodes=512), make_schedule(config, IMAGENET_IMAGES)
     assert [row["iterations"] for row in rows] == [phase.last_step - phase.first_step for phase in plan.phases]
     assert sum(row["images"] for row in rows) == plan.images(plan.total_steps)
     one = {size: sum(layer.forward_flops + layer.backward_flops for layer in layers_of("resnet50", image_size=size))

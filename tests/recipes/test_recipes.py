@@ -3,7 +3,7 @@
 import pytest
 
 from knltrain.config import RunConfig
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
 from knltrain.recipes import IMAGENET_IMAGES, RECIPES, at_batch
@@ -150,7 +150,7 @@ def ffcv_size(epoch, start, end):
 @pytest.mark.parametrize("epochs, start, end", [(16, 11, 13), (32, 23, 27), (88, 65, 76)])
 def test_ffcv_recipes_have_the_sources_sizes_and_rates(epochs, start, end):
     config = RECIPES[f"resnet50-ffcv-{epochs}"].config()
-    course = timetable(config, IMAGENET_IMAGES)
+    course = make_schedule(config, IMAGENET_IMAGES)
     steps = [round(epoch * IMAGENET_IMAGES / 4096 + 1) for epoch in range(epochs)]
     assert [course.phase(step).image_size for step in steps] == [
         ffcv_size(epoch, start, end) for epoch in range(epochs)

@@ -22,8 +22,8 @@ from small_networks import (
 
 from knltrain import checkpoint
 from knltrain.config import RunConfig, override
-from knltrain.config.checks import without_effect
-from knltrain.config.schedule import timetable
+from knltrain.config.checks import unused_field_warnings
+from knltrain.config.schedule import make_schedule
 from knltrain.data.folder import Folder
 from knltrain.data.loader import Loader
 from knltrain.errors import ConfigError, KnltrainError
@@ -33,7 +33,7 @@ from knltrain.runlog.metrics import read_metrics
 from knltrain.training import trainer
 from knltrain.training.ema import WeightAverage
 from knltrain.training.evaluate import evaluate
-from knltrain.training.state import shares_of
+from knltrain.training.state import rank_batches_of
 from knltrain.weights.export import export
 
 
@@ -57,10 +57,10 @@ def run(config, **changes):
 def batches(image_folder, config, world_size=1, part="train"):
     """Images and labels of every step, those of the ranks one after the other."""
     loader = Loader(Folder(image_folder / part), config, dtype=torch.float32, workers=2)
-    course = timetable(config, len(loader))
+    course = make_schedule(config, len(loader))
     steps = []
     for phase, *shares in zip(
-        course.phases, *(shares_of(config, course, rank, world_size) for rank in range(world_size)), strict=True
+        course.phases, *(rank_batches_of(config, course, rank, world_size) for rank in range(world_size)), strict=True
     ):
         of_ranks = [list(loader.training(share, phase.first_step, phase.last_step)) for share in shares]
         for index in range(phase.last_step - phase.first_step):
@@ -271,12 +271,12 @@ def test_what_cannot_be_is_refused_before_anything_is_done(config, fields, words
 def test_batches_are_divided_over_ranks():
     config = override(RunConfig(), {"global_batch": 64, "schedule.batches": [30], "schedule.batch_epochs": [1]})
     with pytest.raises(ConfigError, match=r"schedule.batches 30 is not a multiple of 4 ranks; take 28 or 32"):
-        shares_of(config, timetable(config, 1000), 0, 4)
+        rank_batches_of(config, make_schedule(config, 1000), 0, 4)
 
 
 def test_no_augmentation_cannot_end():
     config = override(RunConfig(), {"augment.name": "none", "augment.collapse_epochs": 2})
-    (line,) = without_effect(config, ["augment.collapse_epochs"])
+    (line,) = unused_field_warnings(config, ["augment.collapse_epochs"])
     assert line.startswith("augment.collapse-epochs has no effect")
 
 

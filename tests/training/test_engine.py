@@ -92,7 +92,7 @@ def summed_gradients(name, micro_batch):
             logits = engine.model(images[chosen].to(engine.dtype, memory_format=torch.channels_last))
         (F.cross_entropy(logits.float(), labels[chosen]) * micro_batch / 128).backward()
         if first + micro_batch < 128:
-            engine.optimizer.carry()
+            engine.optimizer.accumulate_fp32()
     gradients = engine.gradients()
     return torch.cat([gradients[key].float().flatten() for key in sorted(gradients)])
 
@@ -237,7 +237,7 @@ def test_missing_parts_are_named(monkeypatch):
     else:
         with pytest.raises(ConfigError, match="not installed"):
             choose("ipex")
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: "they were not built; install g++")
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: "they were not built; install g++")
     with pytest.raises(ConfigError, match=r"engine fused: .*not built; install g\+\+.*--engine eager"):
         choose("fused")
 
@@ -245,12 +245,12 @@ def test_missing_parts_are_named(monkeypatch):
 @pytest.mark.parametrize("asked", ["eager", "compile", "ipex", "auto"])
 def test_bf16_that_pytorch_would_sum_in_bf16_is_refused(monkeypatch, asked):
     monkeypatch.setattr("knltrain.training.engine.onednn_computes_bf16", lambda: False)
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: "no compiler")
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: "no compiler")
     if asked == "auto" or not why_no_engine(asked):
         assert choose(asked) in ("eager", asked)
         with pytest.raises(ConfigError, match=r"in bf16: .*AVX-512.*ONEDNN_MAX_CPU_ISA.*Use --precision fp32"):
             choose(asked, "bf16")
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: None)
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: None)
     monkeypatch.setattr("knltrain.training.engine.stored_engine", lambda *settings: None)
     assert choose("auto", "bf16") == choose("fused", "bf16") == "fused"
     if not why_no_engine(asked) and asked != "auto":
@@ -302,12 +302,12 @@ def test_gradients_of_many_images_of_one_sign_are_summed_in_float32(engine):
 
 def test_auto_is_what_tune_measured_or_the_kernels_or_eager(monkeypatch):
     monkeypatch.setattr("knltrain.training.engine.stored_engine", lambda *settings: None)
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: None)
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: None)
     assert choose("auto") == "fused"
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: "no compiler")
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: "no compiler")
     assert choose("auto") == "eager"
     monkeypatch.setattr("knltrain.training.engine.stored_engine", lambda *settings: "eager")
-    monkeypatch.setattr("knltrain.training.engine.why_not", lambda: None)
+    monkeypatch.setattr("knltrain.training.engine.load_error", lambda: None)
     assert choose("auto") == "eager"
     monkeypatch.setattr("knltrain.training.engine.stored_engine", lambda *settings: "of a later version")
     assert choose("auto") == "fused"

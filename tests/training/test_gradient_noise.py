@@ -11,7 +11,7 @@ from small_networks import small_run, why_no_engine
 
 from knltrain.checkpoint import Progress
 from knltrain.config import CommConfig, RunConfig, override
-from knltrain.data.loader import Share
+from knltrain.data.loader import RankBatch
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
 from knltrain.training import trainer
@@ -34,7 +34,7 @@ def test_of_a_quadratic(ranks, accumulate):
     rng = np.random.default_rng(0)
     mean = np.zeros(dimensions)
     mean[0] = distance
-    share = Share(ranks * accumulate * local, local, 0, ranks)
+    share = RankBatch(ranks * accumulate * local, local, 0, ranks)
     group = types.SimpleNamespace(world_size=ranks)
     noise, progress = NoiseScale(RunConfig(), group), Progress(step=0)
     for _ in range(100):
@@ -66,23 +66,23 @@ def test_where_it_is_not_defined():
         noise = begun(share, **comm)
         return noise.row(noise.update(Progress(step=0), 3.0, 1.0))
 
-    assert row(Share(64, 64, 0, 1)) == {}
-    assert row(Share(64, 16, 0, 2), compression="powersgd") == {}
-    assert row(Share(64, 16, 0, 1))["noise_scale"] == pytest.approx(2 / (1 / 16 - 1 / 64) / ((64 - 48) / 48))
+    assert row(RankBatch(64, 64, 0, 1)) == {}
+    assert row(RankBatch(64, 16, 0, 2), compression="powersgd") == {}
+    assert row(RankBatch(64, 16, 0, 1))["noise_scale"] == pytest.approx(2 / (1 / 16 - 1 / 64) / ((64 - 48) / 48))
     # The small batch has the smaller norm: by chance, or where there is no noise.
-    assert begun(Share(64, 16, 0, 1)).row(Progress(step=0)) == {"noise_scale": None}
+    assert begun(RankBatch(64, 16, 0, 1)).row(Progress(step=0)) == {"noise_scale": None}
 
 
 def test_of_batches_that_grow():
     """Batches of 16 and 64 in micro-batches of 16: the first have nothing to be compared with."""
-    noise, progress = begun(Share(16, 16, 0, 1)), Progress(step=0)
+    noise, progress = begun(RankBatch(16, 16, 0, 1)), Progress(step=0)
     assert noise.row(progress) == {}
-    noise.begin_step(Share(64, 16, 0, 1))
+    noise.begin_step(RankBatch(64, 16, 0, 1))
     assert noise.row(noise.update(progress, 3.0, 1.0))["noise_scale"] == pytest.approx(128)
 
 
 def test_a_gradient_that_is_no_number_does_not_stay():
-    noise = begun(Share(64, 16, 0, 1))
+    noise = begun(RankBatch(64, 16, 0, 1))
     before = noise.update(Progress(step=0), 3.0, 1.0)
     assert noise.update(before, float("nan"), 1.0) == before
 

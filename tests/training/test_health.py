@@ -11,10 +11,10 @@ from runs import assert_same_run, computed, newest
 from safetensors.torch import load_file
 
 from knltrain.config import RunConfig, override
-from knltrain.config.checks import without_effect
+from knltrain.config.checks import unused_field_warnings
 from knltrain.data.order import samples
 from knltrain.errors import KnltrainError
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
 from knltrain.training import step_guard, trainer
@@ -64,8 +64,8 @@ def losses(out):
 @pytest.mark.parametrize("engine, precision", [("eager", "fp32"), ("fused", "bf16")])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
 def test_stop_ends_before_the_step_and_keeps_what_it_stood_on(kind, engine, precision, config, tmp_path, monkeypatch):
-    if engine == "fused" and why_not():
-        pytest.skip(f"no native kernels: {why_not()}")
+    if engine == "fused" and load_error():
+        pytest.skip(f"no native kernels: {load_error()}")
     options = {"engine": engine, "precision": precision, "force_bf16": True, "local_batch": 8}
     expected = undisturbed(config, tmp_path, **options)
     run(config, out=str(tmp_path / "before"), max_steps=4, **options)
@@ -146,8 +146,8 @@ def test_skip_ends_when_too_many_come_in_a_row(config, monkeypatch):
 def test_rewind_is_a_run_that_went_on_from_the_checkpoint_with_a_lower_rate(
     engine, precision, config, tmp_path, monkeypatch
 ):
-    if engine == "fused" and why_not():
-        pytest.skip(f"no native kernels: {why_not()}")
+    if engine == "fused" and load_error():
+        pytest.skip(f"no native kernels: {load_error()}")
     options = {"engine": engine, "precision": precision, "force_bf16": True, "local_batch": 8}
     expected = tmp_path / "expected"
     run(config, out=str(expected), max_steps=3, **options)
@@ -246,8 +246,8 @@ def test_the_gradients_norm_is_in_the_metrics(config, monkeypatch):
 
 def test_bf16_gradients_of_micro_batches_are_one_gradient(config, tmp_path):
     """Their float32 sums are what the optimizer takes; the norm is of these and does not take anything away."""
-    if why_not():
-        pytest.skip(f"no native kernels: {why_not()}")
+    if load_error():
+        pytest.skip(f"no native kernels: {load_error()}")
     options = {"engine": "fused", "precision": "bf16", "force_bf16": True, "max_steps": 2, "dropout": 0.0}
     run(config, **options)
     run(config, out=str(tmp_path / "whole"), **options, local_batch=16)
@@ -294,10 +294,10 @@ def test_every_bit_shows_in_a_fingerprint():
 
 def test_what_only_other_policies_use_is_said():
     names = ["health.max_skips", "health.max_rewinds", "health.rewind_factor"]
-    said = without_effect(RunConfig(), names)
+    said = unused_field_warnings(RunConfig(), names)
     assert len(said) == 3
     skip = override(RunConfig(), {"health.policy": "skip"})
-    assert len(without_effect(skip, names)) == 2
+    assert len(unused_field_warnings(skip, names)) == 2
 
 
 def test_record_of_a_bad_step_is_plain_json(tmp_path):

@@ -289,8 +289,8 @@ HOLD = """
 import sys
 from pathlib import Path
 from knltrain.runlog.console import Console
-from knltrain.training.resume import lock_out
-with lock_out(Path(sys.argv[1]), Console(silent=True)):
+from knltrain.training.resume import lock_run_dir
+with lock_run_dir(Path(sys.argv[1]), Console(silent=True)):
     print("locked", flush=True)
     sys.stdin.read()
 """
@@ -346,7 +346,7 @@ def test_a_lock_of_a_file_that_has_lost_its_name_is_none(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(resume.fcntl, "lockf", lockf)
     console = Said()
-    with resume.lock_out(path.parent, console):
+    with resume.lock_run_dir(path.parent, console):
         assert path.read_text().endswith(f", process {os.getpid()}")
     assert (len(locked), console.lines) == (2, [])
 

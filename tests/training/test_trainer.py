@@ -15,15 +15,15 @@ from safetensors.torch import load_file
 
 from knltrain import checkpoint
 from knltrain.config import RunConfig, override
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.data.folder import DataError
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.launch.placement import find_place
+from knltrain.launch.placement import find_placement
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
 from knltrain.training import evaluate as evaluating
 from knltrain.training import trainer
-from knltrain.training.state import Run, share_of
+from knltrain.training.state import Run, rank_batch_of
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
                     "exposed_comm_fraction", "peak_rss_mb", "wall_s", "engine", "world_size",
@@ -241,7 +241,7 @@ def test_a_part_of_an_epoch_is_completed_once(num_images):
     """0.3 epochs over 0.1 is a little less than 3 in floating point."""
     config = RunConfig(global_batch=1, epochs=2)
     others = {field.name: None for field in dataclasses.fields(Run)}
-    run = Run(**{**others, "config": config, "timetable": timetable(config, num_images)})
+    run = Run(**{**others, "config": config, "schedule": make_schedule(config, num_images)})
     part = num_images // 10
     assert [step for step in range(1, 2 * num_images + 1) if run.crossed(step, 0.1)] == [
         part * count for count in range(1, 21)
@@ -301,7 +301,7 @@ def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tm
     said = []
     console = Console(silent=True)
     console.warn = said.append
-    place = find_place(strict=False)
+    place = find_placement(strict=False)
     for on_bad, skipped in (("fail", 0), ("skip", 2)):
         again = override(config, {"data": str(image_folder if on_bad == "fail" else copy), "on_bad": on_bad})
         found = evaluating.evaluate_checkpoint(Path(config.out), again, console, place)
@@ -312,12 +312,12 @@ def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tm
 
 
 def test_share_of_several_ranks():
-    share = share_of(RunConfig(global_batch=64, local_batch=8), 1, 4)
+    share = rank_batch_of(RunConfig(global_batch=64, local_batch=8), 1, 4)
     assert (share.accumulate, share.ranges(2)) == (2, [(144, 152), (152, 160)])
     with pytest.raises(ConfigError, match="not a multiple of 3 ranks; take 63 or 66"):
-        share_of(RunConfig(global_batch=64), 0, 3)
+        rank_batch_of(RunConfig(global_batch=64), 0, 3)
     with pytest.raises(ConfigError, match=r"take 3$"):
-        share_of(RunConfig(global_batch=2), 0, 3)
+        rank_batch_of(RunConfig(global_batch=2), 0, 3)
 
 
 def test_dropout_depends_on_the_place_in_the_run_alone():

@@ -13,7 +13,7 @@ from small_networks import small_run, why_no_engine
 
 from knltrain.cli.main import main
 from knltrain.config import RunConfig, override
-from knltrain.config.schedule import timetable
+from knltrain.config.schedule import make_schedule
 from knltrain.optim import LARS, parameter_groups
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import MetricsLog, read_metrics
@@ -114,7 +114,7 @@ def test_a_long_run_logs_a_thousand():
     def due(total, **changes):
         config = override(RunConfig(), {"log_trust_ratios": True, "epochs": 1, "global_batch": 1, **changes})
         others = {field.name: None for field in dataclasses.fields(Run)}
-        run = Run(**{**others, "config": config, "timetable": timetable(config, total)})
+        run = Run(**{**others, "config": config, "schedule": make_schedule(config, total)})
         return [step for step in range(1, total + 1) if run.trust_ratios_due(step)]
 
     assert len(due(450_360)) in range(900, 1002)

@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 
 from knltrain.comm.group import Group
 from knltrain.config import OptimConfig, RunConfig, override
-from knltrain.config.checks import without_effect
+from knltrain.config.checks import unused_field_warnings
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.launch.world import Ranks
 from knltrain.models import model_of
-from knltrain.ops.native import why_not
+from knltrain.ops.native import load_error
 from knltrain.optim import build_optimizer
 from knltrain.runlog.console import Console
 from knltrain.training import trainer
@@ -288,8 +288,8 @@ def learnt(out):
 @pytest.mark.parametrize("engine, precision", [("eager", "fp32"), ("fused", "fp32"), ("fused", "bf16")])
 def test_a_run_starts_from_the_file(config, trained, engine, precision, capsys):
     """Its float32 weights, whatever the engine works on; the last layer is fresh, for there are three classes."""
-    if engine == "fused" and why_not():
-        pytest.skip(f"no native kernels: {why_not()}")
+    if engine == "fused" and load_error():
+        pytest.skip(f"no native kernels: {load_error()}")
     changes = {"engine": engine, "precision": precision, "force_bf16": True}
     trainer.train(override(config, changes), Console())
     assert "classifier.fc6.weight and classifier.fc6.bias start fresh: other classes" in capsys.readouterr().out
@@ -365,5 +365,7 @@ def test_a_start_over_reads_the_file_again(config, tmp_path):
 
 def test_gamma_zero_has_no_effect_on_weights_from_a_file():
     config = override(RunConfig(), {"model": "resnet50", "init_from": "a.pth", "zero_init_residual": True})
-    assert without_effect(config, ["zero_init_residual"])[0].startswith("zero-init-residual has no effect without")
-    assert not without_effect(override(config, {"init_from": ""}), ["zero_init_residual"])
+    assert unused_field_warnings(config, ["zero_init_residual"])[0].startswith(
+        "zero-init-residual has no effect without"
+    )
+    assert not unused_field_warnings(override(config, {"init_from": ""}), ["zero_init_residual"])

@@ -1,0 +1,79 @@
+"""The verbs about data: nothing but parsing and printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import click
+
+from knltrain import config as configuration
+from knltrain.cli.options import JSON, field_options, given, recipe_named, reports_errors
+from knltrain.config import RunConfig
+from knltrain.errors import ConfigError
+
+
+@click.command()
+@click.argument("src", required=False)
+@click.argument("dst", required=False)
+@click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,
+              help="raw: pixels, read at memory speed; tar: JPEGs, a seventh of the size.")  # fmt: skip
+@click.option("--size", type=click.IntRange(min=0, max=16384), default=256, show_default=True,
+              help="Short side, pixels; raw images are squares of it. 0 with tar: images as they are.")  # fmt: skip
+@click.option("--workers", type=click.IntRange(min=1, max=1024), help="Processes; default one per core.")
+@click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
+              help="What an image that cannot be decoded means; DST/rejected.jsonl lists them.")  # fmt: skip
+@click.option("--verify", metavar="DST", help="Compare a prepared folder with its checksums, and do nothing else.")
+@JSON
+@reports_errors
+def prepare(
+    src: str | None, dst: str | None, format: Literal["raw", "tar"], size: int, workers: int | None, on_bad: str,
+    verify: str | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Pack the images of SRC into few large files in DST, as train's --data; decodes each once.
+
+    SRC holds train/CLASS/IMAGE and val/CLASS/IMAGE, or WebDataset's train-*.tar and val-*.tar, or ImageNet's
+    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with LOC_val_solution.csv or the devkit beside them.
+    """
+    from knltrain.data import prepare as preparing
+    from knltrain.runlog.console import Console
+
+    console = Console(json=as_json)
+    if verify is not None:
+        if src is not None:
+            raise ConfigError("--verify with SRC: it reads what was written; give the one or the other")
+        result = preparing.verify(Path(verify), console, workers=workers)
+    else:
+        if src is None or dst is None:
+            raise ConfigError("give SRC, what to read, and DST, the folder to write; or --verify DST")
+        result = preparing.prepare(
+            Path(src), Path(dst), console, format=format, size=size, workers=workers, on_bad=on_bad
+        )
+        if result["images_per_s"]:
+            counts = ", ".join(f"{count:,} {part}" for part, count in result["counts"].items())
+            console.line(
+                f"{dst}: {counts} images in {result['bytes'] / 1e9:.2f} GB, {result['rejected']:,} rejected; "
+                f"{result['images_per_s']:,.0f} img/s"
+            )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+@click.command()
+@click.argument("folder")
+@click.option("--recipe", metavar="NAME", help="Show what this recipe's augmentation makes of the images.")
+@click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="The picture's file.")
+@JSON
+@field_options("image_size", "augment.name", "augment.resize")
+@reports_errors
+def data(folder: str, recipe: str | None, sheet: str, as_json: bool, **values: str | None) -> None:
+    """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it."""
+    config = configuration.override(recipe_named(recipe) if recipe else RunConfig(), given(values))
+
+    from knltrain.data.inspect import describe
+    from knltrain.runlog.console import Console
+
+    result = describe(Path(folder), Path(sheet), Console(json=as_json), config=config)
+    if as_json:
+        click.echo(json.dumps(result))

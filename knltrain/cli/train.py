@@ -1,0 +1,191 @@
+"""The verbs that train, evaluate and export. Torch is loaded in them, once this rank is bound."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from knltrain import config as configuration
+from knltrain.cli.options import JSON, STOPPED, USUAL_IMAGE_SIZE, field_options, given, recipe_named, reports_errors
+from knltrain.config import RunConfig
+from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
+from knltrain.errors import ConfigError
+from knltrain.recipes import RECIPES
+
+_NO_STRICT = click.option(
+    "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."
+)
+
+
+def _take_place(*, strict: bool) -> Any:
+    """Moves this rank to its cores, which must come before torch is loaded."""
+    from knltrain.launch.placement import bind_rank
+
+    place = bind_rank(strict=strict)
+    for problem in place.warnings:
+        # What is so of a node is said once on each, what is so of a rank by itself.
+        if place.ranks.local_rank == 0 or f"rank {place.ranks.rank} " in problem:
+            click.echo(f"warning: {problem}", err=True)
+    return place
+
+
+@click.command()
+@click.option("--recipe", metavar="NAME", help="Recipe to start from; `knltrain recipes` lists them.")
+@click.option("--config", "file", metavar="FILE", help="TOML file of fields; overrides the recipe.")
+@click.option("--allow-change", metavar="FIELD,...",
+              help="Go on with a run although these fields are others than it began with.")  # fmt: skip
+@_NO_STRICT
+@JSON
+@field_options()
+@reports_errors
+def train(
+    recipe: str | None, file: str | None, allow_change: str | None, no_strict_affinity: bool, as_json: bool,
+    **values: str | None,
+) -> None:  # fmt: skip
+    """Train a network: alone, or as one rank under torchrun, mpiexec or srun.
+
+    Fields come from the recipe, then from the file, then from the options below.
+    """
+    config = RunConfig()
+    from_file = configuration.read_toml(file) if file else {}
+    recipe = recipe or str(from_file.pop("recipe", "")) or None
+    if recipe is None and not file:
+        raise ConfigError("nothing to train: give --recipe NAME (`knltrain recipes` lists them) or --config FILE")
+    if recipe is not None:
+        config = recipe_named(recipe)
+    from_file.pop("recipe", None)
+    flags = given(values)
+    config = configuration.override(config, {**from_file, **flags})
+    allowed = configuration.names(allow_change) if allow_change is not None else frozenset()
+
+    place = _take_place(strict=not no_strict_affinity)
+
+    from knltrain.runlog.console import Console
+
+    console = Console(json=as_json, silent=place.ranks.rank != 0)
+    changed = {*flags, *from_file}
+    if recipe and "global_batch" in changed and "optim.lr" not in changed and config.optim.lr_scaling == "none":
+        console.warn(
+            f"global batch {config.global_batch:,} with the learning rate {config.optim.lr:g} that {recipe} gives for "
+            f"{RECIPES[recipe].config().global_batch:,}; --optim.lr sets another"
+        )
+
+    for complaint in [*unused_field_warnings(config, changed), *unreached_schedule_warnings(config)]:
+        console.warn(complaint)
+
+    from knltrain.training.trainer import train as run
+
+    summary, finished = run(config, console, place, allow_change=allowed)
+    if not finished:
+        when = f"after step {summary['steps']:,}" if summary else "before the first step"
+        without = " without --resume never" if config.resume == "never" else ""
+        console.line(f"stopped by a signal {when}; the same command{without} goes on from there")
+        if as_json and place.ranks.rank == 0:
+            click.echo(json.dumps(summary or {"finished": False}))
+        sys.exit(STOPPED)
+    if summary:
+        console.line(
+            f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])})"
+            + (
+                f", {summary['images_per_s']:.0f} img/s, {summary['data_fraction']:.1%} waiting for data"
+                if summary["images_per_s"] is not None  # nothing was left but an evaluation
+                else ""
+            )
+            + f"; {summary['out']}/curves.png"
+        )
+        if as_json:
+            click.echo(json.dumps(summary))
+
+
+# What a checkpoint says of itself, as does what `export` makes of it, but no other file of weights.
+_OF_A_FILE = ("model", "image_size", "augment.resize")
+
+
+@click.command(name="eval")
+@click.argument("checkpoint")
+@_NO_STRICT
+@JSON
+@field_options("data", "precision", "force_bf16", "workers", "on_bad", *_OF_A_FILE)
+@reports_errors
+def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
+    """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data.
+
+    CHECKPOINT may be a file of weights too: what `knltrain export` wrote as safetensors says what it is of; of another
+    one, safetensors or a state dict as torchvision has it, --model names the network.
+    """
+    fields, classes = given(values), None
+    useless = [f"--{name.replace('_', '-')}" for name in _OF_A_FILE if name in fields]
+    if Path(checkpoint).is_file():
+        fields, classes = _of_a_file(checkpoint, fields)
+    elif useless:
+        raise ConfigError(f"{useless[0]} has no effect on {checkpoint}: a checkpoint says what it is of; leave it out")
+    config = configuration.override(RunConfig(), fields)
+
+    place = _take_place(strict=not no_strict_affinity)
+
+    from knltrain.runlog.console import Console
+    from knltrain.training.evaluate import evaluate_checkpoint
+
+    first = place.ranks.rank == 0
+    console = Console(json=as_json, silent=not first)
+    result = evaluate_checkpoint(Path(checkpoint), config, console, place, classes=classes)
+    console.line(
+        f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} over "
+        f"{result['images']:,} images, {result['images_per_s']:.0f} img/s"
+    )
+    if as_json and first:
+        click.echo(json.dumps(result))
+
+
+def _of_a_file(path: str, given: dict[str, str]) -> tuple[dict[str, str], Sequence[str] | None]:
+    """The fields with which a file of weights is evaluated, and the names of its classes where it has them."""
+    from knltrain.weights.metadata import about
+
+    said = about(Path(path))
+    if said is None:
+        if "model" not in given:
+            raise ConfigError(f"{path}: --model must name the network that these weights are of")
+        size = USUAL_IMAGE_SIZE.get(given["model"], 224)
+        # Pictures as small as these are not cropped when they are evaluated.
+        whole = {"augment.resize": str(size)} if size <= 32 and "image_size" not in given else {}
+        return {"image_size": str(size), **whole, **given}, None
+    if given.get("model", said.model) != said.model:
+        raise ConfigError(f"--model {given['model']}: {path} says that it is of {said.model}; leave it out")
+    fields = {"model": said.model}
+    if "image_size" not in given:
+        fields |= {"image_size": str(said.image_size), "augment.resize": str(said.resize)}
+    return {**fields, **given}, said.classes
+
+
+@click.command()
+@click.argument("checkpoint")
+@click.argument("dst")
+@click.option("--format", type=click.Choice(["safetensors", "pth", "onnx", "pt2"]),
+              help="State dict, ONNX or torch.export; default what the suffix of DST says.")  # fmt: skip
+@JSON
+@reports_errors
+def export(checkpoint: str, dst: str, format: str | None, as_json: bool) -> None:
+    """Write the network of CHECKPOINT (or the newest one of a run's folder) to DST, for other programs.
+
+    The file is read again before it is there: its logits have to be the network's.
+    """
+    from knltrain.runlog.console import Console
+    from knltrain.weights.export import export as write
+
+    console = Console(json=as_json)
+    result = write(Path(checkpoint), Path(dst), console, format=format)
+    console.line(
+        f"{dst}: {result['model']} of {result['checkpoint']}, {result['bytes'] / 1e6:.1f} MB; logits differ by "
+        f"{result['max_difference']:.2g} at most, of {result['largest_logit']:.3g}"
+    )
+    if as_json:
+        click.echo(json.dumps(result))
+
+
+def _percent(value: float | None) -> str:
+    return "not evaluated" if value is None else f"{value:.2f} %"

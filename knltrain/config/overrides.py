@@ -1,0 +1,195 @@
+"""Fields by dotted name: listed, set from a file or the command line, and turned to JSON types and back.
+
+All walk the dataclasses of schema.py, so that a field is declared once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import stat
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+from knltrain.config.schema import RunConfig
+from knltrain.errors import ConfigError
+
+# Of a text, characters: twice the longest path that Linux opens.
+_MAX_TEXT = 8192
+# Bytes; all fields together take two thousand.
+_MAX_FILE_BYTES = 1 << 20
+
+
+class Field(typing.NamedTuple):
+    """A leaf of the configuration: its dotted name, its annotation and its help text."""
+
+    name: str
+    type: Any
+    help: str
+
+
+def fields(cls: type = RunConfig, prefix: str = "") -> Iterator[Field]:
+    """Yields every leaf field, outer fields first, nested ones with dotted names."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    nested = []
+    for field in dataclasses.fields(cls):
+        kind = hints[field.name]
+        if dataclasses.is_dataclass(kind):
+            nested.append((field.name, kind))
+        else:
+            yield Field(prefix + field.name, kind, field.metadata["help"])
+    for name, kind in nested:
+        yield from fields(typing.cast(type, kind), f"{prefix}{name}.")
+
+
+def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
+    """Returns ``config`` with the fields named in ``values`` replaced.
+
+    Args:
+        config: where to start from.
+        values: dotted field name -> value. Strings are converted to the field's type, as a command line needs.
+
+    Raises:
+        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or out of bounds, or
+            fields that contradict each other.
+    """
+    known = {field.name: field for field in fields()}
+    groups = {name.rpartition(".")[0] for name in known}
+    changes: dict[str, dict[str, object]] = {"": {}}
+    for name, value in values.items():
+        if value == {} and name in groups:  # a table's heading with nothing under it
+            continue
+        if name not in known:
+            raise ConfigError(_unknown(name))
+        kind = known[name].type
+        given: object = value
+        if isinstance(value, str) and _is_list(kind):
+            given = [item for item in value.split(",") if item]
+        try:
+            converted = msgspec.convert(given, kind, strict=False)
+        except (msgspec.ValidationError, RecursionError):
+            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}") from None
+        if isinstance(converted, str) and not _is_text(converted):
+            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}")
+        group, _, leaf = name.rpartition(".")
+        changes.setdefault(group, {})[leaf] = converted
+    top = changes.pop("")
+    for group, leaves in changes.items():
+        top[group] = dataclasses.replace(getattr(config, group), **leaves)
+    return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def names(text: str) -> frozenset[str]:
+    """The fields that a list separated by commas names, with dashes or underscores.
+
+    Raises:
+        ConfigError: there is no such field; the nearest one is offered.
+    """
+    asked = frozenset(name.strip().replace("-", "_") for name in text.split(","))
+    for name in sorted(asked - {field.name for field in fields()}):
+        raise ConfigError(_unknown(name))
+    return asked
+
+
+def _unknown(name: str) -> str:
+    near = difflib.get_close_matches(name, [field.name for field in fields()], n=1)
+    hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
+    return f"unknown field {_shown(name)}{hint}"
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(_parts(kind)[0]) is tuple
+
+
+def _parts(kind: Any) -> tuple[Any, Meta]:
+    """A field's type without what surrounds it, and its bounds."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        kind = next(part for part in typing.get_args(kind) if part is not type(None))
+    if typing.get_origin(kind) is Annotated:
+        kind, bounds = typing.get_args(kind)[:2]
+        return kind, bounds
+    return kind, Meta()
+
+
+def _taken(kind: Any) -> str:
+    """What a field takes, in words: what kind of value, its unit and its bounds."""
+    kind, bounds = _parts(kind)
+    if typing.get_origin(kind) is Literal:
+        *most, last = typing.get_args(kind)
+        return f"{', '.join(most)} or {last}"
+    if typing.get_origin(kind) is tuple:
+        return f"at most {bounds.max_length} values with commas between them, each {_taken(typing.get_args(kind)[0])}"
+    if kind is bool:
+        return "true or false"
+    if kind is str:
+        return f"text in UTF-8 of at most {_MAX_TEXT} characters, none of them NUL"
+    limits = ((">=", bounds.ge), (">", bounds.gt), ("<=", bounds.le), ("<", bounds.lt))
+    said = " and ".join(f"{sign} {limit:,.12g}" for sign, limit in limits if limit is not None)
+    unit = f" of {bounds.extra['unit']}" if bounds.extra else ""
+    return f"a {'whole ' if kind is int else ''}number{unit} {said}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether files and messages can hold it; bytes of a command line that are not UTF-8 arrive as lone surrogates."""
+    return len(value) <= _MAX_TEXT and "\0" not in value and not re.search("[\ud800-\udfff]", value)
+
+
+def _shown(value: object) -> str:
+    """A value for a message, however long it is."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits
+        return f"this {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:60]}..."
+
+
+def read_toml(path: str | Path) -> dict[str, object]:
+    """Reads a TOML file of fields and returns them by dotted name.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or no TOML.
+    """
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        state = os.stat(path)
+        if os.path.samestat(state, os.stat(os.devnull)):  # a file of no fields, and nothing to wait for
+            return {}
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe that nobody writes into would wait for ever
+            raise ConfigError(f"--config {path}: not a file")
+        if state.st_size > _MAX_FILE_BYTES:
+            raise ConfigError(f"--config {path}: {state.st_size:,} bytes, which is no file of fields; give another")
+        return flatten(tomllib.loads(Path(path).read_text("utf-8")))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: {error.strerror}") from None
+    except RecursionError:
+        raise ConfigError(f"--config {path}: tables or lists within each other a thousand deep") from None
+    except ValueError as error:  # not UTF-8, not TOML, an integer of thousands of digits
+        raise ConfigError(f"--config {path}: not TOML: {error}") from None
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
+    """Turns nested tables into dotted names."""
+    flat: dict[str, object] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update({f"{name}.{leaf}": inner for leaf, inner in flatten(value).items()})
+        else:
+            flat[name] = value
+    return flat
+
+
+def as_dict(config: RunConfig) -> dict[str, Any]:
+    """The configuration as nested dictionaries of JSON types."""
+    return typing.cast(dict[str, Any], msgspec.json.decode(msgspec.json.encode(config)))
