@@ -146,7 +146,7 @@ def test_a_process_that_spins_is_seen():
     with spinning("leave"):
         watch = CpuContentionMonitor(os.sched_getaffinity(0))
         time.sleep(1)
-        assert watch.taken().others > 0.5
+        assert watch.taken().other > 0.5
 
 
 @pytest.mark.skipif(not list(Path("/proc/self/task").glob("*/children")), reason="a kernel without lists of children")
