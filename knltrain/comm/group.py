@@ -174,6 +174,14 @@ class Group:
         dist.all_reduce(tensor, group=self.channel)
         return tensor.tolist()
 
+    def count(self, flag: bool) -> int:
+        """Returns on how many ranks the flag is set; the same number on all ranks. All ranks call it at once."""
+        return int(self.sum(bool(flag))[0])
+
+    def any(self, flag: bool) -> bool:
+        """Returns whether the flag is set on any rank; the same answer on all ranks. All ranks call it at once."""
+        return self.count(flag) > 0
+
     def gather(self, values: Tensor) -> Tensor:
         """Every rank's values, one row a rank.
 

@@ -8,6 +8,8 @@ import pytest
 from comm.ranks import outputs, results, start_ranks, wait_for
 
 from knltrain.comm import oneccl
+from knltrain.comm.group import Group
+from knltrain.launch.world import Ranks
 
 GROUP = """
 import json, os, sys
@@ -21,8 +23,9 @@ said = {}
 try:
     with Group(ranks, backend, range(ranks.rank + int(kept))) as group:
         group.expect_steps(60)
-        said = {"sum": group.sum(ranks.rank + 1.0), "backend": group.backend.name, "note": group.backend.note,
-                "workers": group.backend.settings.get("set", {}).get("CCL_WORKER_COUNT")}
+        said = {"sum": group.sum(ranks.rank + 1.0), "count": group.count(ranks.rank < 1),
+                "any": [group.any(ranks.rank == 1), group.any(False)], "backend": group.backend.name,
+                "note": group.backend.note, "workers": group.backend.settings.get("set", {}).get("CCL_WORKER_COUNT")}
 except KnltrainError as error:
     said = {"error": str(error)}
 open(f"{folder}/rank{ranks.rank}.json", "w").write(json.dumps(said))
@@ -108,6 +111,16 @@ def test_of_the_cores_that_are_kept_every_rank_uses_as_many(needs_oneccl, tmp_pa
 def test_where_one_rank_keeps_no_core_none_has_workers(needs_oneccl, tmp_path):
     for said in run(GROUP, tmp_path, "ccl", 0, "{}"):
         assert (said["sum"], said["workers"]) == ([3.0], None)
+
+
+def test_flags_of_one_rank_reach_all(tmp_path):
+    for said in run(GROUP, tmp_path, "gloo", 0, "{}"):
+        assert (said["count"], said["any"]) == (1, [True, False])
+
+
+def test_flags_of_a_single_rank_are_its_own():
+    group = Group(Ranks("none", 0, 1, 0, 1))
+    assert [group.count(True), group.count(False), group.any(True), group.any(False)] == [1, 0, True, False]
 
 
 @pytest.mark.parametrize("exported", [{"CCL_WORKER_COUNT": "2"}, {"CCL_WORKER_AFFINITY": "0"}])
