@@ -1,4 +1,4 @@
-"""Every command of the README, run. Long ones are made short by flags added at their end, and by small data."""
+"""Every command of the README and of the pages for users, run: made short by flags at its end and by small data."""
 
 import importlib.util
 import os
@@ -17,6 +17,11 @@ from knltrain.cli.main import main
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text("utf-8")
+# In the order in which they are read: a command finds what those before it have left.
+PAGES = [
+    README,
+    *((ROOT / "docs" / f"{page}.md").read_text("utf-8") for page in ("tutorial", "data", "performance", "weights")),
+]
 
 TINY = "--model alexnet_bn_small --image-size 32"
 TINY_FOR_RESNETS = f"--global-batch 4 --local-batch 2 --max-steps 1 {TINY} --zero-init-residual false"
@@ -28,6 +33,7 @@ SHORTER = {
     "knltrain sweep": "--batches 16 --optimizers sgd --seeds 0 --local-batch 16 --max-steps 1",
     "torchrun": f"--global-batch 4 --local-batch 2 --max-steps 1 {TINY}",
     "mpiexec": TINY_FOR_RESNETS,
+    "bash run/single_node.sh": TINY_FOR_RESNETS,
     "knltrain launch": TINY_FOR_RESNETS,
     "knltrain bench --batches": f"--batches 2 --steps 1 {TINY}",
     "knltrain bench --recipe": "--batch 2 --steps 1",
@@ -43,25 +49,30 @@ IN_THIS_PROCESS = [["knltrain", verb] for verb in ("data", "eval", "export", "pr
 # compiles nothing. tests/training/test_engine.py compiles.
 ALL_ENGINES = ("knltrain tune", "knltrain bench --model alexnet_bn --batch 128 --compare")
 # Run by .ci/run as they stand, or what made the environment that this test runs in.
-SLURM = "sbatch --nodes 16 run/slurm.sbatch --recipe resnet50-8k --data imagenet"
 ELSEWHERE = {
-    SLURM,
     "bash run/quickstart.sh",
-    "bash run/test.sh",
-    "bash run/test.sh --all",
+    "python3 -m venv .venv",
+    "source .venv/bin/activate",
     "pip install '.[intel]'",
     "pip install '.[ccl]'",
     "pip install .",
+    # tests/cluster/test_slurm.py submits run/slurm.sbatch to a Slurm of its own.
+    "sbatch --nodes 16 --ntasks-per-node 2 run/slurm.sbatch --recipe resnet50-8k --data /shared/imagenet-raw "
+    "--out /shared/runs/first",
+    # Its archive has to be downloaded.
+    "knltrain data cifar10 cifar-10-python.tar.gz cifar10",
 }
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return [
+        block for page in PAGES for block in re.findall(rf"^```{language}\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    ]
 
 
 def commands():
     lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [stripped for line in lines if (stripped := line.split("  #")[0].split("    ")[0].strip())]
+    return list(dict.fromkeys(stripped for line in lines if (stripped := line.split("  #")[0].strip())))
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +85,7 @@ def folder(tmp_path_factory):
                 write_jpeg(root / name / part / f"class{index % classes}" / f"{index}.jpg", size, size, index)
     (toml,) = blocks("toml")
     (root / "run.toml").write_text(toml)
+    (root / "run").symlink_to(ROOT / "run")
     return root
 
 
@@ -87,7 +99,7 @@ def test_the_readme_has_commands():
 @pytest.mark.parametrize("command", [c for c in commands() if c not in ELSEWHERE])
 def test_command(command, folder, monkeypatch):
     words = shlex.split(command)
-    if (words[0] == "mpiexec" or "launch" in words) and not (
+    if (words[0] == "mpiexec" or "launch" in words or "run/single_node.sh" in words) and not (
         shutil.which("mpiexec") or (Path(sys.executable).parent / "mpiexec").exists()
     ):
         pytest.skip("no mpiexec here")
@@ -123,7 +135,7 @@ def test_scripts_are_clean(script):
 
 def test_python_examples():
     for block in blocks("python"):
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, "the README", "exec"), {})
 
 
 def test_flags_that_are_spoken_of_exist():
