@@ -27,7 +27,8 @@ def measure(model: str, image_size: int, batch: int, rounds: int) -> dict[str, A
         Of each, ``step_s``, ``norm_s`` and ``fingerprint_s``, a list of seconds.
     """
     from knltrain.bench.step import TrainingStep
-    from knltrain.training.step_guard import fingerprint, norm_of
+    from knltrain.training.gradient_norm import norm_of
+    from knltrain.training.replica_check import fingerprint
 
     config = override(RunConfig(), {"model": model, "image_size": image_size, "global_batch": batch})
     step = TrainingStep(config)

@@ -103,7 +103,7 @@ newer() {
     local failed=0
     # A third rank of oneCCL's is no other to PyTorch than the second, and of what trains for long one network will do.
     tests ".venv-torch-$NEWER" "what depends on PyTorch" -m "version and not (cluster or hand)" \
-        -k "not (ccl-ofi-3 or (band_of_bf16 and resnet))" || failed=1
+        -k "not (ccl-ofi-3 or band_of_bf16)" || failed=1
     tests ".venv-torch-$NEWER" "several ranks" -m "version and cluster" \
         -k '(two_ranks_are_one and mpiexec) or outlives or loopback' || failed=1
     return $failed

@@ -14,14 +14,15 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
     """Has the computation of ``step``, counted from 1, go wrong on a rank, as often as it comes there up to ``times``.
 
     Args:
-        kind: ``loss`` and ``gradient`` are no numbers then, of ``weight`` one bit flips after the step, and ``disk``
-            takes seconds to write the checkpoint of the step.
+        kind: ``loss`` and ``gradient`` are NaN and Inf then, ``weight`` has one bit flipped after the step, and
+            ``disk`` takes seconds to write the checkpoint of the step.
         step: which.
         rank: where.
         times: how often.
         patch: sets an attribute, as setattr.
     """
     from knltrain.checkpoint import writer
+    from knltrain.training import step as stepping
     from knltrain.training import step_guard, trainer
 
     at = {"step": -1, "rank": -1, "left": times}
@@ -30,30 +31,30 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
         at["left"] -= at["step"] == step and at["rank"] == rank
         return at["step"] == step and at["rank"] == rank and at["left"] >= 0
 
-    original_begin = step_guard.Watch.begin_step
+    original_begin = step_guard.StepGuard.begin_step
 
-    def begin_step(watch):
-        at["rank"] = watch._group.rank
-        original_begin(watch)
+    def begin_step(guard):
+        at["rank"] = guard._group.rank
+        original_begin(guard)
 
-    original_seed = trainer.seed_dropout
+    original_seed = stepping.seed_dropout
 
     def seed_dropout(seed, number, micro):
         at["step"] = number + 1
         original_seed(seed, number, micro)
 
-    patch(step_guard.Watch, "begin_step", begin_step)
-    patch(trainer, "seed_dropout", seed_dropout)
+    patch(step_guard.StepGuard, "begin_step", begin_step)
+    patch(stepping, "seed_dropout", seed_dropout)
 
     if kind == "loss":
-        cross_entropy = trainer.F.cross_entropy
+        cross_entropy = stepping.F.cross_entropy
 
         def bad_loss(*arguments, **options):
             return cross_entropy(*arguments, **options) * (float("nan") if due() else 1.0)
 
-        patch(trainer, "F", types.SimpleNamespace(cross_entropy=bad_loss))
+        patch(stepping, "F", types.SimpleNamespace(cross_entropy=bad_loss))
     elif kind == "gradient":
-        data_parallel = trainer.data_parallel
+        data_parallel = stepping.data_parallel
 
         def with_hook(model, *arguments):
             def spoil(gradient):
@@ -62,16 +63,16 @@ def inject(kind, step, rank=0, *, times=1, patch=setattr):
             dict(model.named_parameters())[LAYER].register_hook(spoil)
             return data_parallel(model, *arguments)
 
-        patch(trainer, "data_parallel", with_hook)
+        patch(stepping, "data_parallel", with_hook)
     elif kind == "weight":
-        compare = step_guard.Watch.compare_weights
+        finish_step = trainer.finish_step
 
-        def after_a_flip(watch, done, **options):
+        def after_a_flip(run, *arguments, **options):
             if due():
-                flip(watch._engine.weights()[LAYER], bit=3)
-            compare(watch, done, **options)
+                flip(run.state.engine.weights()[LAYER], bit=3)
+            finish_step(run, *arguments, **options)
 
-        patch(step_guard.Watch, "compare_weights", after_a_flip)
+        patch(trainer, "finish_step", after_a_flip)
     elif kind == "disk":
         write = writer.write
 
@@ -100,7 +101,8 @@ def flip(tensor, bit):
 
 
 if __name__ == "__main__":
-    from knltrain.cli import main as cli
+    from knltrain.cli import train as cli
+    from knltrain.cli.main import main
 
     bind_rank = cli._take_place
 
@@ -110,4 +112,4 @@ if __name__ == "__main__":
         return place
 
     cli._take_place = take_place_and_inject
-    cli.main()
+    main()

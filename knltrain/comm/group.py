@@ -38,6 +38,7 @@ _LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "C
          "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
 
 _LONGEST_WORD = 32
+_MAX_NAMED_RANKS = 8
 
 
 def _allow_open_files() -> None:
@@ -253,6 +254,12 @@ class Group:
             raise KnltrainError(
                 f"{who} has ended or does not answer{step}; what that rank printed is the cause ({reason})"
             ) from None
+
+    def names_of(self, ranks: Sequence[int]) -> str:
+        """Names ranks and their hosts, for people; of many, the first ones."""
+        named = [f"rank {rank} on {self.hosts[rank]}" for rank in ranks[:_MAX_NAMED_RANKS]]
+        more = len(ranks) - len(named)
+        return " and ".join(named) + (f" and {more} more" if more else "")
 
     def expect_steps(self, timeout_s: float) -> None:
         """From now on no rank waits for another longer than this; a start takes longer than a step.

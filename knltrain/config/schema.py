@@ -169,7 +169,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """What is done about numbers that have gone bad; see ``knltrain.training.step_guard``."""
+    """What is done about NaN, Inf and a loss that diverges; see ``knltrain.training.step_guard``."""
 
     policy: Literal["stop", "skip", "rewind"] = _field(
         "stop",

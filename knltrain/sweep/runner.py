@@ -34,10 +34,10 @@ from knltrain.sweep.draw import draw_accuracy, draw_losses
 from knltrain.sweep.markdown import report
 from knltrain.sweep.plan import Point, Sweep, left_away
 from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
-from knltrain.training import resume
+from knltrain.training import run_dir
+from knltrain.training.batching import rank_batch_of
 from knltrain.training.engine import choose_engine, choose_precision
 from knltrain.training.signals import StopRequest
-from knltrain.training.state import rank_batch_of
 
 _LOOK_S = 0.5
 # To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.
@@ -74,7 +74,7 @@ def sweep(plan: Sweep, out: Path, console: Console) -> tuple[dict[str, Any], boo
         KnltrainError: the data cannot be read, OUT is in use, or runs failed; those are tried again by the same call.
     """
     num_images = check(plan, console)
-    with resume.lock_run_dir(out, console):
+    with run_dir.lock_run_dir(out, console):
         guard(plan, out)
         results = Results(plan, out, num_images)
         try:
@@ -107,7 +107,7 @@ def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dic
     """
     num_images = check(plan, console)
     # Tasks that begin at the same time wait for each other here, and an array may begin as a whole.
-    with resume.lock_run_dir(out, console, patience_s=_ARRAY_S):
+    with run_dir.lock_run_dir(out, console, timeout_s=_ARRAY_S):
         guard(plan, out)
     results = Results(plan, out, num_images)
     point = task_of(results, task)
@@ -190,7 +190,7 @@ def guard(plan: Sweep, out: Path) -> None:
             if not differ:
                 # What has grown may have another first run: the one that the file has the configuration of.
                 same = plan.point(before["optimizers"][0], before["batches"][0], 1.0, before["seeds"][0]).config
-                changed = resume.changes(configuration.flatten(before["config"]), same)
+                changed = run_dir.changes(configuration.flatten(before["config"]), same)
                 differ = [f"{name}: {was} -> {now}" for name, (was, now) in changed.items()]
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
             raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None

@@ -26,7 +26,7 @@ from knltrain.node.binding import running_on
 from knltrain.node.memory import keep_freed_memory
 from knltrain.runlog.console import Console
 from knltrain.training.engine import DTYPES, autocast, choose_precision
-from knltrain.training.signals import StopRequest
+from knltrain.training.signals import InterruptError, StopRequest
 from knltrain.weights.load import load as load_file
 from knltrain.weights.load import refuse_different
 from knltrain.weights.metadata import as_trained
@@ -46,8 +46,8 @@ class Accuracy(NamedTuple):
 @torch.no_grad()
 def evaluate(
     model: nn.Module, precision: str, loader: Loader, group: Group, *, batch: int, stop: StopRequest | None = None
-) -> Accuracy | None:
-    """Evaluates a model on a data set; every rank takes its share and returns the whole result.
+) -> Accuracy:
+    """Evaluates a model on a data set; every rank takes its part and returns the whole result.
 
     Running statistics must be equal on all ranks (averaged_running_statistics). With fewer than five classes, top-5
     counts them all.
@@ -60,18 +60,18 @@ def evaluate(
         batch: images at once.
         stop: looked at before every batch.
 
-    Returns:
-        What was found; None if any rank was asked to stop before it was through.
+    Raises:
+        InterruptError: any rank was asked to stop before it was through.
     """
     model.eval()
     correct = in_five = images = 0
     loss = 0.0
     batches = loader.evaluation(batch=batch, rank=group.rank, world_size=group.world_size)
     try:
-        # Shares differ by an image, and so perhaps by a batch; all ranks look equally often whether to stop.
+        # Ranks differ by an image, and so perhaps by a batch; all look equally often whether to stop.
         for _ in range(-(-len(loader) // (group.world_size * batch))):
-            if stop is not None and group.sum(stop.requested) != [0]:
-                return None
+            if stop is not None and group.any(stop.requested):
+                raise InterruptError
             pictures, labels = next(batches, _NOTHING)
             if not len(labels):
                 continue
@@ -99,9 +99,8 @@ def _agreed(path: Path, group: Group, console: Console) -> Path:
     if group.is_first:
         found = str(path if path.is_file() else checkpoint.newest(path, console.warn))
     path = Path(group.broadcast_str(found))
-    (unseen,) = group.sum(not path.exists())
-    if unseen:
-        raise KnltrainError(f"{path}: {unseen:.0f} ranks do not see it; it must be where all nodes do")
+    if unseen := group.count(not path.exists()):
+        raise KnltrainError(f"{path}: {unseen} ranks do not see it; it must be where all nodes do")
     return path
 
 
@@ -161,7 +160,6 @@ def evaluate_checkpoint(
         skipped = loader.skipped(group.sum)
     if skipped:
         console.warn(replaced(skipped))
-    assert accuracy is not None  # nothing asks it to stop
     return {
         "checkpoint": str(path),
         "data": config.data,

@@ -8,8 +8,8 @@ both (appendix A.1). With several ranks the small batch is a rank's share of the
 
 from __future__ import annotations
 
-import dataclasses
 import math
+from typing import Any
 
 from torch import Tensor
 
@@ -18,9 +18,9 @@ from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.data.loader import RankBatch
 from knltrain.training.engine import Engine
-from knltrain.training.step_guard import norm_of
+from knltrain.training.gradient_norm import norm_of
 
-# Of the moving averages: they look back over the last twenty steps or so.
+# The moving averages look back over the last twenty steps or so.
 _DECAY = 0.95
 
 
@@ -35,12 +35,14 @@ class NoiseScale:
         group: the ranks.
 
     Attributes:
-        squares: of this rank's small batch in the step under way, the squared norm of the gradient.
+        squares: the squared norm of the gradient of this rank's small batch, in the step under way.
+        signal: moving average of estimates of the squared norm of the noiseless gradient.
+        noise: moving average of estimates of the trace of the covariance of one image's gradient.
     """
 
     def __init__(self, config: RunConfig, group: Group) -> None:
         self._ranks, self._compressed = group.world_size, config.comm.compression != "none"
-        self.squares = 0.0
+        self.squares = self.signal = self.noise = 0.0
 
     def begin_step(self, share: RankBatch) -> None:
         """Forgets the step before.
@@ -67,35 +69,35 @@ class NoiseScale:
             # The loss, and so the gradient, is divided by the number of micro-batches.
             self.squares = (norm_of(engine.gradients().values()) * self._accumulate) ** 2
 
-    def update(self, progress: Progress, squares: float, norm: float) -> Progress:
-        """Averages a step in.
+    def update(self, squares: float, norm: float) -> None:
+        """Averages a step in; does nothing where the noise scale is not defined, or with NaN or Inf.
 
         Args:
-            progress: of the run, which keeps the averages.
             squares: the sum of :attr:`squares` over the ranks.
             norm: the norm of the step's gradient.
-
-        Returns:
-            ``progress`` with new averages; as it was where the noise scale is not defined.
         """
         if not self.is_defined or not math.isfinite(squares):
-            return progress
+            return
         signal, noise = estimate(self._small, squares / self._ranks, self._large, norm**2)
-        return dataclasses.replace(
-            progress,
-            gradient_signal=_DECAY * progress.gradient_signal + (1 - _DECAY) * signal,
-            gradient_noise=_DECAY * progress.gradient_noise + (1 - _DECAY) * noise,
-        )
+        self.signal = _DECAY * self.signal + (1 - _DECAY) * signal
+        self.noise = _DECAY * self.noise + (1 - _DECAY) * noise
 
-    def row(self, progress: Progress) -> dict[str, float | None]:
+    def row(self) -> dict[str, float | None]:
         """The noise scale for metrics.jsonl, in images: None where the averages do not tell yet, nothing if undefined.
 
         Both averages began at zero and lack the same fraction, so their ratio lacks nothing.
         """
         if not self.is_defined:
             return {}
-        signal, noise = progress.gradient_signal, progress.gradient_noise
-        return {"noise_scale": noise / signal if signal > 0 and noise > 0 else None}
+        return {"noise_scale": self.noise / self.signal if self.signal > 0 and self.noise > 0 else None}
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"gradient_signal": self.signal, "gradient_noise": self.noise}
+
+    def load(self, progress: Progress) -> None:
+        """Takes over what a checkpoint holds of it."""
+        self.signal, self.noise = progress.gradient_signal, progress.gradient_noise
 
 
 def estimate(small: int, small_squares: float, large: int, large_squares: float) -> tuple[float, float]:

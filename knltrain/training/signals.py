@@ -18,6 +18,10 @@ _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
+class InterruptError(Exception):
+    """A signal asked a rank to stop; all ranks raise it at the same step."""
+
+
 class StopRequest:
     """While entered, the first of ``SIGNALS`` sets ``requested``; a second one does what it would have done without us.
 

@@ -15,13 +15,13 @@ from faults import inject_all
 from knltrain.cli.main import main as knltrain
 from knltrain.comm.group import Group
 from knltrain.launch.placement import find_placement
-from knltrain.training import trainer
+from knltrain.training import setup
 
 
 def main():
     place = find_placement(strict=False)
     with Group(place.ranks, "gloo") as group:
-        trainer.Group = lambda *_: contextlib.nullcontext(group)
+        setup.Group = lambda *_: contextlib.nullcontext(group)
         for arguments, faults in json.loads(sys.argv[1]):
             with pytest.MonkeyPatch.context() as patch:
                 inject_all(faults, patch=patch.setattr)

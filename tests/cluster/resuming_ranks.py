@@ -11,7 +11,7 @@ from knltrain.comm.group import Group
 from knltrain.launch.placement import find_placement
 from knltrain.models import convolutions
 from knltrain.runlog.console import Console
-from knltrain.training import trainer
+from knltrain.training import setup, trainer
 
 
 def main():
@@ -26,7 +26,7 @@ def main():
 
     convolutions.measure = measure
     with Group(place.ranks, backend) as group:
-        trainer.Group = lambda *_: contextlib.nullcontext(group)
+        setup.Group = lambda *_: contextlib.nullcontext(group)
         for name, options in json.loads(cases).items():
 
             def run(config):

@@ -50,7 +50,7 @@ def test_one_ranks_bad_number_stops_both_before_the_step(kind, launcher, undistu
     if kind == "loss":
         assert f"the loss of rank 1 on {HOST} is nan; the first layer with a bad gradient is features.conv1" in message
     else:
-        assert "every rank's a number, but the gradient is not" in message
+        assert "finite on every rank, but the gradient is not" in message
         assert "the first layer with a bad gradient is features.conv3.weight, 1 of 22 have one" in message
     folder = out / "failed" / "step-00000005"
     assert sorted(path.name for path in folder.iterdir()) == [

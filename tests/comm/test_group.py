@@ -45,7 +45,7 @@ open(f"{sys.argv[1]}/rank{ranks.rank}.json", "w").write(json.dumps({"soft": soft
 
 CHOOSE = """
 import json, sys
-from knltrain.training import trainer
+from knltrain.training import setup, trainer
 from knltrain.config import RunConfig, override
 from knltrain.runlog.console import Console
 from knltrain.errors import ConfigError
@@ -53,8 +53,8 @@ from knltrain.launch.world import discover
 folder, differs = sys.argv[1:]
 rank = discover().rank
 chosen = {"precision": ("fp32", "bf16"), "engine": ("fused", "eager")}
-trainer.choose_precision = lambda *_, **__: chosen["precision"][rank if differs == "precision" else 0]
-trainer.choose_engine = lambda *_, **__: chosen["engine"][rank if differs == "engine" else 0]
+setup.choose_precision = lambda *_, **__: chosen["precision"][rank if differs == "precision" else 0]
+setup.choose_engine = lambda *_, **__: chosen["engine"][rank if differs == "engine" else 0]
 try:
     trainer.train(override(RunConfig(), {"out": f"{folder}/run", "comm.backend": "gloo"}), Console(silent=True))
 except ConfigError as error:

@@ -160,7 +160,7 @@ def test_nonsense_is_one_line(changes, words):
 
 
 def test_the_batch_is_divided_as_the_trainer_does():
-    from knltrain.training.trainer import rank_batch_of
+    from knltrain.training.batching import rank_batch_of
 
     for config in (ALEXNET, RESNET):
         for nodes in (1, 4, 512, 2048):

@@ -30,10 +30,12 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.models import model_of
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
+from knltrain.training import step as stepping
 from knltrain.training import trainer
+from knltrain.training.batching import rank_batches_by_size, rank_batches_of
 from knltrain.training.ema import WeightAverage
 from knltrain.training.evaluate import evaluate
-from knltrain.training.state import rank_batches_of
+from knltrain.training.step_guard import RewindError
 from knltrain.weights.export import export
 
 
@@ -60,7 +62,9 @@ def batches(image_folder, config, world_size=1, part="train"):
     course = make_schedule(config, len(loader))
     steps = []
     for phase, *shares in zip(
-        course.phases, *(rank_batches_of(config, course, rank, world_size) for rank in range(world_size)), strict=True
+        course.phases,
+        *(rank_batches_of(rank_batches_by_size(config, rank, world_size), course) for rank in range(world_size)),
+        strict=True,
     ):
         of_ranks = [list(loader.training(share, phase.first_step, phase.last_step)) for share in shares]
         for index in range(phase.last_step - phase.first_step):
@@ -234,16 +238,16 @@ def test_an_average_may_begin_and_end_in_a_runs_course(config):
 
 
 def test_a_run_that_goes_back_takes_its_average_along(config, monkeypatch, tmp_path):
-    original, calls = trainer.seed_dropout, []
+    original, calls = stepping.seed_dropout, []
 
     def spoil(seed, step, micro):
         original(seed, step, micro)
         if step == 6 and not calls:  # two after the checkpoint
             calls.append(step)
-            raise trainer.RewindError("as if a number were bad")
+            raise RewindError("as if a number were bad")
 
     run(config, out=str(tmp_path / "expected"), **{"health.rewind_factor": 0.999999})
-    monkeypatch.setattr(trainer, "seed_dropout", spoil)
+    monkeypatch.setattr(stepping, "seed_dropout", spoil)
     run(config, **{"health.policy": "rewind", "health.rewind_factor": 0.999999})
     assert calls
     got, wanted = (load_file(newest(out) / "model.safetensors") for out in (config.out, tmp_path / "expected"))
@@ -271,7 +275,7 @@ def test_what_cannot_be_is_refused_before_anything_is_done(config, fields, words
 def test_batches_are_divided_over_ranks():
     config = override(RunConfig(), {"global_batch": 64, "schedule.batches": [30], "schedule.batch_epochs": [1]})
     with pytest.raises(ConfigError, match=r"schedule.batches 30 is not a multiple of 4 ranks; take 28 or 32"):
-        rank_batches_of(config, make_schedule(config, 1000), 0, 4)
+        rank_batches_by_size(config, 0, 4)
 
 
 def test_no_augmentation_cannot_end():

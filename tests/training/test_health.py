@@ -17,8 +17,10 @@ from knltrain.errors import KnltrainError
 from knltrain.ops.native import load_error
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
-from knltrain.training import step_guard, trainer
-from knltrain.training.step_guard import fingerprint, norm_of
+from knltrain.training import failure_dump, setup, trainer
+from knltrain.training import step as stepping
+from knltrain.training.gradient_norm import norm_of
+from knltrain.training.replica_check import fingerprint
 
 
 @pytest.fixture(autouse=True)
@@ -137,7 +139,7 @@ def test_the_weights_of_a_skipped_step_are_those_before_it(config, tmp_path, mon
 def test_skip_ends_when_too_many_come_in_a_row(config, monkeypatch):
     for step in (3, 5, 6, 7):
         inject("loss", step, patch=monkeypatch.setattr)
-    with pytest.raises(KnltrainError, match=r"at step 7 .*\. 2 steps in a row were left out: lower optim\.lr"):
+    with pytest.raises(KnltrainError, match=r"at step 7 .*\. 2 steps in a row were skipped: lower optim\.lr"):
         run(config, **{"health.policy": "skip", "health.max_skips": 2})
     assert (Path(config.out) / "failed" / "step-00000007" / "state" / "model.safetensors").exists()
 
@@ -186,7 +188,7 @@ def test_rewind_ends_when_it_does_not_help(config, monkeypatch):
 def test_a_step_whose_weights_are_no_numbers_makes_no_checkpoint(config, monkeypatch):
     """Loss and gradient may be numbers when what a step makes of them is not."""
     options = {"optim.name": "sgd", "optim.variant": "heavy-ball", "optim.lr": 1e6, "optim.weight_decay": 1e6}
-    initial = trainer.model_of
+    initial = setup.model_of
 
     def huge(*arguments, **options):
         model = initial(*arguments, **options)
@@ -194,8 +196,8 @@ def test_a_step_whose_weights_are_no_numbers_makes_no_checkpoint(config, monkeyp
             model.features.conv1.weight.mul_(1e30)  # batch norm follows: the loss is a number all the same
         return model
 
-    monkeypatch.setattr(trainer, "model_of", huge)
-    with pytest.raises(KnltrainError, match=r"step 1 has made weights that are no numbers \(features\.conv1\.weight\)"):
+    monkeypatch.setattr(setup, "model_of", huge)
+    with pytest.raises(KnltrainError, match=r"step 1 made NaN or Inf of finite weights \(features\.conv1\.weight\)"):
         run(config, max_steps=1, **options)
     assert not Path(config.out, "checkpoints").exists()
 
@@ -230,14 +232,14 @@ def test_smoothed_labels_do_not_change_what_chance_is():
 def test_the_gradients_norm_is_in_the_metrics(config, monkeypatch):
     """Over micro-batches it is the norm of their sum, as the optimizer takes it."""
     norms = []
-    taken = step_guard.Watch.gradient_norm
+    norms_of = stepping.norms_of
 
-    def gradient_norm(watch):
-        found = watch._engine.gradients()
-        norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found.values())))
-        return taken(watch)
+    def note_norm(gradients):
+        found = list(gradients)
+        norms.append(math.sqrt(sum(float(gradient.double().square().sum()) for gradient in found)))
+        return norms_of(found)
 
-    monkeypatch.setattr(step_guard.Watch, "gradient_norm", gradient_norm)
+    monkeypatch.setattr(stepping, "norms_of", note_norm)
     run(config, max_steps=3)
     logged = [row["grad_norm"] for row in read_metrics(Path(config.out, "metrics.jsonl")) if "loss" in row]
     assert logged == pytest.approx(norms, rel=1e-4)
@@ -301,6 +303,6 @@ def test_what_only_other_policies_use_is_said():
 
 
 def test_record_of_a_bad_step_is_plain_json(tmp_path):
-    step_guard._write_json(tmp_path / "a.json", {"a": [math.nan, 1.0, (math.inf,)], "b": {"c": -math.inf}})
+    failure_dump._write_json(tmp_path / "a.json", {"a": [math.nan, 1.0, (math.inf,)], "b": {"c": -math.inf}})
     assert json.loads((tmp_path / "a.json").read_text(), parse_constant=pytest.fail) == {
         "a": ["nan", 1.0, ["inf"]], "b": {"c": "-inf"}}  # fmt: skip

@@ -27,7 +27,8 @@ from knltrain import checkpoint
 from knltrain.config import override
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
-from knltrain.training import resume, trainer
+from knltrain.training import run_dir, trainer
+from knltrain.training import step as stepping
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +81,11 @@ def killed(config, monkeypatch):
             raise SystemError("killed")
         original(seed, step, micro)
 
-    original = trainer.seed_dropout
-    monkeypatch.setattr(trainer, "seed_dropout", kill)
+    original = stepping.seed_dropout
+    monkeypatch.setattr(stepping, "seed_dropout", kill)
     with pytest.raises(SystemError):
         run(config)
-    monkeypatch.setattr(trainer, "seed_dropout", original)
+    monkeypatch.setattr(stepping, "seed_dropout", original)
     out = Path(config.out)
     assert newest(out).name == "step-00000003"
     return out
@@ -107,7 +108,7 @@ def test_a_killed_run_has_every_step_once(config, killed, tmp_path):
 
 def test_an_evaluation_that_was_made_up_for_and_lost_is_there_once(config, monkeypatch):
     """Stopped before the evaluation of step 3; evaluated when it went on, and killed before the next checkpoint."""
-    original = trainer.seed_dropout
+    original = stepping.seed_dropout
 
     def act(seed, step, micro):
         if step == 2 and micro == 0:
@@ -116,11 +117,11 @@ def test_an_evaluation_that_was_made_up_for_and_lost_is_there_once(config, monke
             raise SystemError("killed")
         original(seed, step, micro)
 
-    monkeypatch.setattr(trainer, "seed_dropout", act)
+    monkeypatch.setattr(stepping, "seed_dropout", act)
     run(config)
     with pytest.raises(SystemError):
         run(config)
-    monkeypatch.setattr(trainer, "seed_dropout", original)
+    monkeypatch.setattr(stepping, "seed_dropout", original)
     run(config)
     assert [row["step"] for row in computed(config.out) if "top1" in row] == [3, 6]
 
@@ -216,7 +217,7 @@ def test_a_named_checkpoint(config, tmp_path):
     got, wanted = state(tmp_path / "branch"), state(config.out)
     assert all(torch.equal(got[name], wanted[name]) for name in wanted)
     assert [row["step"] for row in computed(tmp_path / "branch") if "loss" in row] == [4, 5, 6]
-    assert checkpoint.read_state(newest(tmp_path / "branch"))["config_sha256"] == resume.digest(config)
+    assert checkpoint.read_state(newest(tmp_path / "branch"))["config_sha256"] == run_dir.digest(config)
     with pytest.raises(ConfigError, match=r"is a checkpoint of another configuration \(optim.lr: 2.0 -> 3.0\)"):
         run(config, out=str(tmp_path / "other"), resume=str(folder), **{"optim.lr": 3.0})
     assert not (tmp_path / "other").exists()
@@ -289,7 +290,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from knltrain.runlog.console import Console
-from knltrain.training.resume import lock_run_dir
+from knltrain.training.run_dir import lock_run_dir
 with lock_run_dir(Path(sys.argv[1]), Console(silent=True)):
     print("locked", flush=True)
     sys.stdin.read()
@@ -307,7 +308,7 @@ def holder(config):
 
 
 def test_two_runs_do_not_share_a_folder(config, holder, monkeypatch):
-    monkeypatch.setattr(resume, "_PATIENCE_S", 0.2)
+    monkeypatch.setattr(run_dir, "_LOCK_TIMEOUT_S", 0.2)
     with pytest.raises(KnltrainError, match=rf"in use by a run on {os.uname().nodename}, process {holder.pid};"):
         run(config)
     assert [path.name for path in Path(config.out).iterdir()] == [".lock"]
@@ -334,7 +335,7 @@ def test_a_run_waits_for_one_that_is_ending(config, holder):
 @pytest.mark.parametrize("other", [False, True])
 def test_a_lock_of_a_file_that_has_lost_its_name_is_none(tmp_path, monkeypatch, other):
     """Between opening and locking, the run before has removed its file, and a third may have made another."""
-    path, lock, locked = tmp_path / "run" / ".lock", resume.fcntl.lockf, []
+    path, lock, locked = tmp_path / "run" / ".lock", run_dir.fcntl.lockf, []
 
     def lockf(descriptor, operation):
         if not locked:
@@ -344,9 +345,9 @@ def test_a_lock_of_a_file_that_has_lost_its_name_is_none(tmp_path, monkeypatch, 
         locked.append(descriptor)
         lock(descriptor, operation)
 
-    monkeypatch.setattr(resume.fcntl, "lockf", lockf)
+    monkeypatch.setattr(run_dir.fcntl, "lockf", lockf)
     console = Said()
-    with resume.lock_run_dir(path.parent, console):
+    with run_dir.lock_run_dir(path.parent, console):
         assert path.read_text().endswith(f", process {os.getpid()}")
     assert (len(locked), console.lines) == (2, [])
 
@@ -355,7 +356,7 @@ def test_a_file_system_without_locks_is_said(config, monkeypatch):
     def refuse(*_):
         raise OSError(37, "No locks available")
 
-    monkeypatch.setattr(resume.fcntl, "lockf", refuse)
+    monkeypatch.setattr(run_dir.fcntl, "lockf", refuse)
     console = Said()
     assert run(config, max_steps=1, console=console)[1]
     assert any("No locks available: a second run" in line for line in console.lines)

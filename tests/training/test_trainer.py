@@ -1,6 +1,5 @@
 """The run, in this process: what it leaves behind, what it refuses, and that it resumes."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -22,8 +21,10 @@ from knltrain.launch.placement import find_placement
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import read_metrics
 from knltrain.training import evaluate as evaluating
-from knltrain.training import trainer
-from knltrain.training.state import Run, rank_batch_of
+from knltrain.training import setup, trainer
+from knltrain.training import step as stepping
+from knltrain.training.batching import rank_batch_of
+from knltrain.training.due import DueRules
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
                     "exposed_comm_fraction", "peak_rss_mb", "wall_s", "engine", "world_size",
@@ -129,26 +130,26 @@ def test_twice_the_same_run_is_the_same_run(config, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_a_checkpoint(config, monkeypatch, number):
-    original, handler = trainer.seed_dropout, signal.getsignal(number)
+    original, handler = stepping.seed_dropout, signal.getsignal(number)
 
     def interrupt(seed, step, micro):
         if step == 3:
             signal.raise_signal(number)
         original(seed, step, micro)
 
-    monkeypatch.setattr(trainer, "seed_dropout", interrupt)
+    monkeypatch.setattr(stepping, "seed_dropout", interrupt)
     summary, finished = run(config)
     assert not finished
     assert (summary["finished"], summary["steps"]) == (False, 4)
     assert max(Path(config.out, "checkpoints").iterdir()).name == "step-00000004"
     assert signal.getsignal(number) is handler
-    monkeypatch.setattr(trainer, "seed_dropout", original)
+    monkeypatch.setattr(stepping, "seed_dropout", original)
     assert run(config)[0]["steps"] == 9
 
 
 def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatch):
     """And is in the checkpoint then, which stays if it is the best."""
-    original = trainer.seed_dropout
+    original = stepping.seed_dropout
 
     def interrupt(seed, step, micro):
         if step == 2:  # the last step of the first epoch
@@ -156,7 +157,7 @@ def test_an_evaluation_that_a_signal_prevented_is_made_up_for(config, monkeypatc
         original(seed, step, micro)
 
     config = override(config, {"checkpoint.keep": 9})
-    monkeypatch.setattr(trainer, "seed_dropout", interrupt)
+    monkeypatch.setattr(stepping, "seed_dropout", interrupt)
     assert not run(config)[1]
     folder = Path(config.out, "checkpoints", "step-00000003")
     assert checkpoint.progress_of(checkpoint.read_state(folder)).evaluated_step == 0
@@ -195,13 +196,13 @@ def test_a_signal_ends_an_evaluation_which_is_then_made_up_for(config, monkeypat
 
 
 def test_a_signal_before_the_first_step_ends_the_run_before_it(config, monkeypatch):
-    original = trainer.open_data
+    original = setup.open_data
 
     def interrupt(config):
         signal.raise_signal(signal.SIGUSR1)
         return original(config)
 
-    monkeypatch.setattr(trainer, "open_data", interrupt)
+    monkeypatch.setattr(setup, "open_data", interrupt)
     summary, finished = run(config)
     assert (finished, summary["steps"]) == (False, 0)
     assert not Path(config.out, "checkpoints").exists()
@@ -240,10 +241,9 @@ def test_checkpoints_can_be_rarer_than_evaluations(config):
 def test_a_part_of_an_epoch_is_completed_once(num_images):
     """0.3 epochs over 0.1 is a little less than 3 in floating point."""
     config = RunConfig(global_batch=1, epochs=2)
-    others = {field.name: None for field in dataclasses.fields(Run)}
-    run = Run(**{**others, "config": config, "schedule": make_schedule(config, num_images)})
+    due = DueRules(config, make_schedule(config, num_images))
     part = num_images // 10
-    assert [step for step in range(1, 2 * num_images + 1) if run.crossed(step, 0.1)] == [
+    assert [step for step in range(1, 2 * num_images + 1) if due.completed_interval(step, 0.1)] == [
         part * count for count in range(1, 21)
     ]
 
@@ -264,7 +264,7 @@ def test_a_loss_that_is_no_number_stops_the_run(config):
 def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
     data = tmp_path / "data"
     shutil.copytree(image_folder, data)
-    original = trainer.open_data
+    original = setup.open_data
 
     def spoil(config):
         parts = original(config)
@@ -272,7 +272,7 @@ def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
         return parts
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(DataError, match=r"class1/007\.jpg"):
-        patch.setattr(trainer, "open_data", spoil)
+        patch.setattr(setup, "open_data", spoil)
         run(config, data=str(data))
 
 
@@ -322,7 +322,7 @@ def test_share_of_several_ranks():
 
 def test_dropout_depends_on_the_place_in_the_run_alone():
     def drawn(*place):
-        trainer.seed_dropout(*place)
+        stepping.seed_dropout(*place)
         return torch.rand(4)
 
     assert torch.equal(drawn(0, 5, 2), drawn(0, 5, 2))

@@ -1,6 +1,5 @@
 """Trust ratios as they are logged: those that LARS uses, at a price that is not seen in the weights."""
 
-import dataclasses
 import json
 import math
 from pathlib import Path
@@ -18,7 +17,7 @@ from knltrain.optim import LARS, parameter_groups
 from knltrain.runlog.console import Console
 from knltrain.runlog.metrics import MetricsLog, read_metrics
 from knltrain.training import trainer
-from knltrain.training.state import Run
+from knltrain.training.due import DueRules
 
 
 def logged(out):
@@ -113,9 +112,8 @@ def test_a_run_that_was_stopped_has_each_step_once(image_folder, tmp_path):
 def test_a_long_run_logs_a_thousand():
     def due(total, **changes):
         config = override(RunConfig(), {"log_trust_ratios": True, "epochs": 1, "global_batch": 1, **changes})
-        others = {field.name: None for field in dataclasses.fields(Run)}
-        run = Run(**{**others, "config": config, "schedule": make_schedule(config, total)})
-        return [step for step in range(1, total + 1) if run.trust_ratios_due(step)]
+        due = DueRules(config, make_schedule(config, total))
+        return [step for step in range(1, total + 1) if due.trust_ratios(step)]
 
     assert len(due(450_360)) in range(900, 1002)
     assert len(due(1001)) in range(500, 1002)
