@@ -5,6 +5,8 @@ Only what parsing needs is imported here; torch is loaded by the verb that compu
 
 from __future__ import annotations
 
+import os
+
 import click
 
 import knltrain
@@ -27,8 +29,11 @@ _CONTEXT = {
 
 @click.group(context_settings=_CONTEXT)
 @click.version_option(knltrain.__version__, prog_name="knltrain")
-def main() -> None:
+@click.pass_context
+def main(context: click.Context) -> None:
     """Large-batch ImageNet training with LARS on clusters of many-core CPUs."""
+    if os.environ.get("NO_COLOR"):  # rich reads it by itself
+        context.color = False
 
 
 for _verb in (

@@ -131,7 +131,8 @@ def _predict(
 ) -> dict[str, Any]:
     from knltrain.predict.advice import advise, doublings, largest_useful
     from knltrain.predict.run import predict as run
-    from knltrain.predict.tables import scaling_table, show, step_table, summary
+    from knltrain.predict.tables import scaling_table, step_table, summary
+    from knltrain.runlog.tables import print_table, print_text
 
     grid = [
         run(dataclasses.replace(job, nodes=count, config=dataclasses.replace(job.config, global_batch=batch)))
@@ -142,13 +143,13 @@ def _predict(
     scan = doublings(first.job)
     advice = advise(first, scan)
     for line in summary(first):
-        console.line(line)
-    show(console, step_table(first))
+        print_text(console, line)
+    print_table(console, step_table(first))
     around = [one for one in scan if one.job.nodes >= first.job.nodes / 8 and one.job.nodes <= 8 * first.job.nodes]
     several = grid if len(grid) > 1 else around or grid
-    show(console, scaling_table(several))
+    print_table(console, scaling_table(several))
     for line in advice:
-        console.line(line)
+        print_text(console, line)
     if out is not None:
         from knltrain.predict.draw import draw_scaling, draw_step
 
@@ -181,14 +182,15 @@ def _as_dict(one: Prediction) -> dict[str, Any]:
 def _validate(console: Console) -> list[dict[str, Any]]:
     from knltrain.predict.published import RUNS, validate
     from knltrain.predict.systems import load
-    from knltrain.predict.tables import show, validation_table
+    from knltrain.predict.tables import validation_table
+    from knltrain.runlog.tables import print_table, print_text
 
     rows = validate()
-    show(console, validation_table(rows))
+    print_table(console, validation_table(rows))
     for name in dict.fromkeys(run.system for run in RUNS):
-        console.line(f"{name}: fitted {load(name).fitted}")
+        print_text(console, f"{name}: fitted {load(name).fitted}")
     for row in rows:
-        console.line(f"{row['run']}: {row['source']}; assumed: {row['assumed']}")
+        print_text(console, f"{row['run']}: {row['source']}; assumed: {row['assumed']}")
     return rows
 
 
@@ -198,7 +200,8 @@ def _accounting(
 ) -> list[dict[str, Any]]:  # fmt: skip
     from knltrain.predict.accounting import BATCHES, accounting, course
     from knltrain.predict.run import images_for
-    from knltrain.predict.tables import accounting_table, course_table, show
+    from knltrain.predict.tables import accounting_table, course_table
+    from knltrain.runlog.tables import print_table
 
     images = images or images_for(config.model)[0]
     found: list[dict[str, Any]] = []
@@ -208,7 +211,7 @@ def _accounting(
         for count in nodes:
             rows = course(config, nodes=count, images=images)
             title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
-            show(console, course_table(rows, title))
+            print_table(console, course_table(rows, title))
             found += [{"nodes": count, **row} for row in rows]
         return found
     itemsize = 2 if config.comm.dtype == "bf16" else 4
@@ -216,7 +219,7 @@ def _accounting(
         rows = accounting(config.model, image_size=config.image_size, epochs=config.epochs, nodes=count,
                           batches=batches or BATCHES, images=images, itemsize=itemsize)  # fmt: skip
         title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
-        show(console, accounting_table(rows, title))
+        print_table(console, accounting_table(rows, title))
         found += [{"nodes": count, **row} for row in rows]
     return found
 

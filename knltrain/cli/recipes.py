@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
-import sys
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from knltrain.cli.options import JSON
 from knltrain.recipes import RECIPES, SOURCES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+# Header, field of the JSON, and whether it is a number; what a narrow terminal can do without stands last.
+_COLUMNS = (
+    ("recipe", "recipe", False),
+    ("batch", "batch", True),
+    ("epochs", "epochs", True),
+    ("published top-1, %", "published", False),
+    ("run by this project", "measured", False),
+    ("model", "model", False),
+    ("LR", "lr", True),
+    ("optimizer", "optimizer", False),
+    ("warm-up", "warmup_epochs", True),
+    ("augmentation", "augmentation", False),
+)
 
 
 @click.command()
@@ -35,21 +53,28 @@ def recipes(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(rows))
         return
-    from rich import box
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from knltrain.runlog.console import Console
+    from knltrain.runlog.tables import print_table, print_text
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("recipe", "model", "batch", "epochs", "LR", "warm-up", "optimizer", "augmentation",
-                 "published top-1, %", "run by this project"):  # fmt: skip
-        number = name in ("batch", "epochs", "LR", "warm-up")
-        table.add_column(name, justify="right" if number else "left", no_wrap=number or name == "recipe")
-    for row in rows:
-        table.add_row(*(f"{value:.3g}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int)
-                        else escape(str(value)) for value in row.values()))  # fmt: skip
-    # A pipe has no width of its own; what reads it should get one line a recipe.
-    console = Console(width=None if sys.stdout.isatty() else 160)
-    console.print(table)
+    console = Console()
+    print_table(console, _table(rows))
     for key, source in SOURCES.items():
-        console.print(f"[{key}] {source}", markup=False, highlight=False)
+        print_text(console, f"[{key}] {source}")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    from rich.markup import escape
+
+    from knltrain.runlog.tables import new_table
+
+    def text(value: object) -> str:
+        if isinstance(value, float):
+            return f"{value:.3g}"
+        return f"{value:,}" if isinstance(value, int) else escape(str(value))
+
+    table = new_table()
+    for header, _, is_number in _COLUMNS:
+        table.add_column(header, justify="right" if is_number else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*(text(row[key]) for _, key, _ in _COLUMNS))
+    return table

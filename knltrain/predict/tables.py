@@ -5,21 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.table import Table
 
 from knltrain.predict.run import Prediction
-from knltrain.runlog.console import Console
-
-# A pipe has no width of its own; what reads it should get one line a row.
-_PIPE_WIDTH = 150
-
-
-def show(console: Console, table: Table) -> None:
-    """Prints a table."""
-    if not console.rich.is_terminal:
-        console.rich.width = _PIPE_WIDTH
-    console.rich.print(table)
+from knltrain.runlog.tables import new_table
 
 
 def duration(seconds: float) -> str:
@@ -57,7 +46,7 @@ def _of(prediction: Prediction) -> str:
 def step_table(prediction: Prediction) -> Table:
     """Where the time of a step goes."""
     step = prediction.step
-    table = _table("where a step's time goes", names=("",), numbers=("ms", "of the step"))
+    table = new_table("where a step's time goes", names=("",), numbers=("ms", "of the step"))
     for name, seconds in (
         ("images", step.input_s), ("forward", step.forward_s), ("backward", step.backward_s),
         ("waiting for the slowest rank", step.straggler_s), ("communication that is not hidden", step.exposed_s),
@@ -74,7 +63,7 @@ def scaling_table(predictions: Sequence[Prediction]) -> Table:
     numbers = ["nodes", "batch", "images a rank", "step, ms", "img/s", "efficiency", "not hidden", "time", "node-hours"]
     priced, metered = predictions[0].usd is not None, predictions[0].kwh is not None
     numbers += ["USD"] * priced + ["kWh"] * metered
-    table = _table("over nodes and batches", numbers=numbers)
+    table = new_table("over nodes and batches", numbers=numbers)
     for one in predictions:
         step = one.step
         table.add_row(
@@ -89,7 +78,7 @@ def scaling_table(predictions: Sequence[Prediction]) -> Table:
 
 def validation_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Predicted against published."""
-    table = _table("minutes, predicted against published", names=("run", "system"),
+    table = new_table("minutes, predicted against published", names=("run", "system"),
                    numbers=("published", "predicted", "deviation", "role"))  # fmt: skip
     for row in rows:
         table.add_row(row["run"], row["system"], f"{row['published_min']:g}", f"{row['predicted_min']:.1f}",
@@ -99,7 +88,7 @@ def validation_table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """Iterations, messages and bytes against the batch."""
-    table = _table(title, numbers=("batch", "iterations", "images a node", "messages a node", "TB a node sends",
+    table = new_table(title, numbers=("batch", "iterations", "images a node", "messages a node", "TB a node sends",
                                    "operations a byte"))  # fmt: skip
     for row in rows:
         ratio = row["flops_per_byte"]
@@ -111,7 +100,7 @@ def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 def course_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """What each phase of a run is, and costs."""
-    table = _table(title, numbers=("epochs", "pixels", "batch", "iterations", "images", "10^15 operations",
+    table = new_table(title, numbers=("epochs", "pixels", "batch", "iterations", "images", "10^15 operations",
                                    "messages a node", "TB a node sends"))  # fmt: skip
     for row in rows:
         table.add_row(f"{row['first_epoch']:.4g}-{row['last_epoch']:.4g}", f"{row['image_size']}", f"{row['batch']:,}",
@@ -123,13 +112,4 @@ def course_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     }
     table.add_row("all", "", "", f"{total['iterations']:,}", f"{total['images']:,}", f"{total['flops'] / 1e15:,.1f}",
                   f"{total['messages']:,}", f"{total['terabytes']:,.2f}")  # fmt: skip
-    return table
-
-
-def _table(title: str, *, names: Sequence[str] = (), numbers: Sequence[str]) -> Table:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for name in numbers:
-        table.add_column(name, justify="right", no_wrap=True)
     return table
