@@ -95,3 +95,9 @@ def test_predict_and_report_need_no_torch():
         f"{verb}.{path.stem}" for verb in ("predict", "report") for path in sorted((PACKAGE / verb).glob("*.py"))
     ]
     assert first_to_load(modules, ["torch"]) == ""
+
+
+def test_reading_metrics_loads_neither_matplotlib_nor_tensorboard():
+    assert first_to_load(["runlog.metrics", "runlog.tables", "bench.tune"], ["matplotlib", "tensorboard"]) == ""
+    assert first_to_load(["report", "sweep.runner", "training.trainer"], ["tensorboard"]) == ""
+    assert "runlog.tensorboard loads ['tensorboard']" in first_to_load(["runlog.tensorboard"], ["tensorboard"])

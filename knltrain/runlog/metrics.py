@@ -1,4 +1,4 @@
-"""What a run leaves behind for people and programs: rows of JSON, TensorBoard events, summary.json, curves.png."""
+"""Rows of metrics that a run leaves behind, as JSON and as TensorBoard events. Reading them loads neither."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # of the packages that TensorBoard's writer imports
-    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
 
 Row = Mapping[str, Any]
 
@@ -67,6 +61,8 @@ class MetricsLog:
         evaluated_step: int | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
+        from knltrain.runlog.tensorboard import EventWriter  # late: who only reads rows is spared TensorBoard
+
         path, folder = out / "metrics.jsonl", out / "tensorboard"
         self._ratios_path = out / "trust_ratios.jsonl"
         self._ratios: _Appended | None = None
@@ -80,11 +76,8 @@ class MetricsLog:
         folder.mkdir(exist_ok=True)
         # TensorBoard reads files in the order of their names.
         self._events = _Appended(folder / f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}")
-        self._records = RecordWriter(self._events)
+        self._tensorboard = EventWriter(self._events, first_step=after_step + 1)
         self._warn, self._failing = warn, False
-        self._add_event(file_version="brain.Event:2")
-        # What earlier files have of later steps is not shown.
-        self._add_event(step=after_step + 1, session_log=SessionLog(status=SessionLog.START))
         self._flush()
 
     def __enter__(self) -> MetricsLog:
@@ -99,16 +92,12 @@ class MetricsLog:
 
     def write(self, row: Row) -> None:
         """Adds a row; it needs a ``step``, and its numbers become TensorBoard scalars."""
-        # JSON knows no infinity, and nothing that is no number.
+        # JSON has neither infinity nor NaN.
         row = {name: None if isinstance(value, float) and not math.isfinite(value) else value
                for name, value in row.items()}  # fmt: skip
         self._file.write((json.dumps(row) + "\n").encode())
-        scalars = [
-            Summary.Value(tag=name, simple_value=value)
-            for name, value in row.items()
-            if name != "step" and isinstance(value, int | float)
-        ]
-        self._add_event(step=row["step"], summary=Summary(value=scalars))
+        scalars = {name: value for name, value in row.items() if name != "step" and isinstance(value, int | float)}
+        self._tensorboard.add_scalars(row["step"], scalars)
         self._flush()
 
     def write_trust_ratios(self, step: int, epoch: float, ratios: Mapping[str, Mapping[str, float | None]]) -> None:
@@ -125,9 +114,6 @@ class MetricsLog:
 
     def _files(self) -> list[_Appended]:
         return [file for file in (self._file, self._events, self._ratios) if file]
-
-    def _add_event(self, **contents: Any) -> None:
-        self._records.write(Event(wall_time=time.time(), **contents).SerializeToString())
 
     def _flush(self, *, sync: bool = False) -> None:
         try:
@@ -176,38 +162,3 @@ def write_text(path: Path, text: str) -> None:
     except OSError:
         aside.unlink(missing_ok=True)
         raise
-
-
-def draw_curves(rows: Iterable[Row], path: Path, title: str) -> None:
-    """Draws loss and accuracy against the epoch to a PNG.
-
-    Args:
-        rows: of a metrics.jsonl: steps have ``loss``, evaluations have ``top1`` and ``val_loss``.
-        path: where to.
-        title: above the picture.
-    """
-    rows = list(rows)
-    steps = [row for row in rows if "loss" in row]
-    evaluations = [row for row in rows if "top1" in row]
-    # Loaded by who draws, which of several ranks is one, and that at the end.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
-    figure.suptitle(title)
-    loss_axes, accuracy_axes = figure.subplots(1, 2, sharex=True)
-    # A run of few steps is drawn as points too: a line through one point shows nothing.
-    dots = {"marker": "."} if len(steps) < 30 else {}
-    loss_axes.plot([row["epoch"] for row in steps], [row["loss"] for row in steps], lw=1, label="training", **dots)
-    epochs = [row["epoch"] for row in evaluations]
-    loss_axes.plot(epochs, [row["val_loss"] for row in evaluations], "o-", ms=3, label="validation")
-    loss_axes.set(xlabel="epoch", ylabel="loss")
-    loss_axes.legend()
-    accuracy_axes.plot(epochs, [row["top1"] for row in evaluations], "o-", ms=3, label="top-1")
-    accuracy_axes.plot(epochs, [row["top5"] for row in evaluations], "o-", ms=3, label="top-5", alpha=0.5)
-    accuracy_axes.set(xlabel="epoch", ylabel="validation accuracy, %", ylim=(0, 100))
-    accuracy_axes.legend(loc="lower right")
-    for axes in (loss_axes, accuracy_axes):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)

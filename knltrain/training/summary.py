@@ -9,7 +9,8 @@ from typing import Any
 from knltrain import config as configuration
 from knltrain.node.contention import CpuContention
 from knltrain.node.memory import peak_resident_mb
-from knltrain.runlog.metrics import draw_curves, read_metrics, write_json
+from knltrain.runlog.curves import draw_curves
+from knltrain.runlog.metrics import read_metrics, write_json
 from knltrain.training.state import Run
 
 

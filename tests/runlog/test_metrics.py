@@ -4,7 +4,7 @@ import os
 import pytest
 from disk import record
 
-from knltrain.runlog.metrics import MetricsLog, draw_curves, read_metrics, write_json
+from knltrain.runlog.metrics import MetricsLog, read_metrics, write_json
 
 ROWS = [
     {"step": 1, "epoch": 0.5, "loss": 2.0},
@@ -108,12 +108,6 @@ def test_tensorboard_has_the_same_numbers(tmp_path):
             log.write(row)
     assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 1.5)]
     assert scalars(tmp_path, "top1") == [(2, 40.0)]
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS[:1], []])
-def test_curves_are_drawn_of_any_number_of_rows(tmp_path, rows):
-    draw_curves(rows, tmp_path / "curves.png", "title")
-    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_json_is_whole_or_absent(tmp_path):
