@@ -1,4 +1,4 @@
-"""The verb that foresees: nothing but parsing and printing, and nothing that loads torch."""
+"""The verb that predicts runs: nothing but parsing and printing, and nothing that loads torch."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from knltrain import config as configuration
 from knltrain.cli.options import JSON, comma_list, field_options, given, positive, recipe_named, reports_errors
@@ -21,97 +22,174 @@ if TYPE_CHECKING:
 _ALGORITHMS = ("oneccl", "mpi", "ring", "direct", "halving-doubling", "recursive-doubling", "two-level")
 _FIELDS = ("model", "image_size", "epochs", "max_steps", "global_batch", "local_batch", "precision", "comm.dtype",
            "comm.bucket_mb")  # fmt: skip
+_SHORT = {"comm.dtype": "--dtype", "comm.bucket_mb": "--bucket-mb"}
+# Flags from before there were subcommands: --validate is `predict validate`, with the options of that subcommand.
+_ALIASES = ("validate", "accounting", "calibrate")
+_ALIAS_OPTIONS = (*_ALIASES, "bench", "allreduce")
+
+_RECIPE = click.option("--recipe", metavar="NAME", help="What to train; `knltrain recipes` lists them.")
+_NODES = click.option("--nodes", metavar="N,...", help="How many nodes; several: a line for each.")
+_IMAGES = click.option("--images", type=click.IntRange(min=1), metavar="N",
+                       help="Training images; default ImageNet's, or CIFAR-10's for networks of small images.")  # fmt: skip
 
 
-@click.command()
-@click.option("--recipe", metavar="NAME", help="What to train; `knltrain recipes` lists them.")
-@click.option("--nodes", metavar="N,...", help="How many nodes; several: a line for each.")
-@click.option("--system", metavar="NAME|FILE", help="Of which machine: one that comes along, or a TOML file.")
+@click.group(invoke_without_command=True)
+@_RECIPE
+@_NODES
+@click.option("--system", metavar="NAME|FILE", help="Machine to predict for: one of the package's, or a TOML file.")
 @click.option("--batches", metavar="B,...", help="Global batches; a line for each with each number of nodes.")
 @click.option("--network-factor", type=float, default=1.0, show_default=True, help="2: a network twice as fast.")
-@click.option("--algorithm", type=click.Choice(_ALGORITHMS), help="Of the all-reduce; default the system's.")
-@click.option("--no-overlap", is_flag=True, help="Gradients leave when the backward pass is over, as others have it.")
-@click.option("--images", type=click.IntRange(min=1),
-              help="Of the training set; default ImageNet's, or CIFAR-10's for networks of small images.")  # fmt: skip
+@click.option("--algorithm", type=click.Choice(_ALGORITHMS), help="All-reduce algorithm; default the system's.")
+@click.option("--no-overlap", is_flag=True, help="Send gradients after the backward pass, not during it.")
+@_IMAGES
 @click.option("--layers", metavar="FILE", help="Times of layers: JSON of `knltrain bench --profile` on such a node.")
-@click.option("--out", metavar="FILE|DIR", help="DIR for step.png and scaling.png; with --calibrate the TOML file.")
-@click.option("--validate", is_flag=True, help="Show what the model says of published runs, and do nothing else.")
-@click.option("--accounting", is_flag=True, help="Show iterations, messages and bytes against the batch instead.")
-@click.option("--calibrate", is_flag=True, help="Write a system from --bench and --allreduce, measured here.")
-@click.option("--bench", multiple=True, metavar="FILE", help="JSON of `knltrain bench` or perf/roofline.py.")
-@click.option("--allreduce", metavar="FILE", help="JSON of perf/allreduce.py.")
+@click.option("--out", metavar="DIR", help="Folder for step.png and scaling.png.")
+@click.option("--validate", is_flag=True, hidden=True)
+@click.option("--accounting", is_flag=True, hidden=True)
+@click.option("--calibrate", is_flag=True, hidden=True)
+@click.option("--bench", multiple=True, hidden=True)
+@click.option("--allreduce", hidden=True)
 @JSON
-@field_options(*_FIELDS, short={"comm.dtype": "--dtype", "comm.bucket_mb": "--bucket-mb"})
+@field_options(*_FIELDS, short=_SHORT)
+@click.pass_context
 @reports_errors
 def predict(
-    recipe: str | None, nodes: str | None, system: str | None, batches: str | None, out: str | None,
-    validate: bool, accounting: bool, calibrate: bool, bench: tuple[str, ...], allreduce: str | None, as_json: bool,
+    context: click.Context, recipe: str | None, nodes: str | None, system: str | None, batches: str | None,
     network_factor: float, algorithm: str | None, no_overlap: bool, images: int | None, layers: str | None,
-    **values: str | None,
+    out: str | None, as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Say how long a run will take on so many nodes of a machine, where the time goes, and what to change."""
+    if _has_run_otherwise(context):
+        return
+    fields = given({name: value for name, value in values.items() if name not in _ALIAS_OPTIONS})
+    if batches and "global_batch" in fields:
+        raise ConfigError("--batches with --global-batch: give the one or the other")
+    config, counts = _config_and_nodes(recipe, nodes, fields)
+
+    from knltrain.predict.run import Job
+    from knltrain.predict.systems import load, names
     from knltrain.runlog.console import Console
 
-    console = Console(json=as_json)
-    what = {"--recipe": recipe, "--nodes": nodes, "--system": system, "--batches": batches, "--algorithm": algorithm,
-            "--images": images, "--layers": layers, "--out": out, "--bench": bench, "--allreduce": allreduce,
-            "--network-factor": network_factor != 1, "--no-overlap": no_overlap,
-            **{f"--{name.replace('_', '-')}": value for name, value in given(values).items()}}  # fmt: skip
-    asked = {name for name, value in what.items() if value}
-    mode = _mode(validate=validate, accounting=accounting, calibrate=calibrate)
-    if useless := asked - _takes(mode):
-        raise ConfigError(
-            f"{' '.join(sorted(useless))} has no effect {f'with {mode}' if mode else 'without --calibrate'}"
-        )
-    if batches and values["global_batch"]:
-        raise ConfigError("--batches with --global-batch: give the one or the other")
-    result: Any
-    if mode == "--validate":
-        result = _validate(console)
-    elif mode == "--calibrate":
-        result = _calibrate(console, bench, allreduce, out)
-    else:
-        if recipe is None or nodes is None:
-            raise ConfigError("give --recipe NAME (`knltrain recipes` lists them) and --nodes N")
-        config = configuration.override(recipe_named(recipe), given(values))
-        counts = list(comma_list("--nodes", nodes, positive))
-        if mode == "--accounting":
-            result = _accounting(
-                console, config, counts, list(comma_list("--batches", batches, positive)) if batches else None, images
-            )
-        else:
-            from knltrain.predict.run import Job
-            from knltrain.predict.systems import load, names
-
-            if system is None:
-                raise ConfigError(f"--system: give {', '.join(names())} or a TOML file")
-            job = Job(config=config, system=load(system), nodes=counts[0], network_factor=network_factor,
-                      algorithm=algorithm, overlap=not no_overlap, images=images,
-                      profile=_profile(layers) if layers else None)  # fmt: skip
-            sizes = list(comma_list("--batches", batches, positive)) if batches else [config.global_batch]
-            result = _predict(console, job, counts, sizes, Path(out) if out else None)
+    if system is None:
+        raise ConfigError(f"--system: give {', '.join(names())} or a TOML file")
+    job = Job(config=config, system=load(system), nodes=counts[0], network_factor=network_factor,
+              algorithm=algorithm, overlap=not no_overlap, images=images,
+              profile=_profile(layers) if layers else None)  # fmt: skip
+    sizes = comma_list("--batches", batches, positive) if batches else [config.global_batch]
+    result = _predict(Console(json=as_json), job, counts, sizes, Path(out) if out else None)
     if as_json:
         click.echo(json.dumps(result))
 
 
-def _mode(**flags: bool) -> str:
-    """The one of the modes that was asked for, or nothing."""
-    chosen = [f"--{name}" for name, on in flags.items() if on]
-    if len(chosen) > 1:
-        raise ConfigError(f"{chosen[0]} with {' '.join(chosen[1:])}: ask for one at a time")
-    return chosen[0] if chosen else ""
+@predict.command()
+@JSON
+@reports_errors
+def validate(as_json: bool) -> None:
+    """Compare the model with published runs."""
+    from knltrain.predict.published import RUNS
+    from knltrain.predict.published import validate as compare
+    from knltrain.predict.systems import load
+    from knltrain.predict.tables import validation_table
+    from knltrain.runlog.console import Console
+    from knltrain.runlog.tables import print_table, print_text
+
+    console = Console(json=as_json)
+    rows = compare()
+    print_table(console, validation_table(rows))
+    for name in dict.fromkeys(run.system for run in RUNS):
+        print_text(console, f"{name}: fitted {load(name).fitted}")
+    for row in rows:
+        print_text(console, f"{row['run']}: {row['source']}; assumed: {row['assumed']}")
+    if as_json:
+        click.echo(json.dumps(rows))
 
 
-def _takes(mode: str) -> set[str]:
-    fields = {f"--{name.replace('_', '-')}" for name in _FIELDS}
-    return {
-        "": {"--recipe", "--nodes", "--system", "--batches", "--algorithm", "--images", "--layers", "--out",
-             "--network-factor", "--no-overlap", *fields},
-        "--validate": set(),
-        "--accounting": {"--recipe", "--nodes", "--batches", "--images", "--model", "--image-size", "--epochs",
-                         "--comm.dtype"},
-        "--calibrate": {"--bench", "--allreduce", "--out"},
-    }[mode]  # fmt: skip
+@predict.command()
+@_RECIPE
+@_NODES
+@click.option("--batches", metavar="B,...", help="Global batches; default 512 to 65,536.")
+@_IMAGES
+@JSON
+@field_options("model", "image_size", "epochs", "comm.dtype", short=_SHORT)
+@reports_errors
+def accounting(
+    recipe: str | None, nodes: str | None, batches: str | None, images: int | None, as_json: bool, **values: str | None
+) -> None:
+    """Count iterations, messages and bytes of a run against the batch."""
+    from knltrain.predict.run import images_for
+    from knltrain.runlog.console import Console
+
+    config, counts = _config_and_nodes(recipe, nodes, given(values))
+    sizes = comma_list("--batches", batches, positive) if batches else None
+    rows = _accounting(Console(json=as_json), config, counts, sizes, images or images_for(config.model)[0])
+    if as_json:
+        click.echo(json.dumps(rows))
+
+
+@predict.command()
+@click.option("--bench", multiple=True, metavar="FILE", help="JSON of `knltrain bench` or perf/roofline.py.")
+@click.option("--allreduce", metavar="FILE", help="JSON of perf/allreduce.py.")
+@click.option("--out", metavar="FILE", help="TOML file to write; its name becomes the system's.")
+@JSON
+@reports_errors
+def calibrate(bench: tuple[str, ...], allreduce: str | None, out: str | None, as_json: bool) -> None:
+    """Write a system file from measurements of this machine."""
+    from knltrain.predict.calibrate import calibrate as fit
+    from knltrain.runlog.console import Console
+
+    if not bench or allreduce is None or out is None:
+        raise ConfigError(
+            "calibrate: give --bench FILE of `knltrain bench --json`, --allreduce FILE of perf/allreduce.py and "
+            "--out SYSTEM.toml"
+        )
+    path = Path(out)
+    if path.suffix != ".toml":
+        raise ConfigError(f"--out {out}: a system is a file that ends in .toml")
+    if path.exists():
+        raise ConfigError(f"--out {out} is there already; give another name, or delete it")
+    text = fit([Path(one) for one in bench], Path(allreduce), path.stem)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, "utf-8")
+    Console(json=as_json).line(f"{out}: use it with --system {out}; the link's figures are yours to check")
+    if as_json:
+        click.echo(json.dumps({"out": out, "system": text}))
+
+
+def _has_run_otherwise(context: click.Context) -> bool:
+    """Runs the subcommand that an alias asks for, and leaves one that is named to click.
+
+    Raises:
+        ConfigError: options that it does not take.
+    """
+    options = [
+        option for option in predict.params
+        if option.name and context.get_parameter_source(option.name) is ParameterSource.COMMANDLINE
+    ]  # fmt: skip
+    flags = [option.opts[0] for option in options]
+    if name := context.invoked_subcommand:
+        if flags:
+            raise ConfigError(f"{' '.join(flags)} before {name}: give options after it, `knltrain predict {name} ...`")
+        return True
+    aliases = [flag for flag in flags if flag.removeprefix("--") in _ALIASES]
+    if len(aliases) > 1:
+        raise ConfigError(f"{aliases[0]} with {' '.join(aliases[1:])}: ask for one at a time")
+    command = predict.commands[aliases[0].removeprefix("--")] if aliases else predict
+    known = {option.name for option in command.params} - (set() if aliases else set(_ALIAS_OPTIONS))
+    useless = [option.opts[0] for option in options if option.name not in known and option.opts[0] not in aliases]
+    if useless:
+        why = f"with {aliases[0]}" if aliases else "without --calibrate"
+        raise ConfigError(f"{' '.join(sorted(useless))} has no effect {why}")
+    if aliases:
+        context.invoke(command, **{name: value for name, value in context.params.items() if name in known})
+    return bool(aliases)
+
+
+def _config_and_nodes(
+    recipe: str | None, nodes: str | None, fields: dict[str, str]
+) -> tuple[configuration.RunConfig, Sequence[int]]:
+    if recipe is None or nodes is None:
+        raise ConfigError("give --recipe NAME (`knltrain recipes` lists them) and --nodes N")
+    return configuration.override(recipe_named(recipe), fields), comma_list("--nodes", nodes, positive)
 
 
 def _profile(path: str) -> dict[str, Any]:
@@ -179,66 +257,28 @@ def _as_dict(one: Prediction) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _validate(console: Console) -> list[dict[str, Any]]:
-    from knltrain.predict.published import RUNS, validate
-    from knltrain.predict.systems import load
-    from knltrain.predict.tables import validation_table
-    from knltrain.runlog.tables import print_table, print_text
-
-    rows = validate()
-    print_table(console, validation_table(rows))
-    for name in dict.fromkeys(run.system for run in RUNS):
-        print_text(console, f"{name}: fitted {load(name).fitted}")
-    for row in rows:
-        print_text(console, f"{row['run']}: {row['source']}; assumed: {row['assumed']}")
-    return rows
-
-
 def _accounting(
-    console: Console, config: configuration.RunConfig, nodes: Sequence[int], batches: Sequence[int] | None,
-    images: int | None,
-) -> list[dict[str, Any]]:  # fmt: skip
-    from knltrain.predict.accounting import BATCHES, accounting, course
-    from knltrain.predict.run import images_for
-    from knltrain.predict.tables import accounting_table, course_table
+    console: Console, config: configuration.RunConfig, nodes: Sequence[int], batches: Sequence[int] | None, images: int
+) -> list[dict[str, Any]]:
+    from knltrain.predict.accounting import BATCHES, accounting_by_phase
+    from knltrain.predict.accounting import accounting as accounting_by_batch
+    from knltrain.predict.tables import accounting_table, phases_table
     from knltrain.runlog.tables import print_table
 
-    images = images or images_for(config.model)[0]
-    found: list[dict[str, Any]] = []
-    if config.schedule.image_sizes or config.schedule.batches:
-        if batches:
-            raise ConfigError(f"--batches: {config.recipe} changes batch or image size in its course; leave it out")
-        for count in nodes:
-            rows = course(config, nodes=count, images=images)
-            title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
-            print_table(console, course_table(rows, title))
-            found += [{"nodes": count, **row} for row in rows]
-        return found
+    changes = bool(config.schedule.image_sizes or config.schedule.batches)
+    if changes and batches:
+        raise ConfigError(f"--batches: the schedule of {config.recipe} changes batch or image size; leave it out")
     itemsize = 2 if config.comm.dtype == "bf16" else 4
+    found: list[dict[str, Any]] = []
     for count in nodes:
-        rows = accounting(config.model, image_size=config.image_size, epochs=config.epochs, nodes=count,
-                          batches=batches or BATCHES, images=images, itemsize=itemsize)  # fmt: skip
         title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
-        print_table(console, accounting_table(rows, title))
+        if changes:
+            rows = accounting_by_phase(config, nodes=count, images=images)
+            table = phases_table(rows, title)
+        else:
+            rows = accounting_by_batch(config.model, image_size=config.image_size, epochs=config.epochs, nodes=count,
+                                       batches=batches or BATCHES, images=images, itemsize=itemsize)  # fmt: skip
+            table = accounting_table(rows, title)
+        print_table(console, table)
         found += [{"nodes": count, **row} for row in rows]
     return found
-
-
-def _calibrate(console: Console, bench: Sequence[str], allreduce: str | None, out: str | None) -> dict[str, Any]:
-    if not bench or allreduce is None or out is None:
-        raise ConfigError(
-            "--calibrate: give --bench FILE of `knltrain bench --json`, --allreduce FILE of perf/allreduce.py and "
-            "--out SYSTEM.toml"
-        )
-    from knltrain.predict.calibrate import calibrate
-
-    path = Path(out)
-    if path.suffix != ".toml":
-        raise ConfigError(f"--out {out}: a system is a file that ends in .toml")
-    if path.exists():
-        raise ConfigError(f"--out {out} is there already; give another name, or delete it")
-    text = calibrate([Path(one) for one in bench], Path(allreduce), path.stem)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
-    console.line(f"{out}: use it with --system {out}; the link's figures are yours to check")
-    return {"out": out, "system": text}

@@ -69,8 +69,8 @@ def accounting(
     return rows
 
 
-def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> list[dict[str, Any]]:
-    """Counts what each phase of a run does, where batch, image size or augmentation change in its course.
+def accounting_by_phase(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> list[dict[str, Any]]:
+    """Counts what each phase of a schedule that changes batch, image size or augmentation does.
 
     Args:
         config: what is trained.
@@ -85,9 +85,9 @@ def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> l
     Raises:
         ConfigError: a network that is not known, or no nodes.
     """
-    plan = make_schedule(config, images)
+    schedule = make_schedule(config, images)
     rows = []
-    for phase in plan.phases:
+    for phase in schedule.phases:
         steps = phase.last_step - phase.first_step
         (sent,) = accounting(
             config.model,
@@ -102,8 +102,8 @@ def course(config: RunConfig, *, nodes: int, images: int = IMAGENET_IMAGES) -> l
         flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
         rows.append(
             {
-                "first_epoch": plan.epoch(phase.first_step),
-                "last_epoch": plan.epoch(phase.last_step),
+                "first_epoch": schedule.epoch(phase.first_step),
+                "last_epoch": schedule.epoch(phase.last_step),
                 "image_size": phase.image_size,
                 "batch": phase.batch,
                 "iterations": steps,

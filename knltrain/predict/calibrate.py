@@ -51,11 +51,11 @@ def calibrate(benches: Sequence[Path], allreduce: Path, name: str) -> str:
     objects = [(path, one) for path in benches for one in _objects(path)]
     timed = [(path, one) for path, one in objects if "images_per_s" in one and "step_s" in one]
     if not timed:
-        raise ConfigError("--calibrate: no --bench file holds what `knltrain bench --json` prints")
+        raise ConfigError("calibrate: no --bench file holds what `knltrain bench --json` prints")
     try:
         nodes = {(one["cpu"], one["cores"]) for _, one in timed}
         if len(nodes) > 1:
-            raise ConfigError(f"--calibrate: the --bench files are of different machines: {sorted(nodes)}")
+            raise ConfigError(f"calibrate: the --bench files are of different machines: {sorted(nodes)}")
         ((cpu, cores),) = nodes
         spread = statistics.median(
             (one["step_s"]["quartile3"] - one["step_s"]["quartile1"]) / _NORMAL_QUARTILES / one["step_s"]["median"]
@@ -64,9 +64,7 @@ def calibrate(benches: Sequence[Path], allreduce: Path, name: str) -> str:
         rates = _rates(timed)
         line = _Measured(_objects(allreduce)[0], allreduce)
     except (KeyError, TypeError, ValueError):
-        raise ConfigError(
-            "--calibrate: a file is not what `knltrain bench --json` or perf/allreduce.py prints"
-        ) from None
+        raise ConfigError("calibrate: a file is not what `knltrain bench --json` or perf/allreduce.py prints") from None
     fp32, bf16, memory, where = _ceilings([one for _, one in objects if "ceilings" in one], cores)
     guessed = "assumption: twice the float32 ceiling; perf/roofline.py measures it"
     if bf16 is None and any(one["precision"] == "bf16" for _, one in timed):
@@ -107,7 +105,7 @@ def calibrate(benches: Sequence[Path], allreduce: Path, name: str) -> str:
     try:
         parse(text, name)
     except ConfigError as error:
-        raise KnltrainError(f"--calibrate: what was measured makes no system: {error}") from None
+        raise KnltrainError(f"calibrate: what was measured makes no system: {error}") from None
     return text
 
 
@@ -230,7 +228,7 @@ def _fit(rows: Sequence[tuple[float, float]]) -> _Line:
     large = [row for row in rows if row[0] >= _LARGE_BYTES] or rows[-2:]
     per_byte = statistics.median((seconds - start) / size for size, seconds in large)
     if per_byte <= 0:
-        raise KnltrainError("--calibrate: large all-reduces took no longer than small ones; measure again")
+        raise KnltrainError("calibrate: large all-reduces took no longer than small ones; measure again")
     return _Line(start, per_byte)
 
 

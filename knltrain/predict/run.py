@@ -156,18 +156,18 @@ def predict(job: Job) -> Prediction:
         raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
     if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MOST_STEPS:
         raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: nobody lives to see the end")
-    course = make_schedule(config, job.training_images)
-    steps = min(course.total_steps, config.max_steps or course.total_steps)
+    schedule = make_schedule(config, job.training_images)
+    steps = min(schedule.total_steps, config.max_steps or schedule.total_steps)
     kinds = {(phase.batch, phase.image_size): _step_of(_at(job, phase.batch, phase.image_size))
-             for phase in course.phases if phase.first_step < steps}  # fmt: skip
+             for phase in schedule.phases if phase.first_step < steps}  # fmt: skip
     training_s = sum(
         (min(phase.last_step, steps) - phase.first_step) * kinds[phase.batch, phase.image_size].step.seconds
-        for phase in course.phases
+        for phase in schedule.phases
         if phase.first_step < steps
     )
-    last = course.phase(steps - 1)
+    last = schedule.phase(steps - 1)
     final = kinds[last.batch, last.image_size]
-    epochs = course.epoch(steps)
+    epochs = schedule.epoch(steps)
     elements = sum(gradient.elements for time in final.times for gradient in time.gradients)
     evaluations = max(1, math.floor(epochs + 1e-9))
     val_images = images_for(config.model)[1]

@@ -98,7 +98,7 @@ def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     return table
 
 
-def course_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
+def phases_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
     """What each phase of a run is, and costs."""
     table = new_table(title, numbers=("epochs", "pixels", "batch", "iterations", "images", "10^15 operations",
                                    "messages a node", "TB a node sends"))  # fmt: skip

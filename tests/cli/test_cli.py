@@ -14,6 +14,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from knltrain.cli.main import main
+from knltrain.cli.predict import predict
 from knltrain.ops.native import load_error
 from knltrain.training import trainer
 
@@ -123,14 +124,26 @@ FLAGS = {
 }
 
 
+SUBCOMMAND_FLAGS = {
+    "validate": {"json", "help"},
+    "accounting": {"json", "help", "recipe", "nodes", "batches", "images", "model", "image-size", "epochs",
+                   "comm.dtype", "dtype"},
+    "calibrate": {"json", "help", "bench", "allreduce", "out"},
+}  # fmt: skip
+
+
+def flags_of(command):
+    return {flag.lstrip("-") for p in command.params for flag in p.opts if flag.startswith("--")} | {"help"}
+
+
 def test_the_flag_set_is_frozen():
     runner = CliRunner()
     assert set(main.commands) == set(FLAGS)
     for name, command in main.commands.items():
-        flags = {flag.lstrip("-") for p in command.params for flag in p.opts if flag.startswith("--")} | {"help"}
-        assert flags == FLAGS[name], name
+        assert flags_of(command) == FLAGS[name], name
         result = runner.invoke(main, [name, "--help"])
         assert result.exit_code == 0
+    assert {name: flags_of(command) for name, command in predict.commands.items()} == SUBCOMMAND_FLAGS
 
 
 SWEPT = ("--recipe", "cifar-256", "--data", "synthetic")
@@ -231,7 +244,21 @@ def invoke(*arguments):
         ),
         (["predict", "--validate", "--nodes", "8"], 2, "--nodes has no effect with --validate"),
         (["predict", "--validate", "--calibrate"], 2, "--validate with --calibrate"),
-        (["predict", "--calibrate"], 2, "--calibrate: give --bench FILE"),
+        (["predict", "--calibrate"], 2, "calibrate: give --bench FILE"),
+        (["predict", "--calibrate", "--recipe", "cifar-2k"], 2, "--recipe has no effect with --calibrate"),
+        (["predict", "--accounting", "--system", "knl7250-opa"], 2, "--system has no effect with --accounting"),
+        (["predict", "--accounting", "--nodes", "8"], 2, "give --recipe NAME"),
+        (["predict", "validate", "--nodes", "8"], 2, "--nodes"),
+        (["predict", "--nodes", "8", "validate"], 2, "--nodes before validate: give options after it"),
+        (["predict", "accounting"], 2, "give --recipe NAME"),
+        (
+            ["predict", "accounting", "--recipe", "resnet50-ffcv-16", "--nodes", "8", "--batches", "8"],
+            2,
+            "the schedule of resnet50-ffcv-16 changes batch or image size",
+        ),
+        (["predict", "calibrate"], 2, "calibrate: give --bench FILE"),
+        (["predict", "calibrate", "--bench", "b", "--allreduce", "a", "--out", "x.json"], 2, "ends in .toml"),
+        (["predict", "validat"], 2, "validat"),
     ],
 )
 def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):
@@ -453,11 +480,24 @@ def test_predict_over_nodes_and_batches_and_with_things_changed():
     assert len(buckets) > 5
 
 
-def test_predict_validates_and_accounts():
-    rows = json.loads(invoke("predict", "--validate", "--json").stdout.splitlines()[-1])
+@pytest.mark.parametrize("spelling", ["validate", "--validate"])
+def test_predict_validates(spelling):
+    rows = json.loads(invoke("predict", spelling, "--json").stdout.splitlines()[-1])
     assert {"run", "published_min", "predicted_min", "deviation", "role", "assumed", "source"} <= rows[0].keys()
-    result = invoke(
-        "predict", "--recipe", "alexnet-bn-32k", "--nodes", 512, "--accounting", "--batches", "512", "--json"
-    )
+
+
+@pytest.mark.parametrize("spelling", ["accounting", "--accounting"])
+def test_predict_accounts(spelling):
+    result = invoke("predict", spelling, "--recipe", "alexnet-bn-32k", "--nodes", 512, "--batches", "512",
+                    "--dtype", "bf16", "--json")  # fmt: skip
     (row,) = json.loads(result.stdout.splitlines()[-1])
-    assert row["iterations"] == 250_228
+    assert (row["nodes"], row["iterations"]) == (512, 250_228)
+    assert row["terabytes"] == pytest.approx(121.81 / 2, rel=1e-3)
+
+
+def test_predicts_help_names_its_subcommands():
+    text = invoke("predict", "--help").stdout
+    for name in SUBCOMMAND_FLAGS:
+        assert f"\n  {name} " in text
+        assert f"--{name}" not in text
+    assert "--allreduce" in invoke("predict", "calibrate", "--help").stdout

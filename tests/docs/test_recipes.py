@@ -8,7 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from knltrain.cli.main import main
-from knltrain.predict.accounting import course
+from knltrain.predict.accounting import accounting_by_phase
 from knltrain.recipes import RECIPES
 
 TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text("utf-8")
@@ -16,7 +16,7 @@ TEXT = (Path(__file__).parents[2] / "docs/recipes.md").read_text("utf-8")
 
 @pytest.mark.parametrize("epochs", [16, 32, 88])
 def test_budgets(epochs):
-    rows = course(RECIPES[f"resnet50-ffcv-{epochs}"].config(), nodes=8)
+    rows = accounting_by_phase(RECIPES[f"resnet50-ffcv-{epochs}"].config(), nodes=8)
     small, large = (round(row["last_epoch"] - row["first_epoch"]) for row in rows)
     steps, images, flops = (sum(row[name] for row in rows) for name in ("iterations", "images", "flops"))
     line = f"| `resnet50-ffcv-{epochs}` | {small} | {large} | {steps:,} | {images:,} | {flops / 1e15:,.1f} |"

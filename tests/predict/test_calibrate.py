@@ -125,12 +125,13 @@ def test_measurements_that_make_no_sense(write):
         calibrate([write("b.json", {**BENCH, "images_per_s": -1.0}, CEILINGS)], write("a.json", allreduce()), "here")
 
 
-def test_this_machines_system_is_made_of_this_machines_results(tmp_path):
+@pytest.mark.parametrize("spelling", ["calibrate", "--calibrate"])
+def test_this_machines_system_is_made_of_this_machines_results(tmp_path, spelling):
     """As docs/scaling.md has the command: the file that comes along and the results beside it do not part."""
     out = tmp_path / "epyc-2core.toml"
     benches = ("bench-2026-11-22.jsonl", "input-2026-11-22/bench.jsonl", "roofline-2026-11-22/roofline.json")
     flags = [word for name in benches for word in ("--bench", str(RESULTS / name))]
-    command = ["predict", "--calibrate", *flags, "--allreduce", str(RESULTS / "allreduce-2026-11-22/allreduce.json"),
+    command = ["predict", spelling, *flags, "--allreduce", str(RESULTS / "allreduce-2026-11-22/allreduce.json"),
                "--out", str(out)]  # fmt: skip
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.stderr

@@ -11,7 +11,7 @@ from knltrain.config import CommConfig, RunConfig, override
 from knltrain.config.schedule import make_schedule
 from knltrain.errors import ConfigError
 from knltrain.models import build_model
-from knltrain.predict.accounting import accounting, course
+from knltrain.predict.accounting import accounting, accounting_by_phase
 from knltrain.predict.layers import layers_of
 from knltrain.predict.run import fabric_of, predict, share
 from knltrain.predict.systems import Input, Sourced, load, parse
@@ -186,7 +186,7 @@ def test_networks_for_small_images_have_cifars_classes(recipe):
     assert rows[0]["terabytes"] == pytest.approx(4 * elements / 1e12)
     layers = layers_of(config.model, image_size=config.image_size, num_classes=10)
     flops = sum(layer.forward_flops + layer.backward_flops for layer in layers)
-    last = course(config, nodes=2, images=50_000)[-1]
+    last = accounting_by_phase(config, nodes=2, images=50_000)[-1]
     assert last["flops"] == last["images"] * flops
 
 
@@ -235,9 +235,9 @@ def test_a_run_that_changes_takes_as_long_as_its_phases():
     assert early.total_s < 0.3 * whole.total_s
 
 
-def test_a_course_is_counted_exactly():
+def test_phases_are_counted_exactly():
     config = override(RESNET, CHANGING)
-    rows, plan = course(config, nodes=512), make_schedule(config, IMAGENET_IMAGES)
+    rows, plan = accounting_by_phase(config, nodes=512), make_schedule(config, IMAGENET_IMAGES)
     assert [row["iterations"] for row in rows] == [phase.last_step - phase.first_step for phase in plan.phases]
     assert sum(row["images"] for row in rows) == plan.images(plan.total_steps)
     one = {size: sum(layer.forward_flops + layer.backward_flops for layer in layers_of("resnet50", image_size=size))
@@ -253,6 +253,6 @@ def test_what_an_update_moves_besides_takes_its_time(fields):
     assert more.checkpoint_s == pytest.approx(1.5 * plain.checkpoint_s)
 
 
-def test_a_batch_of_the_course_that_does_not_divide_is_one_line():
+def test_a_batch_of_the_schedule_that_does_not_divide_is_one_line():
     with pytest.raises(ConfigError, match=r"schedule\.batches 1000 is not a multiple of 512 ranks"):
         predict(job(override(RESNET, {"schedule.batches": [1000], "schedule.batch_epochs": [1]}), nodes=512))

@@ -23,9 +23,9 @@ PREDICT = ("predict", "--recipe", "alexnet-bn-32k", "--nodes", "512")
 COMMANDS = {
     "recipes": ("recipes",),
     "predict": (*PREDICT, "--system", "knl7250-opa"),
-    "validate": ("predict", "--validate"),
-    "accounting": (*PREDICT, "--accounting"),
-    "phases": ("predict", "--recipe", "resnet50-ffcv-16", "--nodes", "8", "--accounting"),
+    "validate": ("predict", "validate"),
+    "accounting": ("predict", "accounting", *PREDICT[1:]),
+    "phases": ("predict", "accounting", "--recipe", "resnet50-ffcv-16", "--nodes", "8"),
 }
 COLOUR = re.compile(r"\x1b\[[\d;]*\b(3[0-8]|4[0-8]|9[0-7]|10[0-7])[;m]")
 STYLE = re.compile(r"\x1b\[[\d;]*m")
