@@ -30,7 +30,7 @@ _ALIAS_OPTIONS = (*_ALIASES, "bench", "allreduce")
 _RECIPE = click.option("--recipe", metavar="NAME", help="What to train; `knltrain recipes` lists them.")
 _NODES = click.option("--nodes", metavar="N,...", help="How many nodes; several: a line for each.")
 _IMAGES = click.option("--images", type=click.IntRange(min=1), metavar="N",
-                       help="Training images; default ImageNet's, or CIFAR-10's for networks of small images.")  # fmt: skip
+                       help="Training images; default ImageNet's, of small networks CIFAR-10's.")  # fmt: skip
 
 
 @click.group(invoke_without_command=True)
