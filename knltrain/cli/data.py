@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
+from click.core import ParameterSource
 
 from knltrain import config as configuration
 from knltrain.cli.options import JSON, field_options, given, recipe_named, reports_errors
@@ -61,19 +63,49 @@ def prepare(
 
 
 @click.command()
-@click.argument("folder")
+@click.argument("words", nargs=-1, required=True, metavar="FOLDER | cifar10 ARCHIVE DIR")
 @click.option("--recipe", metavar="NAME", help="Show what this recipe's augmentation makes of the images.")
 @click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="The picture's file.")
 @JSON
 @field_options("image_size", "augment.name", "augment.resize")
+@click.pass_context
 @reports_errors
-def data(folder: str, recipe: str | None, sheet: str, as_json: bool, **values: str | None) -> None:
-    """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it."""
-    config = configuration.override(recipe_named(recipe) if recipe else RunConfig(), given(values))
+def data(
+    context: click.Context, words: tuple[str, ...], recipe: str | None, sheet: str, as_json: bool, **values: str | None
+) -> None:
+    """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it.
 
-    from knltrain.data.inspect import describe
-    from knltrain.runlog.console import Console
+    `knltrain data cifar10 ARCHIVE DIR` makes such a folder: DIR/train/CLASS/NNNNN.png and DIR/val/CLASS/NNNNN.png of
+    the published cifar-10-python.tar.gz. A folder that is called cifar10 is looked at where it is the only word.
+    """
+    if len(words) > 1:
+        result = _unpack(context, words, as_json=as_json)
+    else:
+        config = configuration.override(recipe_named(recipe) if recipe else RunConfig(), given(values))
 
-    result = describe(Path(folder), Path(sheet), Console(json=as_json), config=config)
+        from knltrain.data.inspect import describe
+        from knltrain.runlog.console import Console
+
+        result = describe(Path(words[0]), Path(sheet), Console(json=as_json), config=config)
     if as_json:
         click.echo(json.dumps(result))
+
+
+def _unpack(context: click.Context, words: Sequence[str], *, as_json: bool) -> dict[str, Any]:
+    if words[0] != "cifar10" or len(words) != 3:
+        raise ConfigError(f"{' '.join(words)}: give one FOLDER to look at, or cifar10 ARCHIVE DIR")
+    useless = [
+        option.opts[0] for option in context.command.params
+        if option.name not in ("words", "as_json")
+        and context.get_parameter_source(str(option.name)) is ParameterSource.COMMANDLINE
+    ]  # fmt: skip
+    if useless:
+        raise ConfigError(f"{' '.join(useless)} has no effect with cifar10 ARCHIVE DIR")
+
+    from knltrain.data.cifar import unpack_cifar10
+    from knltrain.runlog.console import Console
+
+    result = unpack_cifar10(Path(words[1]), Path(words[2]))
+    counts = " and ".join(f"{count:,} {part}" for part, count in result["counts"].items())
+    Console(json=as_json).line(f"{result['out']}: {counts} images of 32 x 32 px in {len(result['classes'])} classes")
+    return result
