@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from knltrain.predict.run import Prediction
-from knltrain.predict.tables import duration
+from knltrain.predict.timeline import EARLIER
 
 _LANES = ("input", "compute", "network", "optimizer")
-_COLOURS = {"input": "C4", "earlier micro-batches": "C9", "forward": "C0", "backward": "C1", "packing": "C8",
+_COLOURS = {"input": "C4", EARLIER: "C9", "forward": "C0", "backward": "C1", "packing": "C8",
             "waiting for gradients": "0.8", "network": "C2", "optimizer": "C3"}  # fmt: skip
 _LABELS = {
     "network": "bucket",
@@ -20,39 +23,59 @@ _LABELS = {
     "input": "images",
     "backward": "backward, by layer",
 }
+# Parts of a step from the bottom of a bar to its top: label, colour, field of a Step.
+_PARTS = (
+    ("images", "C4", "input_s"),
+    ("forward", "C0", "forward_s"),
+    ("backward", "C1", "backward_s"),
+    ("slowest rank", "C5", "straggler_s"),
+    ("communication\nnot hidden", "0.7", "exposed_s"),
+    ("optimizer", "C3", "optimizer_s"),
+)
+_UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
+# Numbers of nodes that an axis has room for.
+_MAX_TICKS = 9
 
 
 def draw_step(prediction: Prediction, path: Path) -> None:
-    """Draws the timeline of a step to a PNG: what computes, and what travels meanwhile.
+    """Draws the timeline of a step to a PNG: what computes, and what is on the wire meanwhile.
+
+    Of a step of several micro-batches it shows the last, the only one during which gradients are sent.
 
     Args:
         prediction: of a run.
         path: where to.
     """
     job, step = prediction.job, prediction.step
-    figure = Figure(figsize=(10, 3.2), layout="constrained")
+    begin = max((span.end for span in step.spans if span.name == EARLIER), default=0.0)
+    spans = [span for span in step.spans if span.end > begin]
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    lanes = [lane for lane in _LANES if any(span.lane == lane for span in step.spans)]
+    lanes = [lane for lane in _LANES if any(span.lane == lane for span in spans)]
     shown = set()
-    for span in step.spans:
+    for span in spans:
         kind = span.name.partition(" ")[0] if span.name.startswith("backward") else span.name
         kind = kind if span.lane == "compute" else span.lane
         # Buckets are told apart by their edges; layers are too many for that.
-        axes.barh(len(lanes) - 1 - lanes.index(span.lane), 1e3 * (span.end - span.start), left=1e3 * span.start,
+        left = 1e3 * (span.start - begin)
+        axes.barh(len(lanes) - 1 - lanes.index(span.lane), 1e3 * (span.end - span.start), left=left,
                   height=0.6, color=_COLOURS[kind], edgecolor="white", lw=0.5 if kind == "network" else 0,
                   label=None if kind in shown else _LABELS.get(kind, kind))  # fmt: skip
         shown.add(kind)
     axes.set_yticks(range(len(lanes)), list(reversed(lanes)))
-    axes.set(xlabel="ms", xlim=(0, 1e3 * step.seconds), ylim=(-0.5, len(lanes) - 0.5))
-    axes.set_title(
-        f"{job.config.model}, {job.nodes:,} nodes of {job.system.name}, {prediction.accumulate} x "
-        f"{prediction.local_batch} images a rank: {1e3 * step.seconds:.1f} ms a step, "
-        f"{1e3 * step.exposed_s:.1f} ms of communication not hidden",
-        fontsize=9,
+    count = prediction.accumulate
+    axes.set(xlabel=f"ms since the last of {count} micro-batches began" if begin else "ms",
+             xlim=(0, 1e3 * (step.seconds - begin)), ylim=(-0.5, len(lanes) - 0.5))  # fmt: skip
+    title = (
+        f"{job.config.model}, {job.nodes:,} nodes of {job.system.name}, {count} x {prediction.local_batch} images a "
+        f"rank\n{1e3 * step.seconds:,.1f} ms a step, {1e3 * step.exposed_s:,.1f} ms of communication not hidden"
     )
+    if begin:
+        title += f"; not shown: the first {1e3 * begin:,.1f} ms, without communication"
+    figure.suptitle(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=120)
 
 
@@ -66,39 +89,67 @@ def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
         path: where to.
     """
     job = predictions[0].job
-    figure = Figure(figsize=(12, 4), layout="constrained")
+    batches: dict[int, list[Prediction]] = {}
+    for one in sorted(predictions, key=lambda one: (one.job.config.global_batch, one.job.nodes)):
+        batches.setdefault(one.job.config.global_batch, []).append(one)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{job.config.model}, {job.config.epochs:g} epochs on {job.system.name}", fontsize=10)
+    figure.suptitle(f"{job.config.model}, {job.config.epochs:g} epochs on {job.system.name}", fontsize=11)
     times, parts = figure.subplots(1, 2)
-    batches = sorted({one.job.config.global_batch for one in predictions})
-    for batch in batches:
-        row = sorted((one for one in predictions if one.job.config.global_batch == batch), key=lambda o: o.job.nodes)
-        nodes = [one.job.nodes for one in row]
-        (line,) = times.plot(nodes, [one.total_s / 60 for one in row], "o-", ms=4, label=f"batch {batch:,}")
-        ideal = [row[0].total_s / 60 * nodes[0] / count for count in nodes]
-        times.plot(nodes, ideal, ":", color=line.get_color(), lw=1)
-        times.annotate(duration(row[-1].total_s), (nodes[-1], row[-1].total_s / 60), textcoords="offset points",
-                       xytext=(0, 8), ha="right", fontsize=8)  # fmt: skip
-    times.set(xlabel="nodes", ylabel="minutes; dotted: in proportion", yscale="log")
-    times.legend(fontsize=8)
-    places = range(len(row))
-    bottom = [0.0] * len(row)
-    for name, colour, values in (
-        ("images", "C4", [one.step.input_s for one in row]),
-        ("forward", "C0", [one.step.forward_s for one in row]),
-        ("backward", "C1", [one.step.backward_s for one in row]),
-        ("slowest rank", "C5", [one.step.straggler_s for one in row]),
-        ("communication not hidden", "0.7", [one.step.exposed_s for one in row]),
-        ("optimizer", "C3", [one.step.optimizer_s for one in row]),
-    ):
-        share = [value / one.step.seconds for value, one in zip(values, row, strict=True)]
-        parts.bar(places, share, bottom=bottom, color=colour, label=name)
-        bottom = [low + value for low, value in zip(bottom, share, strict=True)]
-    parts.set_xticks(places, [f"{count:,}" for count in nodes], rotation=45 if len(row) > 6 else 0)
-    parts.set(xlabel="nodes", ylabel=f"part of a step, batch {batches[-1]:,}", ylim=(0, 1))
-    parts.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
-    times.set_xscale("log", base=2)
-    times.set_xticks(nodes, [f"{count:,}" for count in nodes], rotation=45 if len(row) > 6 else 0)
-    times.minorticks_off()
-    times.grid(alpha=0.3)
+    _draw_times(times, batches)
+    _draw_parts(parts, batches[max(batches)])
     figure.savefig(path, dpi=120)
+
+
+def _draw_times(axes: Axes, batches: dict[int, list[Prediction]]) -> None:
+    """A line for each batch, and dotted what a number of nodes in proportion would take."""
+    every = [one for row in batches.values() for one in row]
+    fastest, slowest = (choose(one.total_s for one in every) for choose in (min, max))
+    unit, seconds = next(unit for unit in _UNITS if fastest >= unit[1] or unit is _UNITS[-1])
+    handles = []
+    for index, (batch, row) in enumerate(batches.items()):
+        nodes = [one.job.nodes for one in row]
+        best = min(row, key=lambda one: one.total_s)
+        label = f"batch {batch:,}, at best {best.total_s / seconds:,.3g} {unit} on {best.job.nodes:,} nodes"
+        # Smaller from batch to batch: their times may be the same.
+        (line,) = axes.plot(nodes, [one.total_s / seconds for one in row], "o-", ms=max(3, 6 - 2 * index), label=label)
+        linear = [row[0].total_s / seconds * nodes[0] / count for count in nodes]
+        axes.plot(nodes, linear, ":", color=line.get_color(), lw=1)
+        handles.append(line)
+    handles.append(Line2D([], [], ls=":", lw=1, color="0.4", label="linear scaling"))
+    axes.set(xlabel="nodes", ylabel=unit, xscale="log", yscale="log")
+    # Linear scaling may run far below what is predicted, which is what the axis is for.
+    axes.set_ylim(fastest / seconds / 2, 1.5 * slowest / seconds)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if slowest < 100 * fastest else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
+    axes.yaxis.set_minor_locator(NullLocator())
+    nodes = sorted({one.job.nodes for one in every})
+    ticks = _thin(nodes)
+    axes.set_xticks(ticks, [_short(count) for count in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.grid(alpha=0.3)
+    axes.legend(handles=handles, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), frameon=False)
+
+
+def _draw_parts(axes: Axes, row: Sequence[Prediction]) -> None:
+    """A bar for each number of nodes, of the parts of a step."""
+    bottom = [0.0] * len(row)
+    for label, colour, name in _PARTS:
+        shares = [100 * getattr(one.step, name) / one.step.seconds for one in row]
+        if any(shares):
+            axes.bar(range(len(row)), shares, bottom=bottom, color=colour, label=label)
+            bottom = [low + share for low, share in zip(bottom, shares, strict=True)]
+    places = _thin(range(len(row)))
+    axes.set_xticks(places, [_short(row[place].job.nodes) for place in places])
+    axes.set(xlabel="nodes", ylabel=f"% of a step, batch {row[0].job.config.global_batch:,}", ylim=(0, 100))
+    # In the order of the bars.
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, reverse=True)
+
+
+def _thin(ticks: Sequence[int]) -> Sequence[int]:
+    return ticks[:: -(-len(ticks) // _MAX_TICKS)]
+
+
+def _short(nodes: int) -> str:
+    """2K for 2,048, so that sixteen numbers of nodes stand beside each other."""
+    return f"{nodes // 1024}K" if nodes >= 1024 and nodes % 1024 == 0 else f"{nodes:,}"

@@ -17,6 +17,7 @@ from knltrain.predict.allreduce import Fabric, all_reduce
 from knltrain.predict.layers import LayerTime, buckets
 
 _FAIR_SHARE = 0.5  # of a core, for a communicating thread that shares it with one that computes
+EARLIER = "earlier micro-batches"  # the span of all but the last
 _SYNC_ELEMENTS = 2  # the sum of losses, and of ranks that were asked to stop
 
 
@@ -176,7 +177,7 @@ def simulate(
         if clock.now > start:
             spans.append(Span("compute", name, start, clock.now))
 
-    computed("earlier micro-batches", (accumulate - 1) * slowest * computing / accumulate)
+    computed(EARLIER, (accumulate - 1) * slowest * computing / accumulate)
     computed("forward", slowest * sum(time.forward_s for time in times))
 
     backward = list(reversed(times))
