@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from knltrain.config import RunConfig
 from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep.results import Best, Results
 
@@ -24,42 +23,87 @@ def batch_name(batch: int) -> str:
     return f"{batch // 1024}K" if batch % 1024 == 0 else str(batch)
 
 
-def draw_accuracy(best: Sequence[Best], reference: Best | None, path: Path, config: RunConfig) -> None:
+def draw_accuracy(results: Results, best: Sequence[Best], reference: Best | None, path: Path) -> None:
     """Draws top-1 against the batch to a PNG: a line a method at its best learning rates, through the means.
 
-    Whiskers reach from the worst seed to the best one, small dots are single seeds, the reference is dashed.
+    Whiskers reach from the worst seed to the best one, and hollow points have a single seed. A cross at the bottom
+    marks runs that diverged; where no learning rate has a result, the line has a gap.
 
     Args:
+        results: of the sweep.
         best: by method and batch.
-        reference: what the others are held against.
+        reference: what the others are compared with; dashed.
         path: where to.
-        config: what all have in common, for the title.
     """
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    sweep = results.sweep
+    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for index, optimizer in enumerate(dict.fromkeys(one.optimizer for one in best)):
-        mine = sorted((one for one in best if one.optimizer == optimizer), key=lambda one: one.batch)
-        batches, means = [one.batch for one in mine], [one.mean for one in mine]
-        below = [one.mean - min(one.top1.values()) for one in mine]
-        above = [max(one.top1.values()) - one.mean for one in mine]
-        axes.errorbar(batches, means, (below, above), fmt="o-", ms=4, capsize=3, color=f"C{index}",
-                      label=optimizer.upper())  # fmt: skip
-        for one in mine:
-            if len(one.top1) > 1:
-                axes.plot([one.batch] * len(one.top1), list(one.top1.values()), ".", ms=4, color=f"C{index}", alpha=0.4)
+    for index, optimizer in enumerate(sweep.optimizers):
+        mine = {one.batch: one for one in best if one.optimizer == optimizer}
+        _draw_method(axes, [mine.get(batch) for batch in sorted(sweep.batches)], sorted(sweep.batches),
+                     f"C{index}", optimizer.upper())  # fmt: skip
+    crossed = _draw_diverged(axes, results, best)
     if reference:
         label = f"{reference.optimizer.upper()} at {batch_name(reference.batch)}: {reference.mean:.1f} %"
         axes.axhline(reference.mean, ls="--", lw=1, color="0.4", label=label)
-    ticks = sorted({one.batch for one in best})
+    if crossed:
+        axes.plot([], [], "x", color="0.3", label="diverged")
+        low, high = axes.get_ylim()
+        axes.set_ylim(low - 0.06 * (high - low) * (1 + len(sweep.optimizers)), high)
+    ticks = sorted({batch for _, batch in sweep.cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [batch_name(batch) for batch in ticks])
     axes.minorticks_off()
     axes.set(xlabel="global batch", ylabel="top-1, %")
-    axes.set_title(f"{config.model}, {config.epochs:g} epochs, best learning rate of each method and batch", fontsize=9)
-    axes.legend()
+    config = sweep.base()
+    title = f"{config.model}, {config.epochs:g} epochs, best learning rate of each method and batch"
+    figure.suptitle(f"{title}\n{_seeds(best)}", fontsize=9)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9, frameon=False)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=120)
+
+
+def _draw_method(axes: Axes, points: Sequence[Best | None], batches: Sequence[int], colour: str, label: str) -> None:
+    """A line with a gap where there is no point; its whiskers and markers."""
+    axes.plot(batches, [one.mean if one else math.nan for one in points], "-", color=colour, label=label)
+    for one in filter(None, points):
+        seeds = one.top1.values()
+        whiskers = [[one.mean - min(seeds)], [max(seeds) - one.mean]] if len(seeds) > 1 else None
+        axes.errorbar([one.batch], [one.mean], whiskers, fmt="o", ms=5, capsize=4, color=colour,
+                      mfc=colour if len(seeds) > 1 else "white")  # fmt: skip
+
+
+def _draw_diverged(axes: Axes, results: Results, best: Sequence[Best]) -> bool:
+    """Crosses at the bottom, in a line for each method, and beside them how many; whether there are any."""
+    crossed = False
+    found = {(one.optimizer, one.batch): one for one in best}
+    for cell in results.sweep.cells:
+        one = found.get(cell)
+        if one:
+            diverged, tried = len(one.diverged), f"{len(one.diverged) + len(one.top1)} seeds"
+        else:
+            diverged, tried = results.num_diverged(*cell), f"{len(results.sweep.search(cell))} runs"
+        if not diverged:
+            continue
+        index = results.sweep.optimizers.index(cell[0])
+        height = 0.03 + 0.055 * index
+        axes.plot([cell[1]], [height], "x", color=f"C{index}", transform=axes.get_xaxis_transform())
+        axes.annotate(f"{diverged} of {tried}", (cell[1], height), xycoords=axes.get_xaxis_transform(), xytext=(-6, 0),
+                      textcoords="offset points", ha="right", va="center", fontsize=8, color=f"C{index}")  # fmt: skip
+        crossed = True
+    return crossed
+
+
+def _seeds(best: Sequence[Best]) -> str:
+    """What a point, a hollow point and a whisker are."""
+    counts = sorted({len(one.top1) for one in best})
+    if counts == [1]:
+        return "a single seed each"
+    several = [count for count in counts if count > 1]
+    number = f"{several[0]}" if len(several) == 1 else f"{several[0]} to {several[-1]}"
+    hollow = "; hollow: a single seed" if 1 in counts else ""
+    return f"means over {number} seeds, whiskers from the worst seed to the best{hollow}"
 
 
 def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:

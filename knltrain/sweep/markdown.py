@@ -37,7 +37,8 @@ def report(results: Results) -> str:
         lines += [
             "![top-1 against the batch](accuracy.png)", "",
             "A line a method at the best learning rate of each batch: means over seeds, whiskers from the worst seed "
-            "to the best, and the reference dashed.", "",
+            "to the best, hollow points of a single seed, and the reference dashed. Crosses are runs that diverged; "
+            "a line has a gap where no learning rate has a result.", "",
             *_accuracy(best, reference), "",
         ]  # fmt: skip
     lines += ["## The search", "", *_search(results), ""]

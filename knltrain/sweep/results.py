@@ -151,6 +151,10 @@ class Results:
                     for one, (_, reached) in found.items()}  # fmt: skip
         return Best(optimizer, batch, factor, points[0].lr, top1, diverged, searched, complete)
 
+    def num_diverged(self, optimizer: str, batch: int) -> int:
+        """Runs of the search of a method at a batch that have diverged."""
+        return sum(self.outcome(point).status == "diverged" for point in self.sweep.search((optimizer, batch)))
+
     def chosen(self) -> list[Best]:
         """The best of each method and batch that has any, by batch."""
         found = (self.best(optimizer, batch) for optimizer, batch in self.sweep.cells)

@@ -339,7 +339,7 @@ def collect(results: Results) -> dict[str, Any]:
     rows, best, reference = results.rows(), results.chosen(), results.reference()
     write_text(out / "sweep.csv", as_csv(rows))
     if best:
-        draw_accuracy(best, reference, out / "accuracy.png", results.sweep.base())
+        draw_accuracy(results, best, reference, out / "accuracy.png")
         draw_losses(results, best, out / "losses.png")
     write_text(out / "report.md", report(results))
     return {

@@ -3,12 +3,15 @@
 import csv
 import dataclasses
 import json
+import math
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sweeps import sweep_of
 
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.sweep.draw import draw_accuracy
 from knltrain.sweep.results import COLUMNS, Results
 from knltrain.sweep.runner import collect, guard, task_of
 
@@ -194,6 +197,62 @@ def test_a_sweep_is_drawn_without_the_metrics_of_its_best(results, monkeypatch, 
     collect(results)
     assert (results.out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert ("SGD, lr 0.1: no metrics.jsonl" in labels) == (text is None)
+
+
+@pytest.fixture
+def accuracy_axes(monkeypatch):
+    """Draws accuracy.png of a sweep, and returns the axes."""
+
+    def draw(results):
+        figures = []
+        with monkeypatch.context() as patch:
+            patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+            draw_accuracy(results, results.chosen(), results.reference(), results.out / "accuracy.png")
+        (figure,) = figures
+        figure.canvas.draw()
+        (axes,) = figure.axes
+        assert not axes.get_legend().get_window_extent().overlaps(axes.get_window_extent())
+        return axes
+
+    return draw
+
+
+def texts(axes):
+    return [text.get_text() for text in axes.texts]
+
+
+def line(axes, label):
+    (found,) = [one for one in axes.lines if one.get_label() == label]
+    return found.get_xdata().tolist(), found.get_ydata().tolist()
+
+
+def test_a_line_has_a_gap_and_a_cross_where_all_runs_diverged(tmp_path, accuracy_axes):
+    results = Results(sweep_of(batches=(256, 512, 1024)), tmp_path, IMAGES)
+    for batch in (256, 1024):
+        end(results, "sgd", batch, 0.5, 0, top1=80.0)
+    assert texts(accuracy_axes(results)) == []
+    for factor in (0.5, 1.0):
+        end(results, "sgd", 512, factor, 0)
+    axes = accuracy_axes(results)
+    batches, means = line(axes, "SGD")
+    assert (batches, means[0], math.isnan(means[1]), means[2]) == ([256, 512, 1024], 80.0, True, 80.0)
+    assert texts(axes) == ["2 of 2 runs"]
+    crosses = [one.get_xdata()[0] for one in axes.lines if one.get_marker() == "x" and len(one.get_xdata())]
+    assert crosses == [512]
+    assert "a single seed each" in axes.figure.get_suptitle()
+
+
+def test_a_seed_that_diverged_is_marked_and_seeds_are_counted(results, accuracy_axes):
+    searched(results)
+    end(results, "sgd", 256, 1.0, 1, top1=82.0)
+    end(results, "sgd", 256, 1.0, 2)
+    axes = accuracy_axes(results)
+    assert texts(axes) == ["1 of 3 seeds"]
+    assert line(axes, "SGD")[1][0] == 81.0
+    title = axes.figure.get_suptitle()
+    assert "means over 2 seeds, whiskers from the worst seed to the best; hollow: a single seed" in title
+    ((low, high),) = [bars.lines[2][0].get_segments()[0][:, 1] for bars in axes.containers if bars.has_yerr]
+    assert (low, high) == (80.0, 82.0)
 
 
 def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
