@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -31,8 +32,8 @@ _DATA, _COMPUTE, _COMM = "#d97706", "#2563eb", "#db2777"
 _POINTS = 300
 # Of a curve, points that are few enough to be marked.
 _MARKED = 30
-# A loss so many times the least is that of a run that has diverged, and leaves the others no room on a linear axis.
-_LOSSES = 300
+# A run whose loss rises to so many times its first one has diverged: the axis ends before its curve does.
+_DIVERGED_FACTOR = 2.0
 # Characters of a run's name in a figure.
 _LONGEST_NAME = 40
 _LAYERS_NAMED = 24
@@ -88,10 +89,12 @@ def colours(count: int) -> list[str]:
 
 def draw(runs: Sequence[Run]) -> list[Picture]:
     """Draws what the runs have logged; a figure for which none has anything is left out."""
+    loss_limit = _loss_limit(runs)
+    beyond = "" if loss_limit is None else " A triangle at the upper edge: from there on, losses beyond the axis."
     found = [
         _curves(runs, "accuracy", "Validation accuracy", "Top-1 of each evaluation.", _accuracy),
-        _curves(runs, "loss", "Loss", "Training loss as a line, of many steps their mean; validation loss as points.",
-                _loss),
+        _curves(runs, "loss", "Loss", "Training loss as a line, of many steps their mean; validation loss as points."
+                f"{beyond}", functools.partial(_loss, limit=loss_limit)),
         _curves(runs, "learning-rate", "Learning rate", "The global rate, before any layer's trust ratio.",
                 _series("lr", "learning rate")),
         _curves(runs, "throughput", "Throughput", "Images trained on per second over all ranks, evaluations and "
@@ -166,15 +169,30 @@ def _accuracy(axes: Axes, run: Run, colour: str, gid: str) -> bool:
     return bool(len(epochs))
 
 
-def _loss(axes: Axes, run: Run, colour: str, gid: str) -> bool:
+def _loss_limit(runs: Sequence[Run]) -> float | None:
+    """Where the axis of losses ends so that a run that diverged leaves the others room; None: nothing is beyond."""
+    highest, limit = 0.0, 0.0
+    for run in runs:
+        _, training = _thinned(run.steps["epoch"], run.steps["loss"])
+        _, validation = _known(run.evaluations["epoch"], run.evaluations["val_loss"])
+        if len(training):
+            most = float(training.max())
+            limit = max(limit, most if most <= _DIVERGED_FACTOR * training[0] else float(training[0]))
+        highest = max([highest, *training, *validation])
+    return 1.15 * limit if 0 < _DIVERGED_FACTOR * limit < highest else None
+
+
+def _loss(axes: Axes, run: Run, colour: str, gid: str, *, limit: float | None) -> bool:
     axes.set_ylabel("loss")
     epochs, loss = _thinned(run.steps["epoch"], run.steps["loss"])
     axes.plot(epochs, loss, color=colour, lw=1.1, alpha=0.75, gid=gid, **_dots(epochs))
     evaluated, validation = _known(run.evaluations["epoch"], run.evaluations["val_loss"])
     axes.plot(evaluated, validation, "o", color=colour, ms=3.2, mfc="white", mew=1.1, gid=gid)
-    low, high = axes.dataLim.intervaly
-    if 0 < _LOSSES * low < high:
-        axes.set_yscale("log")
+    if limit is not None:
+        axes.set_ylim(0, limit)
+        for x, y, face in ((epochs, loss, colour), (evaluated, validation, "white")):
+            left = x[y > limit][:1]
+            axes.plot(left, [0.975 * limit] * len(left), "^", color=colour, ms=6, mfc=face, gid=gid)
     return bool(len(epochs) or len(evaluated))
 
 

@@ -12,7 +12,7 @@ from report.folders import RATIOS, run_folder
 
 from knltrain.cli.main import main
 from knltrain.errors import KnltrainError
-from knltrain.report.draw import _noise
+from knltrain.report.draw import _loss, _loss_limit, _noise
 from knltrain.report.runs import read_run
 
 CURVES = {"accuracy", "loss", "learning-rate", "throughput", "time", "memory"}
@@ -95,6 +95,35 @@ def test_a_batch_that_changes_is_counted_as_it_was(tmp_path):
     batch = axes.lines[1]
     assert (batch.get_xdata().tolist(), batch.get_ydata().tolist()) == ([0, 2, 4], [64, 64, 256])
     assert batch.get_drawstyle() == "steps-pre"
+
+
+def rising(path, loss):
+    """A run whose loss from its seventh step on is another."""
+    folder = run_folder(path)
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for row in rows:
+        if "loss" in row and row["step"] > 6:
+            row["loss"] = loss
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.mark.parametrize("loss, clipped", [(3.0, False), (50.0, True), (1e14, True)])
+def test_a_run_that_diverged_leaves_the_others_their_scale(tmp_path, loss, clipped):
+    folders = run_folder(tmp_path / "good"), rising(tmp_path / "bad", loss)
+    runs = [read_run(folder)[0] for folder in folders]
+    limit = _loss_limit(runs)
+    first = runs[0].steps["loss"][0]
+    assert limit == (pytest.approx(1.15 * first) if clipped else None)
+    axes = Figure().subplots()
+    for run in runs:
+        assert _loss(axes, run, "black", "run", limit=limit)
+    marked = [line.get_xdata().tolist() for line in axes.lines if line.get_marker() == "^" and len(line.get_xdata())]
+    assert marked == ([[7 * 4 / 12]] if clipped else [])
+    if clipped:
+        assert axes.get_ylim() == (0, limit)
+    invoke(*folders, "--out", tmp_path / "out")
+    assert ("losses beyond the axis" in " ".join(page_of(tmp_path / "out").texts)) == clipped
 
 
 def test_the_time_to_a_target(tmp_path):
