@@ -7,9 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from knltrain.config import RunConfig
 from knltrain.data.datasets import open_folder
@@ -18,15 +19,17 @@ from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader, RankBatch
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
+from knltrain.errors import one_line
 from knltrain.ops.crops import MEAN, STD
 from knltrain.runlog.console import Console
 
 # Images whose sizes are looked at, and through which the rate is measured: a second or two.
 _SAMPLE = 256
 _TIMED = 512
-# The sheet: pictures across and down, the names below them.
+# The contact sheet: images across and down. Small ones are enlarged to at least this width, for the names below them.
 _SHEET = 8
-_CAPTION = 14
+_MIN_CELL, _GAP = 112, 6
+_FONT_SIZE, _LINE_HEIGHT = 12, 15
 
 
 def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) -> dict[str, Any]:
@@ -150,11 +153,28 @@ def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -
     images, labels = next(loader.training(RankBatch(count, count, 0, 1), 0, 1))
     loader.close()
     pixels = ((images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
-    side = config.image_size
-    picture = Image.new("RGB", (_SHEET * side, _SHEET * (side + _CAPTION)), "white")
-    draw = ImageDraw.Draw(picture)
+    scale = max(1, -(-_MIN_CELL // config.image_size))
+    side = scale * config.image_size
+    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), _FONT_SIZE)
+    names = {label: _wrapped(one_line(dataset.classes[label]), font, side) for label in set(labels.tolist())}
+    height = side + _LINE_HEIGHT * max(map(len, names.values())) + _GAP
+    sheet = Image.new("RGB", (_SHEET * (side + _GAP) - _GAP, _SHEET * height), "white")
+    draw = ImageDraw.Draw(sheet)
     for place, (image, label) in enumerate(zip(pixels.numpy(), labels.tolist(), strict=True)):
-        x, y = place % _SHEET * side, place // _SHEET * (side + _CAPTION)
-        picture.paste(Image.fromarray(image), (x, y))
-        draw.text((x + 2, y + side + 1), dataset.classes[label][: max(4, side // 6)], fill="black")
-    picture.save(path)
+        x, y = place % _SHEET * (side + _GAP), place // _SHEET * height
+        sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
+        for number, line in enumerate(names[label]):
+            draw.text((x, y + side + number * _LINE_HEIGHT), line, fill="black", font=font)
+    sheet.save(path)
+
+
+def _wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """The whole name in lines of at most ``width`` pixels, broken behind spaces and underscores where there are any."""
+    lines, rest = [], name
+    while rest:
+        fits = max(1, sum(font.getlength(rest[:length]) <= width for length in range(1, len(rest) + 1)))
+        if fits < len(rest):
+            fits = max(rest.rfind(mark, 0, fits) for mark in " _") + 1 or fits
+        lines.append(rest[:fits])
+        rest = rest[fits:]
+    return lines

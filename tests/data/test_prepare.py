@@ -447,7 +447,7 @@ def test_the_command(image_folder, tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert "train: raw, 48 images in 3 classes" in shown.stdout
     with Image.open(tmp_path / "contact-sheet.png") as sheet:
-        assert sheet.width == 8 * 24
+        assert sheet.width == 8 * 120 + 7 * 6, "enlarged five times, for the names below"
     for wrong in (["prepare"], ["prepare", image_folder], ["prepare", image_folder, "x", "--verify", "raw"]):
         assert knltrain(*wrong).returncode == 2
     small = ("--model", "alexnet_bn_small", "--image-size", 32, "--global-batch", 16, "--max-steps", 2)
