@@ -101,3 +101,7 @@ def test_reading_metrics_loads_neither_matplotlib_nor_tensorboard():
     assert first_to_load(["runlog.metrics", "runlog.tables", "bench.tune"], ["matplotlib", "tensorboard"]) == ""
     assert first_to_load(["report", "sweep.runner", "training.trainer"], ["tensorboard"]) == ""
     assert "runlog.tensorboard loads ['tensorboard']" in first_to_load(["runlog.tensorboard"], ["tensorboard"])
+
+
+def test_the_command_starts_without_what_only_prints_or_draws():
+    assert first_to_load(["cli.main"], ["rich", "numpy", "PIL", "matplotlib", "jinja2", "tarfile"]) == ""

@@ -1,4 +1,4 @@
-"""The verb that predicts runs: nothing but parsing and printing, and nothing that loads torch."""
+"""`knltrain predict`: parsing and printing only. Loads no torch."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def predict(
     out: str | None, as_json: bool, **values: Any,
 ) -> None:  # fmt: skip
     """Say how long a run will take on so many nodes of a machine, where the time goes, and what to change."""
-    if _has_run_otherwise(context):
+    if _run_subcommand(context):
         return
     fields = given({name: value for name, value in values.items() if name not in _ALIAS_OPTIONS})
     if batches and "global_batch" in fields:
@@ -155,11 +155,14 @@ def calibrate(bench: tuple[str, ...], allreduce: str | None, out: str | None, as
         click.echo(json.dumps({"out": out, "system": text}))
 
 
-def _has_run_otherwise(context: click.Context) -> bool:
-    """Runs the subcommand that an alias asks for, and leaves one that is named to click.
+def _run_subcommand(context: click.Context) -> bool:
+    """Runs the subcommand that an alias such as --validate stands for; click runs one that is named.
+
+    Returns:
+        Whether there is a subcommand of either kind.
 
     Raises:
-        ConfigError: options that it does not take.
+        ConfigError: an option that the subcommand does not take, or two aliases.
     """
     options = [
         option for option in predict.params

@@ -1,4 +1,4 @@
-"""The verb that draws runs: nothing but parsing and printing."""
+"""`knltrain report`: parsing and printing only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The verb that compares methods over batches: nothing but parsing and printing."""
+"""`knltrain sweep`: parsing and printing only."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def sweep(
 
 
 def _factors(texts: Sequence[str]) -> tuple[tuple[float, ...], dict[Cell, tuple[float, ...]]]:
-    """Factors of the learning rate: for all methods and batches, and those of a method at a batch.
+    """Reads factors of the learning rate: for all methods and batches, and for one method at one batch.
 
     Raises:
         ConfigError: what they are for cannot be read, or is given twice.

@@ -113,15 +113,14 @@ def _damaged(archive: Path, what: str) -> DataError:
 
 def _class_names(archive: Path, content: bytes) -> list[str]:
     found = _unpickle(archive, _META, content).get("label_names")
-    names = [_text(name) for name in found] if isinstance(found, list) else []
-    usable = 0 < len(names) <= _MAX_CLASSES and len(set(names)) == len(names) and all(map(_is_file_name, names))
-    if not usable:
+    names = [str(_text(name)) for name in found] if isinstance(found, list) else []
+    if not 0 < len(names) <= _MAX_CLASSES or len(set(names)) < len(names) or not all(map(_is_file_name, names)):
         raise _damaged(archive, f"{_META} has no list of class names")
     return names
 
 
-def _is_file_name(name: object) -> bool:
-    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+def _is_file_name(name: str) -> bool:
+    return name.isprintable() and "/" not in name and name not in ("", ".", "..")
 
 
 def _images(archive: Path, name: str, content: bytes, num_classes: int) -> tuple[NDArray[np.uint8], Sequence[int]]:

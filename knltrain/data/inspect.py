@@ -1,4 +1,4 @@
-"""``knltrain data``: what a data folder is, how fast it can be read, and what the network sees of it."""
+"""``knltrain data``: format and size of a data folder, its reading speed, and a sheet of augmented images."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from knltrain.errors import one_line
 from knltrain.ops.crops import MEAN, STD
 from knltrain.runlog.console import Console
 
-# Images whose sizes are looked at, and through which the rate is measured: a second or two.
-_SAMPLE = 256
-_TIMED = 512
+# Images whose sizes are read, and images that are timed: a second or two.
+_NUM_SAMPLED = 256
+_NUM_TIMED = 512
 # The contact sheet: images across and down. Small ones are enlarged to at least this width, for the names below them.
 _SHEET = 8
 _MIN_CELL, _GAP = 112, 6
@@ -86,7 +86,7 @@ def _describe_part(dataset: Folder | Packed | Tar) -> dict[str, Any]:
         "largest_class": int(counts.max()),
     }
     sizes, stored, bad = [], [], []
-    for index in np.unique(np.linspace(0, len(dataset) - 1, _SAMPLE).astype(int)).tolist():
+    for index in np.unique(np.linspace(0, len(dataset) - 1, _NUM_SAMPLED).astype(int)).tolist():
         try:
             image = dataset.image(index)
             image.pixels()
@@ -126,7 +126,7 @@ def _fitting(dataset: Folder | Packed | Tar, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, image_size=min(config.image_size, dataset.size), augment=augmentation)
 
 
-def rate_per_core(dataset: Folder | Packed | Tar, config: RunConfig, timed: int = _TIMED) -> float:
+def rate_per_core(dataset: Folder | Packed | Tar, config: RunConfig, timed: int = _NUM_TIMED) -> float:
     """Returns images/s of reading, decoding and augmenting on one core, over ``timed`` images; closes the data set.
 
     Args:

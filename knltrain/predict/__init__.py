@@ -1,1 +1,1 @@
-"""How long a run will take on a cluster that one does not have yet: layers, machine, timeline, advice."""
+"""Performance model of a run on a cluster: layers, system, all-reduce, timeline of a step, advice."""

@@ -1,4 +1,4 @@
-"""What a fixed number of epochs costs in iterations, messages and bytes, against the batch."""
+"""Iterations, messages and bytes of a fixed number of epochs, against the batch."""
 
 from __future__ import annotations
 

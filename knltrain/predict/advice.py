@@ -1,4 +1,4 @@
-"""What bounds a run, and what to change: found by predicting it again with one thing changed at a time."""
+"""Advice: what limits a run, and what a change would save. Each change is predicted by itself."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from knltrain.errors import ConfigError
 from knltrain.predict.run import Job, Prediction, predict
 from knltrain.predict.systems import Noise, Sourced
 
-# Twice the nodes have to be this many times as fast to be of use: half of what they cost then comes back as speed.
-_WORTH = 1.5
-# Savings below this are within what the model can tell.
-_TELLING = 0.02
+# Doubling the nodes is worthwhile if it makes the run this many times as fast.
+_MIN_DOUBLING_SPEEDUP = 1.5
+# Smaller savings are below the accuracy of the model.
+_MIN_SAVING = 0.02
 
 
 def doublings(job: Job) -> list[Prediction]:
@@ -38,14 +38,14 @@ def largest_useful(scan: list[Prediction]) -> int:
     """
     useful = scan[0]
     for double in scan[1:]:
-        if useful.total_s < _WORTH * double.total_s:
+        if useful.total_s < _MIN_DOUBLING_SPEEDUP * double.total_s:
             break
         useful = double
     return useful.job.nodes
 
 
 def network_bound(prediction: Prediction) -> bool:
-    """Whether a step waits for its gradients longer than it computes."""
+    """Whether the communication that is not hidden takes longer than computing."""
     step = prediction.step
     return step.exposed_s > step.forward_s + step.backward_s + step.straggler_s
 
@@ -62,7 +62,10 @@ def changes(job: Job) -> Iterator[tuple[str, Job]]:
         if config.comm.dtype == "fp32":
             yield "bf16 gradients (--comm.dtype bf16)", with_comm(dtype="bf16")
         if not job.overlap:
-            yield "gradients that travel during the backward pass, as here", dataclasses.replace(job, overlap=True)
+            yield (
+                "communication during the backward pass (without --no-overlap)",
+                dataclasses.replace(job, overlap=True),
+            )
         for factor in (0.25, 4.0):
             size = config.comm.bucket_mb_of(job.ranks) * factor
             yield f"buckets of {size:g} MiB (--comm.bucket-mb {size:g})", with_comm(bucket_mb=size)
@@ -101,16 +104,16 @@ def advise(prediction: Prediction, scan: list[Prediction]) -> list[str]:
     lines = []
     if job.ranks > 1:
         bound = [other.job.nodes for other in scan if network_bound(other)]
-        # A count that no doubling reaches is between two that were looked at.
+        # The job's number of nodes may lie between two powers of two.
         link = job.system.network.link_gb_per_s.value * job.network_factor
-        travels = f"{prediction.gradient_bytes / 1e6:.0f} MB a step over {link:g} GB/s"
+        traffic = f"{prediction.gradient_bytes / 1e6:.0f} MB a step over {link:g} GB/s"
         if network_bound(prediction) or (bound and bound[0] <= job.nodes):
             last = [other.job.nodes for other in scan if other.job.nodes < (bound[0] if bound else job.nodes)]
             beyond = f"network bound beyond {last[-1]:,} nodes" if last else "network bound"
-            lines.append(f"{beyond}: {travels}, of which {step.exposed_s / step.seconds:.0%} of the step is not hidden")
+            lines.append(f"{beyond}: {traffic}, of which {step.exposed_s / step.seconds:.0%} of the step is not hidden")
         else:
             ahead = f"network bound from {bound[0]:,} nodes on" if bound else "at no number of nodes network bound"
-            lines.append(f"compute bound: {travels} take {step.exposed_s / step.seconds:.0%} of the step; {ahead}")
+            lines.append(f"compute bound: {traffic} take {step.exposed_s / step.seconds:.0%} of the step; {ahead}")
     if len(scan) > 1:
         useful = largest_useful(scan)
         end = " (the batch has no images for more)" if useful == scan[-1].job.nodes else ""
@@ -121,7 +124,7 @@ def advise(prediction: Prediction, scan: list[Prediction]) -> list[str]:
             saved = 1 - predict(changed).total_s / prediction.total_s
         except ConfigError:
             continue
-        if saved >= _TELLING:
+        if saved >= _MIN_SAVING:
             savings.append((saved, f"{words}: saves {saved:.0%}"))
     lines += [words for _, words in sorted(savings, key=lambda saving: -saving[0])]
     if not savings:

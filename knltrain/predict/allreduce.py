@@ -1,4 +1,4 @@
-"""How long an all-reduce takes: the alpha-beta-gamma model of the algorithms that oneCCL and MPI have.
+"""Time of an all-reduce: the alpha-beta-gamma model of the algorithms that oneCCL and MPI have.
 
 Time is counted along the slowest rank: alpha seconds for each message it waits for, beta for each byte it sends, gamma
 for each byte it adds up. Sources: Thakur, Rabenseifner, Gropp 2005, "Optimization of Collective Communication
@@ -17,7 +17,7 @@ from knltrain.errors import ConfigError
 
 
 class Fabric(NamedTuple):
-    """What ranks send over.
+    """The network between ranks.
 
     Attributes:
         nodes: nodes of the job.
@@ -91,7 +91,7 @@ def direct(fabric: Fabric, num_bytes: float) -> Cost:
 
 
 def _folded(fabric: Fabric, num_bytes: float, steps: Callable[[int], Cost]) -> Cost:
-    """Runs an algorithm for powers of two: the ranks beyond one hand their data to others before, and get it after."""
+    """Cost of an algorithm for powers of two; ranks beyond the largest power go through a partner before and after."""
     ranks = fabric.ranks
     power = 1 << (ranks.bit_length() - 1)
     cost = steps(power)
@@ -137,13 +137,14 @@ def two_level(fabric: Fabric, num_bytes: float) -> Cost:
     inside = fabric._replace(nodes=1)
     part = num_bytes / local
     near = ring(inside, num_bytes)
-    # Each part travels between ranks of the same place in their nodes, all at once over the nodes' links.
+    # Ranks with the same local rank exchange each part; all parts share the nodes' links.
     between = fabric._replace(ranks_per_node=1, link_bytes_per_s=fabric.link_bytes_per_s / local)
     far = min(ring(between, part), halving_doubling(between, part))
     return Cost(near.seconds + far.seconds, near.bytes_sent + far.bytes_sent, near.messages + far.messages)
 
 
-_SHORT_ELEMENTS, _MEDIUM_ELEMENTS = 8192, 2**20
+# Limits of oneCCL's selection table.
+_MAX_RECURSIVE_DOUBLING_ELEMENTS, _MAX_DIRECT_ELEMENTS = 8192, 2**20
 
 _ALGORITHMS: dict[str, Callable[[Fabric, float], Cost]] = {
     "ring": ring,
@@ -174,8 +175,8 @@ def all_reduce(fabric: Fabric, elements: int, itemsize: int, algorithm: str = "o
     num_bytes = float(elements * itemsize)
     if algorithm == "oneccl":
         algorithm = (
-            "recursive-doubling" if elements <= _SHORT_ELEMENTS
-            else "direct" if elements <= _MEDIUM_ELEMENTS
+            "recursive-doubling" if elements <= _MAX_RECURSIVE_DOUBLING_ELEMENTS
+            else "direct" if elements <= _MAX_DIRECT_ELEMENTS
             else "ring"
         )  # fmt: skip
     if algorithm == "mpi":

@@ -1,4 +1,4 @@
-"""A system description from what was measured on the machine at hand."""
+"""A system description from measurements of this machine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.node.affinity import comm_cores
 from knltrain.predict.systems import parse
 
+# NumPy's measurement of ceilings: side of the matrices, bytes of the copy, repetitions.
 _MATRIX = 1536
 _COPY_BYTES = 256 * 2**20
 _REPEATS = 5
-_SMALL_BYTES, _LARGE_BYTES = 4096, 2**24
+# All-reduces up to the one size give the start, those from the other on the rate.
+_MAX_LATENCY_BYTES, _MIN_RATE_BYTES = 4096, 2**24
 _NORMAL_QUARTILES = 1.349  # their distance, in standard deviations
 
 
@@ -155,7 +157,7 @@ def _rates(timed: Sequence[tuple[Path, dict[str, Any]]]) -> list[list[str]]:
 
 
 def _input(read: Sequence[tuple[Path, dict[str, Any]]], cores: int) -> list[str]:
-    """What the fastest input costs, where the benches have read any."""
+    """The [input] table from the fastest bench that read images; empty without one."""
     if not read:
         return []
     path, one = max(read, key=lambda row: float(row[1]["input_images_per_s"]))
@@ -164,7 +166,7 @@ def _input(read: Sequence[tuple[Path, dict[str, Any]]], cores: int) -> list[str]
 
 
 class _Measured:
-    """What a file of ``perf/allreduce.py`` says of the network."""
+    """Network parameters from a file of ``perf/allreduce.py``."""
 
     def __init__(self, result: dict[str, Any], path: Path) -> None:
         self.path = path
@@ -172,7 +174,7 @@ class _Measured:
         self.ranks = int(result["world_size"])
         if self.ranks < 2:
             raise ConfigError(
-                f"{path}: of one rank, between which nothing travels; start perf/allreduce.py with several"
+                f"{path}: measured with one rank, without communication; start perf/allreduce.py with several ranks"
             )
         backend = "ccl" if "ccl" in result["backends"] else "gloo"
         rows = [(float(row["bytes"]), float(row["median_s"])) for row in result["rows"]
@@ -210,22 +212,22 @@ class _Measured:
         ]
 
     def _thread(self, sent: float) -> str:
-        """Bytes that a communicating thread handles in a second that it takes from the computing ones."""
+        """Bytes a second that a communication thread handles, in CPU time that computing loses."""
         if self.beside is None:
             rate = 2e-9 * sent / self.line.per_byte
             return _number("thread_gb_per_s", rate, "every byte sent and received keeps the thread busy: assumption")
         size, lost_s = float(self.beside["bytes"]), float(self.beside["computing_lost_s"])
-        # Less than a millionth of the flight is nothing that was measured.
+        # At least a millionth of the all-reduce, so that the rate stays finite.
         busy_s = self.threads * max(lost_s, 1e-6 * float(self.beside["seconds"]))
         measured = f"{self.path.name}: what products of matrices lost beside an all-reduce of {size / 2**20:.3g} MiB"
         return _number("thread_gb_per_s", 2e-9 * sent * size / busy_s, measured)
 
 
 def _fit(rows: Sequence[tuple[float, float]]) -> _Line:
-    """The start from messages that cost nothing else, the rate from those that no cache holds, or the largest two."""
+    """Fits the start to small messages, and the rate to those larger than caches, or to the largest two."""
     rows = sorted(rows)
-    start = statistics.median(seconds for size, seconds in rows if size <= max(_SMALL_BYTES, rows[0][0]))
-    large = [row for row in rows if row[0] >= _LARGE_BYTES] or rows[-2:]
+    start = statistics.median(seconds for size, seconds in rows if size <= max(_MAX_LATENCY_BYTES, rows[0][0]))
+    large = [row for row in rows if row[0] >= _MIN_RATE_BYTES] or rows[-2:]
     per_byte = statistics.median((seconds - start) / size for size, seconds in large)
     if per_byte <= 0:
         raise KnltrainError("calibrate: large all-reduces took no longer than small ones; measure again")
@@ -233,7 +235,7 @@ def _fit(rows: Sequence[tuple[float, float]]) -> _Line:
 
 
 def _ceilings(rooflines: Sequence[dict[str, Any]], cores: int) -> tuple[float, float | None, float, str]:
-    """GFLOP/s in float32 and bf16, GB/s, and where they are from."""
+    """GFLOP/s in float32 and bf16, GB/s, and the source of these numbers."""
     if rooflines:
         ceilings = rooflines[-1]["ceilings"]
         flops = ceilings["gflop_per_s"]

@@ -1,4 +1,4 @@
-"""What the layers of a network compute, move and send, from its architecture alone. Imports no torch.
+"""FLOPs, memory traffic and gradients of each layer of a network, from its architecture. Imports no torch.
 
 The tables are those of ``knltrain.models``, layer by layer as their modules are called; a test holds them against the
 modules. Arithmetic is counted with 2 per multiply-add. A convolution's or dense layer's backward pass is as much again
@@ -19,7 +19,7 @@ from knltrain.errors import ConfigError
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer, per image where not said otherwise.
+    """A layer, per image unless stated otherwise.
 
     Attributes:
         name: the module's path.
@@ -60,13 +60,13 @@ class Gradient:
 
 @dataclass(frozen=True)
 class LayerTime:
-    """What a rank needs for a layer in one pass over a micro-batch.
+    """Time of a layer for one micro-batch on one rank.
 
     Attributes:
         name: the module's path.
         forward_s: seconds.
         backward_s: seconds.
-        gradients: what is ready to travel when the backward part is done.
+        gradients: ready to be sent after the layer's backward pass.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Published runs, and what the model says of them.
+"""Published runs, and their predictions.
 
-Each system may have parameters that were fitted on one of these runs, which is then no check; the others are. What is
-not known of a run and was assumed is said with it.
+A system may have a parameter that was fitted to one of these runs; the other runs check the model. Each run lists the
+assumptions that its source does not state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from knltrain.config import CheckpointConfig, CommConfig, RunConfig
 from knltrain.predict.run import Job, Prediction, predict
 from knltrain.predict.systems import Sourced, System, load
 
-# Gradients of each parameter by themselves, as MLSL sends them.
-_BY_ITSELF_MB = 1e-6
+# A bucket for each gradient, as MLSL sends them.
+_ONE_GRADIENT_MB = 1e-6
 
 
 @dataclass(frozen=True)
 class Published:
-    """A run that others have made.
+    """A run that others have published.
 
     Attributes:
         name: for people.
@@ -36,8 +36,8 @@ class Published:
         source: of these numbers.
         assumed: what the source does not say.
         role: fitted (a parameter of the system was chosen so that this run comes out) or check.
-        comm: what travels, and in which portions.
-        overlap: gradients travel while the backward pass runs.
+        comm: type of the gradients on the wire, and bucket size.
+        overlap: gradients are sent during the backward pass.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Published:
     source: str
     assumed: str
     role: str
-    comm: CommConfig = CommConfig(bucket_mb=_BY_ITSELF_MB)
+    comm: CommConfig = CommConfig(bucket_mb=_ONE_GRADIENT_MB)
     overlap: bool = False
 
     def job(self, system: System | None = None) -> Job:
@@ -68,7 +68,7 @@ class Published:
 
 _PAPER = "arXiv 1709.05011"
 _UNSAID = (
-    "32K images a step; gradients travel layer by layer when the backward pass is over; evaluated once an epoch, "
+    "32K images a step; gradients are sent layer by layer after the backward pass; evaluated once an epoch, "
     "one checkpoint"
 )
 
@@ -87,8 +87,8 @@ RUNS = (
               f"{_PAPER}, second version", f"{_UNSAID}; its 1,024 CPUs are nodes, as those of AlexNet's 11 minutes",
               "check"),
     Published("ResNet-50, 16 nodes of two Xeon 8480+", "xeon8480-200g", 16, "resnet50", 35.2, 3264, 88.15,
-              "MLPerf Training v3.0", "35.2 epochs, the reference's mean to 75.9 %; gradients travel in float32 while "
-              "the backward pass runs, in PyTorch's buckets of 25 MiB", "fitted", CommConfig(bucket_mb=25.0), True),
+              "MLPerf Training v3.0", "35.2 epochs, the reference's mean to 75.9 %; gradients are sent in float32 "
+              "during the backward pass, in PyTorch's buckets of 25 MiB", "fitted", CommConfig(bucket_mb=25.0), True),
 )  # fmt: skip
 
 

@@ -21,10 +21,10 @@ from knltrain.recipes import IMAGENET_IMAGES
 # the gradient; or a bf16 gradient and a bf16 copy of the weights. LAMB's is eleven passes over two or three tensors.
 _UPDATE_BYTES = {"lars": 20, "sgd": 20, "lamb": 108}
 _CHECKPOINT_BYTES = {"lars": 8, "sgd": 8, "lamb": 12}  # weights and moments in float32
-# The moving average's: read, read weights, write; and what it adds to a checkpoint.
+# Moving average of the weights: bytes a parameter that it moves (two reads, one write), and adds to a checkpoint.
 _AVERAGE_BYTES, _AVERAGE_CHECKPOINT_BYTES = 12, 4
-_SLOWEST_FACTOR, _MOST_STEPS = 1e-6, 1e15
-# Images of train and val: of CIFAR-10, which the networks for small images are trained on, and of ImageNet. Classes.
+_MIN_NETWORK_FACTOR, _MAX_STEPS = 1e-6, 1e15
+# CIFAR-10, for the networks of small images, and ImageNet: images of train and val, and classes.
 _CIFAR_MODELS = ("alexnet_bn_small", "resnet20")
 _CIFAR, _IMAGENET = (50_000, 10_000), (IMAGENET_IMAGES, 50_000)
 _CIFAR_CLASSES, _IMAGENET_CLASSES = 10, 1000
@@ -52,7 +52,7 @@ class Job:
         algorithm: of the all-reduce; None: the system's.
         images: of the training set; None: those of :func:`images_for`.
         profile: JSON of ``knltrain bench --profile`` on a node of the system, in place of the system's ceilings.
-        overlap: gradients travel while the backward pass runs, as this package has it.
+        overlap: gradients are sent during the backward pass, as this package does.
     """
 
     config: RunConfig
@@ -71,7 +71,7 @@ class Job:
 
     @property
     def precision(self) -> str:
-        """What is computed in: what the profile has; auto is bf16 where the processor has it."""
+        """Arithmetic: the profile's; otherwise auto is bf16 where the processor has it."""
         if self.profile is not None:
             return str(self.profile.get("precision"))
         if self.config.precision != "auto":
@@ -152,10 +152,10 @@ def predict(job: Job) -> Prediction:
     config, system = job.config, job.system
     if job.nodes < 1:
         raise ConfigError(f"{job.nodes} nodes: give 1 or more")
-    if not _SLOWEST_FACTOR <= job.network_factor <= 1 / _SLOWEST_FACTOR:
+    if not _MIN_NETWORK_FACTOR <= job.network_factor <= 1 / _MIN_NETWORK_FACTOR:
         raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
-    if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MOST_STEPS:
-        raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: nobody lives to see the end")
+    if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MAX_STEPS:
+        raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: more steps than a run can take")
     schedule = make_schedule(config, job.training_images)
     steps = min(schedule.total_steps, config.max_steps or schedule.total_steps)
     kinds = {(phase.batch, phase.image_size): _step_of(_at(job, phase.batch, phase.image_size))
@@ -196,7 +196,7 @@ def _at(job: Job, batch: int, image_size: int) -> Job:
 
 
 class _Kind(NamedTuple):
-    """Steps of one batch and image size, and what they are made of."""
+    """A step of one batch and image size, and its parts."""
 
     local: int
     accumulate: int
@@ -264,7 +264,7 @@ def share(job: Job) -> tuple[int, int]:
 
 
 def fabric_of(job: Job) -> Fabric:
-    """What the ranks of a job send over."""
+    """The network between the ranks of a job."""
     network, factor = job.system.network, job.network_factor
     return Fabric(
         nodes=job.nodes,
@@ -279,7 +279,7 @@ def fabric_of(job: Job) -> Fabric:
 
 
 def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
-    """What a rank needs for each layer of a micro-batch, and for the update, in seconds.
+    """Seconds of a rank for each layer of a micro-batch, and for the update.
 
     From the profile of a node, which has to be of this network, image size and precision; or from the ceilings of the
     system: a layer takes as long as its arithmetic or as what it moves, whichever is longer, over the part of the
@@ -293,7 +293,7 @@ def layer_times(job: Job, local_batch: int) -> tuple[list[LayerTime], float]:
     if job.profile is not None:
         _refuse_other(job.profile, job.config)
         times, batch, optimizer_s = times_from_profile(job.profile, "--layers")
-        # What a rank's cores do, from what those that were timed do.
+        # Scales the profiled threads to the cores that compute in a rank.
         factor = int(job.profile.get("threads", node.cores.value)) * node.ranks.value / computing
         return [
             dataclasses.replace(
@@ -358,7 +358,7 @@ def _efficiency(system: System, rate: Rate | None) -> tuple[float, int]:
         assert system.node.efficiency is not None
         return system.node.efficiency.value, system.node.cores.value
     try:
-        # Of any network with a thousand classes, as the noise has that bench measures on.
+        # With a thousand classes, as bench has them on noise.
         layers = layers_of(rate.models[0], image_size=rate.image_size)
     except ConfigError as error:
         raise ConfigError(f"{system.name}: a rate of it: {error}") from None
@@ -379,7 +379,7 @@ def _update_s(system: System, layers: list[Layer], optimizer: str = "lars") -> f
 
 
 def _per_byte_s(job: Job) -> float:
-    """Seconds that a rank's share of a node's memory takes for a byte."""
+    """Seconds a byte at a rank's part of a node's memory bandwidth."""
     return job.system.node.ranks.value / (1e9 * job.system.node.memory_gb_per_s.value)
 
 

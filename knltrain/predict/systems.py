@@ -54,7 +54,7 @@ class Node(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What is between ranks.
+    """The network between ranks.
 
     Attributes:
         link_gb_per_s: of a node's link, each way.
@@ -81,7 +81,7 @@ class Network(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Input(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What reading costs.
+    """Cost of reading images.
 
     Attributes:
         images_per_core_s: images that a core reads, decodes and augments in a second.
@@ -111,7 +111,7 @@ class Storage(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Rate(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What a node was measured to train at.
+    """A measured training rate of a node.
 
     Attributes:
         models: networks it holds for, the measured one first.

@@ -1,4 +1,4 @@
-"""What people read: tables and lines of a prediction."""
+"""Tables and sentences of a prediction."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def duration(seconds: float) -> str:
 
 
 def summary(prediction: Prediction) -> list[str]:
-    """What a run takes, in a few lines."""
+    """Time, speed and cost of a run, in a few lines."""
     job, step = prediction.job, prediction.step
     config = job.config
     cost = "" if prediction.usd is None else f", {prediction.usd:,.0f} USD"
@@ -99,7 +99,7 @@ def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
 
 
 def phases_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """What each phase of a run is, and costs."""
+    """Batch, image size and cost of each phase of a run."""
     table = new_table(title, numbers=("epochs", "pixels", "batch", "iterations", "images", "10^15 operations",
                                    "messages a node", "TB a node sends"))  # fmt: skip
     for row in rows:

@@ -1,6 +1,6 @@
-"""One training step as a timeline: forward, backward, buckets on their way while it runs, optimizer.
+"""Timeline of one training step: forward, backward with buckets on the wire, optimizer.
 
-It is the slowest rank's: every sum over the ranks waits for it. ::
+It is the slowest rank's, for which every all-reduce waits. ::
 
     images | forward | backward, layer by layer ............ | wait | loss | optimizer
                                       bucket ready -> bucket -> bucket --->|
@@ -16,9 +16,10 @@ from typing import NamedTuple
 from knltrain.predict.allreduce import Fabric, all_reduce
 from knltrain.predict.layers import LayerTime, buckets
 
-_FAIR_SHARE = 0.5  # of a core, for a communicating thread that shares it with one that computes
+# A communication thread gets at most this part of a core on which a thread computes.
+_MAX_COMM_CORE_SHARE = 0.5
 EARLIER = "earlier micro-batches"  # the span of all but the last
-_SYNC_ELEMENTS = 2  # the sum of losses, and of ranks that were asked to stop
+_SYNC_ELEMENTS = 2  # the all-reduce of losses and stop requests
 
 
 class Span(NamedTuple):
@@ -49,7 +50,7 @@ class Step:
         straggler_s: how much longer the slowest rank computes than an average one.
         exposed_s: communication that the backward pass does not hide, and what it takes from computing.
         optimizer_s: the update.
-        on_wire_s: how long gradients are on their way, hidden or not.
+        on_wire_s: communication of gradients, hidden or not.
         bytes_sent: by each rank.
         messages: sent by each rank.
         sizes: bytes of each bucket on the wire, in order.
@@ -71,20 +72,20 @@ class Step:
 
 
 @dataclass
-class _Flight:
-    """A bucket on its way.
+class _Transfer:
+    """The all-reduce of a bucket.
 
     Attributes:
-        left_s: what is left of it while nobody computes.
-        longer: how many times longer it takes while somebody computes.
-        stolen: of the rank's computing speed, while it lasts.
-        start: when it leaves.
-        end: when it has arrived.
+        left_s: remaining time if nothing computes.
+        stretch: factor on its time while the rank computes.
+        slowdown: part of the rank's computing speed that it takes meanwhile.
+        start: when it begins.
+        end: when it has ended.
     """
 
     left_s: float
-    longer: float
-    stolen: float
+    stretch: float
+    slowdown: float
     start: float = 0.0
     end: float = 0.0
 
@@ -94,39 +95,39 @@ class _Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        self.flights: list[_Flight] = []
+        self.transfers: list[_Transfer] = []
         self._arrived = 0
 
     def compute(self, seconds: float) -> None:
-        """Passes the time that so much computing takes, with what communication leaves of the cores."""
-        while self._arrived < len(self.flights):
-            flight = self.flights[self._arrived]
-            speed = 1 - flight.stolen
-            lasts = flight.left_s * flight.longer
-            if speed * lasts > seconds:
+        """Advances by so much computing, slowed down by communication on the same cores."""
+        while self._arrived < len(self.transfers):
+            transfer = self.transfers[self._arrived]
+            speed = 1 - transfer.slowdown
+            duration = transfer.left_s * transfer.stretch
+            if speed * duration > seconds:
                 passed = seconds / speed
-                flight.left_s -= passed / flight.longer
+                transfer.left_s -= passed / transfer.stretch
                 self.now += passed
                 return
-            seconds -= speed * lasts
-            self._arrive(lasts)
+            seconds -= speed * duration
+            self._arrive(duration)
         self.now += seconds
 
-    def send(self, seconds: float, longer: float, stolen: float) -> None:
-        """Puts a bucket behind those that are on the wire."""
-        self.flights.append(_Flight(seconds, longer, stolen, start=self.now))
+    def send(self, seconds: float, stretch: float, slowdown: float) -> None:
+        """Queues a bucket behind those on the wire."""
+        self.transfers.append(_Transfer(seconds, stretch, slowdown, start=self.now))
 
     def wait(self) -> None:
-        """Passes the time until all have arrived."""
-        while self._arrived < len(self.flights):
-            self._arrive(self.flights[self._arrived].left_s)
+        """Advances until all buckets have arrived."""
+        while self._arrived < len(self.transfers):
+            self._arrive(self.transfers[self._arrived].left_s)
 
-    def _arrive(self, lasts: float) -> None:
-        self.now += lasts
-        self.flights[self._arrived].end = self.now
+    def _arrive(self, duration: float) -> None:
+        self.now += duration
+        self.transfers[self._arrived].end = self.now
         self._arrived += 1
-        if self._arrived < len(self.flights):
-            self.flights[self._arrived].start = self.now
+        if self._arrived < len(self.transfers):
+            self.transfers[self._arrived].start = self.now
 
 
 def simulate(
@@ -152,9 +153,9 @@ def simulate(
         fabric: the ranks, and what is between them.
         algorithm: of the all-reduce, see :data:`knltrain.predict.allreduce.ALGORITHMS`.
         wire_itemsize: bytes of a gradient's number on the wire.
-        bucket_mb: MiB of gradients, in their own type, that travel together.
+        bucket_mb: MiB of gradients, in their own type, of a bucket.
         optimizer_s: of the update.
-        accumulate: micro-batches of a step; gradients travel during the last one's backward pass.
+        accumulate: micro-batches of a step; gradients are sent during the backward pass of the last.
         slowest: how many times longer the slowest rank computes than an average one.
         input_s: what images take of a step.
         memory_bytes_per_s: of a rank, for the passes that divide, convert and copy back a bucket.
@@ -162,7 +163,7 @@ def simulate(
             in a second of computing time, which it takes from the ``threads`` that compute, of one at most the half
             that a fair scheduler gives it; None: it takes none.
         threads: compute threads of a rank.
-        overlap: buckets leave as soon as they are full; else when the backward pass is over.
+        overlap: buckets are sent as soon as they are full; otherwise after the backward pass.
     """
     forward_s = accumulate * sum(time.forward_s for time in times)
     backward_s = accumulate * sum(time.backward_s for time in times)
@@ -188,7 +189,7 @@ def simulate(
     for index, time in enumerate(backward):
         computed(f"backward {time.name}", slowest * time.backward_s)
         done = index if overlap or index == len(backward) - 1 else -1
-        # In their order: a bucket does not leave before the one in front of it, though it be full.
+        # Buckets are sent in their order: a full one waits for the one before it.
         while nth < len(waiting) and all(layer_of[gradient] <= done for gradient in waiting[nth]):
             members = [gradients[gradient] for gradient in waiting[nth]]
             elements = sum(gradient.elements for gradient in members)
@@ -198,16 +199,18 @@ def simulate(
             unpack_s = converted * elements / memory_bytes_per_s
             cost = all_reduce(fabric, elements, wire_itemsize, algorithm)
             busy_s = 2 * cost.bytes_sent / thread_bytes_per_s if thread_bytes_per_s else 0.0
-            beside_s = max(cost.seconds, busy_s / _FAIR_SHARE)
+            beside_s = max(cost.seconds, busy_s / _MAX_COMM_CORE_SHARE)
             shared = busy_s / beside_s / threads if busy_s else 0.0
             clock.send(cost.seconds, beside_s / cost.seconds if cost.seconds else 1.0, shared)
             sizes.append(float(elements * wire_itemsize))
             sent, messages, nth = sent + cost.bytes_sent, messages + cost.messages, nth + 1
     backward_end = clock.now
     clock.wait()
-    if clock.flights:
-        clock.now = max(backward_end, clock.flights[-1].end + unpack_s)
-    spans += [Span("network", f"bucket {nth}", flight.start, flight.end) for nth, flight in enumerate(clock.flights)]
+    if clock.transfers:
+        clock.now = max(backward_end, clock.transfers[-1].end + unpack_s)
+    spans += [
+        Span("network", f"bucket {nth}", transfer.start, transfer.end) for nth, transfer in enumerate(clock.transfers)
+    ]
     if clock.now > backward_end:
         spans.append(Span("compute", "waiting for gradients", backward_end, clock.now))
     clock.now += all_reduce(fabric, _SYNC_ELEMENTS, 8, algorithm).seconds
@@ -222,7 +225,7 @@ def simulate(
         straggler_s=straggler_s,
         exposed_s=max(0.0, exposed_s),
         optimizer_s=optimizer_s,
-        on_wire_s=sum(flight.end - flight.start for flight in clock.flights),
+        on_wire_s=sum(transfer.end - transfer.start for transfer in clock.transfers),
         bytes_sent=sent,
         messages=messages,
         sizes=tuple(sizes),

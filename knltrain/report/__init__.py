@@ -1,4 +1,4 @@
-"""The verb that draws: what runs have logged, as one page and as figures."""
+"""`knltrain report`: the logs of runs as one HTML page and as figures."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from knltrain.report.page import page
 from knltrain.report.runs import Run, name_apart, read_run
 from knltrain.runlog.console import Console
 
-# Names of the figures that a report writes.
-_OURS = re.compile(
+# Figures that a report writes; an earlier report's are deleted.
+_FIGURE_NAMES = re.compile(
     r"(accuracy|loss|learning-rate|throughput|time|memory|noise-scale|trust-ratios(-[0-9]+)?)\.(svg|png)"
 )
 
@@ -79,7 +79,7 @@ def _write_figures(pictures: Sequence[Picture], folder: Path) -> list[str]:
     """Writes each figure in each of its formats; returns the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.iterdir():
-        if _OURS.fullmatch(path.name):  # an earlier report may have had others
+        if _FIGURE_NAMES.fullmatch(path.name):  # an earlier report may have had others
             path.unlink()
     figures = []
     for picture in pictures:

@@ -25,18 +25,18 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from knltrain.report.runs import Column, Run, TrustRatios
 
-# Told apart also by those who see fewer colours, in this order; more runs than these take a scale of colours.
+# Distinct for colour-blind readers too, in this order; more runs take colours from a scale.
 _COLOURS = ("#2563eb", "#d97706", "#059669", "#db2777", "#7c3aed", "#0891b2", "#b91c1c", "#65a30d", "#475569")
 _DATA, _COMPUTE, _COMM = "#d97706", "#2563eb", "#db2777"
-# Points of a line: as many as a picture of this width shows.
-_POINTS = 300
-# Of a curve, points that are few enough to be marked.
-_MARKED = 30
+# Longer curves are averaged down to as many points as a figure can show.
+_MAX_POINTS = 300
+# Points of a curve up to which each has a marker.
+_MAX_MARKERS = 30
 # A run whose loss rises to so many times its first one has diverged: the axis ends before its curve does.
 _DIVERGED_FACTOR = 2.0
-# Characters of a run's name in a figure.
-_LONGEST_NAME = 40
-_LAYERS_NAMED = 24
+# Characters of a run's name, and names of layers, that a figure has room for.
+_MAX_NAME_LENGTH = 40
+_MAX_LAYER_NAMES = 24
 _STYLE: Any = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # names of runs are not formulas
@@ -154,7 +154,7 @@ def _curves(
         svg = _svg(figure, name, runs)
         if len(runs) > 1:
             handles = [Line2D([], [], color=colour) for _, colour in drawn]
-            # What begins with an underscore would have no place in a legend.
+            # matplotlib leaves labels that begin with an underscore out of a legend.
             labels = [f" {_short(run.name)}" for run, _ in drawn]
             rows = -(-len(drawn) // 2)
             figure.set_figheight(3.1 + 0.19 * rows)
@@ -225,8 +225,8 @@ def _time_split(runs: Sequence[Run]) -> Picture | None:
     if not known:
         return None
     title = "Where the time of a step goes"
-    caption = ("Waiting for images, computing, and communication that computing does not hide; what travels while the "
-               "backward pass runs is part of computing.")  # fmt: skip
+    caption = ("Waiting for images, computing, and communication that computing does not hide; communication during "
+               "the backward pass is part of computing.")  # fmt: skip
     with _styled():
         figure = _figure(4.9, max(3.1, 1.0 + 0.28 * len(known)))
         axes = figure.subplots()
@@ -276,7 +276,7 @@ def _trust(run: Run, index: int, count: int) -> Picture | None:
             epochs, values = _binned(trust, kind)
             mesh = axes.pcolormesh(epochs, np.arange(len(names) + 1), values.T, norm=scale, cmap="viridis",
                                    rasterized=True)  # fmt: skip
-            every = -(-len(names) // max(2, _LAYERS_NAMED * len(names) // rows))
+            every = -(-len(names) // max(2, _MAX_LAYER_NAMES * len(names) // rows))
             axes.set_yticks(np.arange(0, len(names), every) + 0.5,
                             [_short(name, 28) for name in names[::every]], fontsize=7)  # fmt: skip
             axes.tick_params(axis="y", length=0)
@@ -305,7 +305,7 @@ def _trust_axes(figure: Figure, trust: TrustRatios) -> list[Axes]:
 def _binned(trust: TrustRatios, kind: str) -> tuple[Column, Column]:
     """Edges of epochs and the geometric means between them: no more columns than a picture has."""
     values = np.where(trust.ratios[kind] > 0, trust.ratios[kind], np.nan)
-    parts = np.array_split(np.arange(len(trust.epochs)), min(_POINTS, len(trust.epochs)))
+    parts = np.array_split(np.arange(len(trust.epochs)), min(_MAX_POINTS, len(trust.epochs)))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
         means = np.array([np.exp(np.nanmean(np.log(values[part]), axis=0)) for part in parts])
@@ -329,17 +329,17 @@ def _thinned(x: Column, y: Column, *, logarithmic: bool = False) -> tuple[Column
     x, y = _known(x, y)
     if logarithmic:
         x, y = x[y > 0], np.log(y[y > 0])
-    if len(x) > _POINTS:
-        x, y = (np.array([part.mean() for part in np.array_split(column, _POINTS)]) for column in (x, y))
+    if len(x) > _MAX_POINTS:
+        x, y = (np.array([part.mean() for part in np.array_split(column, _MAX_POINTS)]) for column in (x, y))
     return x, np.exp(y) if logarithmic else y
 
 
 def _dots(x: Column) -> dict[str, Any]:
     # A line through one point shows nothing.
-    return {"marker": "o", "markersize": 3.5} if len(x) <= _MARKED else {}
+    return {"marker": "o", "markersize": 3.5} if len(x) <= _MAX_MARKERS else {}
 
 
-def _short(name: str, longest: int = _LONGEST_NAME) -> str:
+def _short(name: str, longest: int = _MAX_NAME_LENGTH) -> str:
     return name if len(name) <= longest else f"{name[: longest // 2 - 1]}…{name[-longest // 2 :]}"
 
 

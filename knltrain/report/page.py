@@ -24,7 +24,7 @@ def _images(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-# Columns of the table of results: what it is called, the key of Run.results(), how it is written, and which is best.
+# Columns of the table of results: title, key of Run.results(), format, and which value is best.
 _RESULTS: tuple[tuple[str, str, Callable[[float], str], Callable[..., float] | None], ...] = (
     ("top-1, %", "top1", "{:.2f}".format, max),
     ("best top-1, %", "best_top1", "{:.2f}".format, max),
@@ -41,7 +41,7 @@ _RESULTS: tuple[tuple[str, str, Callable[[float], str], Callable[..., float] | N
     ("epochs to {target:g} %", "epochs_to_target", "{:.4g}".format, min),
     ("training to {target:g} %", "train_s_to_target", _minutes, min),
 )
-# Settings that stand beside each of several runs, whether they differ or not.
+# Settings listed for each of several runs even if all have the same.
 _ALWAYS = ("model", "global_batch", "optim.name", "optim.lr")
 
 
@@ -96,7 +96,7 @@ def _results(runs: Sequence[Run], target_top1: float | None) -> list[dict[str, A
 
 
 def _missing(pictures: Sequence[Picture]) -> list[str]:
-    """What no run has logged, and what it takes."""
+    """Hints at figures that are missing: which flag or setting logs them."""
     names = {picture.name.partition("-")[0] for picture in pictures}
     hints = {
         "trust": "No run has logged trust ratios: knltrain train --log-trust-ratios, with LARS.",

@@ -1,4 +1,4 @@
-"""What the folders of runs hold, for drawing: nothing in them is taken for granted."""
+"""Reads the folders of runs for drawing. Everything in them is untrusted."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from knltrain.files import open_regular
 Column = NDArray[np.float64]
 
 # Bytes of a JSON file, and of a row; ResNet-50's trust ratios take 6 kB.
-_LARGEST_FILE, _LONGEST_ROW = 1 << 24, 1 << 20
-# What no run has of anything, and no axis has room for, is as if it were not known.
-_LARGEST = 1e15
-# Characters of a value that are shown.
-_SHOWN = 120
-# Of the last part of a run, the noise scale that is told for the whole.
-_LAST_PART = 0.2
+_MAX_FILE_BYTES, _MAX_ROW_BYTES = 1 << 24, 1 << 20
+# Larger values are read as NaN: no run has them, and no axis can show them.
+_MAX_VALUE = 1e15
+# Characters of a setting's value on the page.
+_MAX_VALUE_LENGTH = 120
+# The noise scale of a run is the median over this last part of its steps.
+_NOISE_PART = 0.2
 
 
 class _Row(msgspec.Struct):
@@ -56,7 +56,7 @@ class _RatioRow(msgspec.Struct):
     """A line of trust_ratios.jsonl."""
 
     step: int
-    epoch: Annotated[float, msgspec.Meta(ge=0, le=_LARGEST)]
+    epoch: Annotated[float, msgspec.Meta(ge=0, le=_MAX_VALUE)]
     weight: dict[str, float | None] = {}
     norm: dict[str, float | None] = {}
     bias: dict[str, float | None] = {}
@@ -80,7 +80,7 @@ class TrustRatios:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A run as its folder tells it.
+    """A run, read from its folder.
 
     Attributes:
         path: the folder, as it was named.
@@ -104,11 +104,11 @@ class Run:
 
     @property
     def batches(self) -> Column:
-        """Images of each step, which may change in the course of a run; NaN where there are no times."""
+        """Images of each step, which may change during a run; NaN where there are no times."""
         return np.round(self.steps["images_per_s"] * self.steps["step_s"])
 
     def results(self, target_top1: float | None = None) -> dict[str, float | None]:
-        """What came of it, by the names of summary.json; None where the folder does not say.
+        """Results by the names of summary.json; None where the folder has none.
 
         Args:
             target_top1: in per cent. ``epochs_to_target`` and ``train_s_to_target`` go up to the first evaluation that
@@ -116,7 +116,7 @@ class Run:
         """
         steps, evaluations = self.steps, self.evaluations
         train_s = _sum(steps["step_s"])
-        noise = steps["noise_scale"][-max(1, round(_LAST_PART * len(steps["step"]))) :]
+        noise = steps["noise_scale"][-max(1, round(_NOISE_PART * len(steps["step"]))) :]
         noise = noise[np.isfinite(noise)]
         rss = _last(steps["rss_mb"], np.nanmax)
         timed_s = _sum(np.where(np.isfinite(self.batches), steps["step_s"], np.nan))
@@ -221,18 +221,18 @@ def _object(path: Path) -> dict[str, Any] | None:
     """A JSON object that a file holds; None where there is none."""
     try:
         with open_regular(path) as file:
-            value = json.loads(file.read(_LARGEST_FILE))
+            value = json.loads(file.read(_MAX_FILE_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _rows(path: Path, kind: type[Any], problems: list[str]) -> Iterator[Any]:
-    """The rows of a file up to the first that is none; the last line may be one that a crash cut short."""
+    """The rows of a file up to the first damaged one. The last line may be incomplete after a crash."""
     decode = msgspec.json.Decoder(kind).decode
     try:
         with open_regular(path) as file:
-            for number, line in enumerate(iter(lambda: file.readline(_LONGEST_ROW), b""), 1):
+            for number, line in enumerate(iter(lambda: file.readline(_MAX_ROW_BYTES), b""), 1):
                 try:
                     yield decode(line)
                 except (ValueError, RecursionError):
@@ -266,7 +266,7 @@ def _for_people(value: object) -> str:
         return "–"
     text = value if isinstance(value, str) else f"{value:,}" if type(value) is int else json.dumps(value)
     text = one_line(text)
-    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+    return text if len(text) <= _MAX_VALUE_LENGTH else f"{text[:_MAX_VALUE_LENGTH]}…"
 
 
 def _trust_ratios(path: Path, problems: list[str]) -> TrustRatios | None:
@@ -283,4 +283,4 @@ def _trust_ratios(path: Path, problems: list[str]) -> TrustRatios | None:
 
 
 def _sane(numbers: Column) -> Column:
-    return np.where(np.abs(numbers) <= _LARGEST, numbers, np.nan)
+    return np.where(np.abs(numbers) <= _MAX_VALUE, numbers, np.nan)

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 class _Appended:
-    """A file that grows, unbuffered. What a full disk does not take is kept, and written before what comes next."""
+    """An unbuffered file to append to. Data that a full disk does not take are kept and written later."""
 
     def __init__(self, path: Path) -> None:
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)

@@ -1,1 +1,1 @@
-"""The verb that trains one recipe at many batches, by several methods, with several seeds, and compares."""
+"""`knltrain sweep`: one recipe at many batches, with several optimizers, learning rates and seeds."""

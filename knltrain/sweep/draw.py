@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep.results import Best, Results
 
-# Points of a curve: a loss is averaged over as many stretches of its run.
-_STRETCHES = 150
+# Points of a loss curve: each is the mean over a part of the run.
+_MAX_POINTS = 150
 _PANELS_ACROSS = 3
 
 
@@ -96,7 +96,7 @@ def _draw_diverged(axes: Axes, results: Results, best: Sequence[Best]) -> bool:
 
 
 def _seeds(best: Sequence[Best]) -> str:
-    """What a point, a hollow point and a whisker are."""
+    """Explains points, hollow points and whiskers."""
     counts = sorted({len(one.top1) for one in best})
     if counts == [1]:
         return "a single seed each"
@@ -109,7 +109,7 @@ def _seeds(best: Sequence[Best]) -> str:
 def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:
     """Draws losses against the epoch to a PNG, a panel a batch: the first seed at each method's best learning rate.
 
-    Lines are losses in training, averaged over stretches of the run, dots those of validation.
+    Lines are losses in training, averaged over parts of the run, dots those of validation.
 
     Args:
         results: of the sweep.
@@ -136,7 +136,7 @@ def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:
         axes.tick_params(labelbottom=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
-    if highest:  # what validation says of running statistics that are young may be far above
+    if highest:  # early validation losses, with young running statistics, may be far above
         panels[0].set_ylim(0, 1.05 * highest)
     for axes in panels[::across]:
         axes.set_ylabel("loss")
@@ -152,10 +152,10 @@ def _draw_run(axes: Axes, folder: Path, colour: str, label: str) -> list[float]:
     except FileNotFoundError:
         rows, label = [], f"{label}: no metrics.jsonl"
     steps = [row for row in rows if row.get("loss") is not None]
-    length = math.ceil(len(steps) / _STRETCHES)
-    stretches = [steps[first : first + length] for first in range(0, len(steps), length)] if steps else []
-    epochs = [stretch[-1]["epoch"] for stretch in stretches]
-    losses = [sum(row["loss"] for row in stretch) / len(stretch) for stretch in stretches]
+    length = math.ceil(len(steps) / _MAX_POINTS)
+    parts = [steps[first : first + length] for first in range(0, len(steps), length)] if steps else []
+    epochs = [part[-1]["epoch"] for part in parts]
+    losses = [sum(row["loss"] for row in part) / len(part) for part in parts]
     axes.plot(epochs, losses, lw=1, color=colour, label=label)
     evaluations = [row for row in rows if row.get("val_loss") is not None]
     axes.plot([row["epoch"] for row in evaluations], [row["val_loss"] for row in evaluations], "o", ms=2, color=colour)

@@ -13,12 +13,12 @@ from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES, at_batch
 
-# What a sweep gives its runs itself.
+# Fields that the sweep sets for each run.
 OWN_FIELDS = frozenset(
     {"recipe", "out", "resume", "global_batch", "seed", "optim.name", "optim.lr", "optim.lr_scaling"}
 )
 _AXES = ("batches", "optimizers", "lr_factors", "seeds", "search_seeds")
-# A method at a batch: what has a best learning rate.
+# A method at a batch; each has a best learning rate.
 Cell = tuple[str, int]
 
 
@@ -47,7 +47,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """What its folder is called."""
+        """The name of its folder."""
         return f"{self.optimizer}-b{self.batch}-lr{self.lr:g}-seed{self.seed}"
 
     def folder(self, out: Path) -> Path:
@@ -55,7 +55,7 @@ class Point:
         return out / "runs" / self.name
 
     def words(self, out: Path) -> list[str]:
-        """What follows ``knltrain`` on its command line: the recipe, and every field that is not the recipe's."""
+        """The arguments of its command: the recipe, and every field that differs from the recipe."""
         usual = configuration.flatten(configuration.as_dict(RECIPES[self.config.recipe].config()))
         fields = configuration.flatten(configuration.as_dict(self.config)) | {"out": str(self.folder(out))}
         words = ["train", "--recipe", self.config.recipe]
@@ -122,7 +122,7 @@ class Sweep:
                 )  # fmt: skip
         names = [point.name for point in self.search()]
         if same := [name for name in names if names.count(name) > 1]:
-            raise ConfigError(f"--lr-factors: two of them give the same learning rate ({same[0]}); leave one away")
+            raise ConfigError(f"--lr-factors: two of them give the same learning rate ({same[0]}); remove one")
 
     @property
     def cells(self) -> list[Cell]:
@@ -140,7 +140,7 @@ class Sweep:
         return len(self.search()) + len(self.cells) * len(self.later_seeds)
 
     def factors(self, optimizer: str, batch: int) -> tuple[float, ...]:
-        """What the rule's learning rate is multiplied by for a method at a batch."""
+        """Factors on the rule's learning rate for a method at a batch."""
         return self.lr_factors_at.get((optimizer, batch), self.lr_factors)
 
     def point(self, optimizer: str, batch: int, factor: float, seed: int) -> Point:
@@ -162,11 +162,11 @@ class Sweep:
         ]
 
     def base(self) -> RunConfig:
-        """What all runs have in common, in the form of the first method at the first batch."""
+        """The configuration of the first method at the first batch, for what all runs have in common."""
         return self.point(self.optimizers[0], self.batches[0], 1.0, self.seeds[0]).config
 
     def as_dict(self) -> dict[str, Any]:
-        """What it consists of, as JSON types."""
+        """The sweep as JSON types."""
         lists = {axis: list(getattr(self, axis)) for axis in _AXES}
         others = {_name(cell): list(factors) for cell, factors in self.lr_factors_at.items()}
         return {"recipe": self.recipe, "fields": dict(self.fields), **lists, "lr_factors_at": others}
@@ -196,8 +196,8 @@ def _listed(values: Sequence[object]) -> str:
     return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
 
 
-def left_away(sweep: Sweep, before: Mapping[str, Any]) -> list[str]:
-    """Says what an earlier sweep has that this one lacks: a sweep may grow, and never shrinks."""
+def removed_values(sweep: Sweep, before: Mapping[str, Any]) -> list[str]:
+    """Lists values of an earlier sweep that this one lacks: a sweep may grow but not shrink."""
     missing = []
     for axis in _AXES:
         if axis != "lr_factors":

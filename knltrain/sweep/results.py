@@ -1,4 +1,4 @@
-"""What became of a sweep's runs, and which learning rate is the best of each method and batch."""
+"""Outcomes of a sweep's runs, and the best learning rate of each method and batch."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from knltrain.sweep.plan import Point, Sweep
 Status = Literal["waiting", "stopped", "done", "diverged", "failed"]
 COLUMNS = ("model", "optimizer", "batch", "lr", "lr_factor", "seed", "epochs", "top1", "best_top1", "steps", "seconds",
            "images_per_s", "status", "run")  # fmt: skip
-# In a run's folder: how it ended, where that was not the end of its training.
+# File in a run's folder that says how it ended, unless it finished training.
 ENDED = "ended.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
         status: diverged runs are results; failed ones are tried again.
@@ -76,7 +76,7 @@ class Best:
 
     @property
     def mean(self) -> float:
-        """Of the seeds."""
+        """Mean over the seeds."""
         return statistics.fmean(self.top1.values())
 
     @property
@@ -92,7 +92,7 @@ class Best:
 
 
 class Results:
-    """What is on disk of a sweep; read anew at each call.
+    """Reads a sweep's folder, anew at each call.
 
     Args:
         sweep: which.
@@ -110,11 +110,11 @@ class Results:
         return min(steps, config.max_steps or steps)
 
     def record(self, point: Point) -> dict[str, Any]:
-        """What a run itself wrote of how, where and with what it is trained; nothing before it has begun."""
+        """The run's config.json; empty before it has begun."""
         return _read(point.folder(self.out) / "config.json")
 
     def outcome(self, point: Point) -> Outcome:
-        """What became of a run so far."""
+        """The outcome of a run so far."""
         folder = point.folder(self.out)
         summary, ended = _read(folder / "summary.json"), _read(folder / ENDED)
         if summary.get("finished") and (summary.get("steps") or 0) >= self.steps(point):
@@ -161,7 +161,7 @@ class Results:
         return [best for best in found if best]
 
     def reference(self) -> Best | None:
-        """What the others are held against: SGD at the smallest batch, or the first method where SGD is not swept."""
+        """What the others are compared with: SGD at the smallest batch, or the first method without SGD."""
         optimizer = "sgd" if "sgd" in self.sweep.optimizers else self.sweep.optimizers[0]
         return self.best(optimizer, min(self.sweep.batches))
 

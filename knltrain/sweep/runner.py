@@ -1,4 +1,4 @@
-"""Trains the runs of a sweep, one after another, each in a process of its own, and keeps what is known up to date."""
+"""Trains the runs of a sweep one after another, each in its own process, and keeps the results up to date."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ from knltrain.runlog.provenance import provenance
 from knltrain.runlog.tables import new_table, shown
 from knltrain.sweep.draw import draw_accuracy, draw_losses
 from knltrain.sweep.markdown import report
-from knltrain.sweep.plan import Point, Sweep, left_away
+from knltrain.sweep.plan import Point, Sweep, removed_values
 from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
 from knltrain.training import run_dir
 from knltrain.training.batching import rank_batch_of
 from knltrain.training.engine import choose_engine, choose_precision
 from knltrain.training.signals import StopRequest
 
-_LOOK_S = 0.5
-# To finish a step, and to have a checkpoint on disk: as long as a run waits for the latter.
-_GOODBYE_S = 600.0
+_POLL_INTERVAL_S = 0.5
+# A run finishes its step and writes a checkpoint before it ends.
+_SHUTDOWN_TIMEOUT_S = 600.0
 _STOPPED = 75
-_ARRAY_S = 600.0
-# Of metrics.jsonl: more than a row takes.
-_TAIL = 4096
+# All tasks of a job array may start at once, and take the lock one after another.
+_LOCK_TIMEOUT_S = 600.0
+# More bytes than a row of metrics.jsonl takes.
+_MAX_ROW_BYTES = 4096
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _libc = ctypes.CDLL(None)
 
 
 class _Running(NamedTuple):
-    """The run that is going on: which, and the last step of it that was logged."""
+    """The current run, and its last step that was logged."""
 
     point: Point
     row: dict[str, Any]
@@ -106,8 +107,7 @@ def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dic
         KnltrainError: it failed, or the learning rate of a later seed is not known yet.
     """
     num_images = check(plan, console)
-    # Tasks that begin at the same time wait for each other here, and an array may begin as a whole.
-    with run_dir.lock_run_dir(out, console, timeout_s=_ARRAY_S):
+    with run_dir.lock_run_dir(out, console, timeout_s=_LOCK_TIMEOUT_S):
         guard(plan, out)
     results = Results(plan, out, num_images)
     point = task_of(results, task)
@@ -186,9 +186,9 @@ def guard(plan: Sweep, out: Path) -> None:
     if path.exists():
         try:
             before = json.loads(path.read_text("utf-8"))
-            differ = left_away(plan, before)
+            differ = removed_values(plan, before)
             if not differ:
-                # What has grown may have another first run: the one that the file has the configuration of.
+                # The first run of a sweep that grew may be another: compare with the one that the file describes.
                 same = plan.point(before["optimizers"][0], before["batches"][0], 1.0, before["seeds"][0]).config
                 changed = run_dir.changes(configuration.flatten(before["config"]), same)
                 differ = [f"{name}: {was} -> {now}" for name, (was, now) in changed.items()]
@@ -208,7 +208,7 @@ def _train_all(results: Results, console: Console) -> bool:
     with StopRequest() as stop, shown(console) as show:
 
         def look(point: Point) -> Callable[[dict[str, Any]], None]:
-            live = console.rich.is_terminal  # elsewhere tables would only be kept
+            live = console.rich.is_terminal  # without a terminal, only the last table is printed
             return lambda row: show(_table(results, _Running(point, row))) if live else None
 
         show(_table(results, None))
@@ -230,22 +230,22 @@ def _train_all(results: Results, console: Console) -> bool:
 
 
 def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[dict[str, Any]], None]) -> Outcome:
-    """Trains one run in a process of its own, from where it stands, and notes how it ended.
+    """Trains one run in its own process, resuming it if it has begun, and records how it ended.
 
     Args:
         results: of the sweep.
         point: which run.
         stop: where a signal is noted; the run is asked then to end with a checkpoint.
-        look: called now and then with the last step that was logged.
+        look: called at each poll with the last step that was logged.
     """
     folder, started = point.folder(results.out), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     (folder / ENDED).unlink(missing_ok=True)
     command = [sys.executable, "-m", "knltrain", *point.words(results.out)]
-    with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as said:
-        begin = said.seek(0, os.SEEK_END)
+    with (folder / "train.log").open("a+", encoding="utf-8", errors="replace") as log:
+        begin = log.seek(0, os.SEEK_END)
         # A session of its own: Ctrl-C comes here alone, and a second one ends both at once.
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                                    preexec_fn=_end_with_parent)  # fmt: skip
         try:
             code = _wait(process, folder, stop, look)
@@ -253,8 +253,8 @@ def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[di
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-        said.seek(begin)
-        words = _last_words(said.read())
+        log.seek(begin)
+        words = _last_words(log.read())
     outcome = results.outcome(point)
     if outcome.status == "done" or code == _STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
         return outcome if outcome.status == "done" else dataclasses.replace(outcome, status="stopped")
@@ -267,34 +267,34 @@ def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[di
 
 
 def _end_with_parent() -> None:
-    """In the process to be: a checkpoint, and an end, when the sweep's process ends, however it does."""
+    """Runs in the child before exec: SIGTERM, hence a checkpoint, when the sweep's process ends in any way."""
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _wait(
     process: subprocess.Popen[bytes], folder: Path, stop: StopRequest, look: Callable[[dict[str, Any]], None]
 ) -> int:
-    """Waits for the end of a run, which a signal hastens.
+    """Waits for the end of a run, and passes a signal to stop on to it.
 
-    A batch system may send the signal to the run too. For a run that has been asked already, another signal would be
-    the second one, which ends it at once: so it is given the time of a look to notice, and asked only if it has not.
+    A batch system may send the signal to the run too, and a second one would end the run at once, without a checkpoint.
+    So the run is sent SIGTERM one poll later, and only if it still handles the signal.
     """
     asked, deadline = False, None
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
-            return process.wait(_LOOK_S)
+            return process.wait(_POLL_INTERVAL_S)
         look(_last_row(folder / "metrics.jsonl"))
         if deadline is None:
-            deadline = time.monotonic() + _GOODBYE_S if stop.requested else None
-        elif not asked and _would_note(process.pid, signal.SIGTERM):
+            deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S if stop.requested else None
+        elif not asked and _handles_signal(process.pid, signal.SIGTERM):
             asked = True
             process.terminate()
         elif time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def _would_note(pid: int, number: int) -> bool:
-    """Whether a process handles a signal: a run does until the first one has come."""
+def _handles_signal(pid: int, number: int) -> bool:
+    """Whether a process handles a signal: a run does so until the first one arrives."""
     try:
         status = Path(f"/proc/{pid}/status").read_text("utf-8")
         (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
@@ -307,7 +307,7 @@ def _last_row(path: Path) -> dict[str, Any]:
     """The last step in a file that may be growing; nothing where there is none yet."""
     try:
         with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_ROW_BYTES))
             lines = file.read().split(b"\n")[:-1]
         return next((row for row in map(json.loads, reversed(lines)) if "loss" in row), {})
     except (OSError, ValueError):  # a row that the tail begins within
@@ -322,7 +322,7 @@ def _last_words(text: str) -> str:
 
 
 def _has_diverged(folder: Path, reason: str) -> bool:
-    """Whether the run's watch ended it: by its loss, or by a number that is none, whose step it keeps for study."""
+    """Whether the run ended because of its loss or of NaN or Inf, whose step is kept in its folder."""
     if reason.startswith("diverged:"):
         return True
     try:

@@ -9,7 +9,6 @@ from typing import Any
 from knltrain import config as configuration
 from knltrain.node.contention import CpuContention
 from knltrain.node.memory import peak_resident_mb
-from knltrain.runlog.curves import draw_curves
 from knltrain.runlog.metrics import read_metrics, write_json
 from knltrain.training.state import Run
 
@@ -112,6 +111,8 @@ def summarize(
         "out": str(run.out),
     }
     write_json(run.out / "summary.json", summary)
+    from knltrain.runlog.curves import draw_curves  # late: one rank draws, once, and matplotlib takes a second to load
+
     title = f"{run.config.recipe or run.config.model}, batch {run.config.global_batch:,}"
     draw_curves(rows, run.out / "curves.png", title)
     return summary

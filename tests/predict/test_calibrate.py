@@ -105,7 +105,7 @@ def test_without_a_roofline_the_ceilings_are_measured(write):
         ([{**BENCH, "step_s": 3}], allreduce(), "a file is not what"),
         ([BENCH, {**BENCH, "cpu": "Other"}], allreduce(), "of different machines"),
         ([BENCH], {}, "a file is not what"),
-        ([BENCH], allreduce(world_size=1, ranks_per_node=1), "of one rank"),
+        ([BENCH], allreduce(world_size=1, ranks_per_node=1), "measured with one rank"),
         ([BENCH], {**allreduce(), "rows": []}, "two sizes or more"),
     ],
 )

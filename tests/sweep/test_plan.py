@@ -8,7 +8,7 @@ from sweeps import sweep_of
 from knltrain import config as configuration
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES
-from knltrain.sweep.plan import left_away
+from knltrain.sweep.plan import removed_values
 
 
 def test_the_runs_of_a_search():
@@ -74,16 +74,16 @@ def test_what_cannot_be_is_refused_at_once(changes, words):
 
 def test_a_sweep_may_grow_and_not_shrink():
     small, large = sweep_of(), sweep_of(batches=(256, 512, 1024), lr_factors=(0.25, 0.5, 1.0, 2.0))
-    assert left_away(large, small.as_dict()) == []
-    assert left_away(small, large.as_dict()) == [
+    assert removed_values(large, small.as_dict()) == []
+    assert removed_values(small, large.as_dict()) == [
         "--batches without 512", *(f"--lr-factors for {name}:{batch} without 0.25,2"
                                    for batch in (256, 1024) for name in ("sgd", "lars")),
     ]  # fmt: skip
     other = sweep_of(lr_factors_at={("sgd", 1024): (0.25, 0.5), ("lars", 1024): (1.0, 2.0)})
-    assert left_away(other, small.as_dict()) == [
+    assert removed_values(other, small.as_dict()) == [
         "--lr-factors for sgd:1024 without 1", "--lr-factors for lars:1024 without 0.5",
     ]  # fmt: skip
-    assert left_away(small, other.as_dict()) == [
+    assert removed_values(small, other.as_dict()) == [
         "--lr-factors for sgd:1024 without 0.25", "--lr-factors for lars:1024 without 2",
     ]  # fmt: skip
 

@@ -124,7 +124,7 @@ def test_ctrl_c_and_the_death_of_the_sweep_end_its_run_with_a_checkpoint(image_f
 @pytest.mark.parametrize("notes", [True, False])
 def test_a_run_that_was_asked_to_stop_already_is_not_asked_again(notes, tmp_path, monkeypatch):
     """A batch system's signal reaches both; the second one would end the run without a checkpoint."""
-    monkeypatch.setattr(runner, "_LOOK_S", 0.1)
+    monkeypatch.setattr(runner, "_POLL_INTERVAL_S", 0.1)
     lines = ["import signal, sys, time", "print('ready', flush=True)", "time.sleep(0.5)", "sys.exit(75)"]
     if notes:  # as a run that no signal has come to yet
         lines[1:1] = ["signal.signal(signal.SIGTERM, lambda *_: (print('asked', flush=True), sys.exit(75)))"]
@@ -140,8 +140,8 @@ def test_a_run_that_was_asked_to_stop_already_is_not_asked_again(notes, tmp_path
 
 
 def test_a_run_that_does_not_end_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "_LOOK_S", 0.1)
-    monkeypatch.setattr(runner, "_GOODBYE_S", 0.3)
+    monkeypatch.setattr(runner, "_POLL_INTERVAL_S", 0.1)
+    monkeypatch.setattr(runner, "_SHUTDOWN_TIMEOUT_S", 0.3)
     code = "import signal, time; signal.signal(15, lambda *_: None); print(flush=True); time.sleep(60); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, start_new_session=True)
     process.stdout.readline()
