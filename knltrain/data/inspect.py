@@ -38,7 +38,7 @@ def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) ->
     Args:
         root: of images, of tar shards, or prepared.
         sheet: the PNG file that is written.
-        console: where to speak.
+        console: where to print.
         config: image size and augmentation; the size is made smaller where prepared images are.
 
     Returns:

@@ -112,7 +112,7 @@ def advise(prediction: Prediction, scan: list[Prediction]) -> list[str]:
             beyond = f"network bound beyond {last[-1]:,} nodes" if last else "network bound"
             lines.append(f"{beyond}: {traffic}, of which {step.exposed_s / step.seconds:.0%} of the step is not hidden")
         else:
-            ahead = f"network bound from {bound[0]:,} nodes on" if bound else "at no number of nodes network bound"
+            ahead = f"network bound from {bound[0]:,} nodes on" if bound else "not network bound at any number of nodes"
             lines.append(f"compute bound: {traffic} take {step.exposed_s / step.seconds:.0%} of the step; {ahead}")
     if len(scan) > 1:
         useful = largest_useful(scan)

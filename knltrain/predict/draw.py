@@ -33,7 +33,7 @@ _PARTS = (
     ("optimizer", "C3", "optimizer_s"),
 )
 _UNITS = (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0), ("seconds", 1.0))
-# Numbers of nodes that an axis has room for.
+# More numbers of nodes are thinned out, so that an axis stays readable.
 _MAX_TICKS = 9
 
 
@@ -57,7 +57,7 @@ def draw_step(prediction: Prediction, path: Path) -> None:
     for span in spans:
         kind = span.name.partition(" ")[0] if span.name.startswith("backward") else span.name
         kind = kind if span.lane == "compute" else span.lane
-        # Buckets are told apart by their edges; layers are too many for that.
+        # Edges separate the buckets; there are too many layers for edges.
         left = 1e3 * (span.start - begin)
         axes.barh(len(lanes) - 1 - lanes.index(span.lane), 1e3 * (span.end - span.start), left=left,
                   height=0.6, color=_COLOURS[kind], edgecolor="white", lw=0.5 if kind == "network" else 0,
@@ -142,7 +142,7 @@ def _draw_parts(axes: Axes, row: Sequence[Prediction]) -> None:
     places = _thin(range(len(row)))
     axes.set_xticks(places, [_short(row[place].job.nodes) for place in places])
     axes.set(xlabel="nodes", ylabel=f"% of a step, batch {row[0].job.config.global_batch:,}", ylim=(0, 100))
-    # In the order of the bars.
+    # Reversed, which is the order of the bars from top to bottom.
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False, reverse=True)
 
 

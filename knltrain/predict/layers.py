@@ -291,8 +291,8 @@ def buckets(gradients: Sequence[Gradient], bucket_mb: float) -> list[list[int]]:
     """Divides gradients into the buckets of DistributedDataParallel, and returns their indices in order of leaving.
 
     Gradients of one type fill a bucket until it holds ``bucket_mb``; full buckets come in the order in which they are
-    full, the last of each type after them. There is no small first bucket: PyTorch makes one only where nobody says
-    how large buckets are.
+    full, the last of each type after them. There is no small first bucket: PyTorch makes one only without a given
+    bucket size.
 
     Args:
         gradients: in the order in which they become ready, which is that of the backward pass.

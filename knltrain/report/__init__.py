@@ -25,7 +25,7 @@ def report(folders: Sequence[Path], out: Path, console: Console, target_top1: fl
     Args:
         folders: of runs, finished or not.
         out: where to; what an earlier report wrote there is overwritten.
-        console: told what is left out, and why.
+        console: where to warn of what is left out, and why.
         target_top1: in per cent; results have what each run took to reach it.
 
     Returns:

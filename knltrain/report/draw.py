@@ -34,7 +34,7 @@ _MAX_POINTS = 300
 _MAX_MARKERS = 30
 # A run whose loss rises to so many times its first one has diverged: the axis ends before its curve does.
 _DIVERGED_FACTOR = 2.0
-# Characters of a run's name, and names of layers, that a figure has room for.
+# Characters of a run's name, and number of layer names, in a figure.
 _MAX_NAME_LENGTH = 40
 _MAX_LAYER_NAMES = 24
 _STYLE: Any = {
@@ -170,7 +170,7 @@ def _accuracy(axes: Axes, run: Run, colour: str, gid: str) -> bool:
 
 
 def _loss_limit(runs: Sequence[Run]) -> float | None:
-    """Where the axis of losses ends so that a run that diverged leaves the others room; None: nothing is beyond."""
+    """Upper end of the loss axis that keeps the other runs readable if one diverged; None if all losses fit."""
     highest, limit = 0.0, 0.0
     for run in runs:
         _, training = _thinned(run.steps["epoch"], run.steps["loss"])

@@ -45,13 +45,13 @@ class _Appended:
 class MetricsLog:
     """Appends rows to OUT/metrics.jsonl and OUT/tensorboard, and trust ratios to OUT/trust_ratios.jsonl.
 
-    A disk that takes no more is a warning; the rows follow when there is room again.
+    A full disk is a warning; the rows are written once there is space again.
 
     Args:
         out: the run's folder.
         after_step: rows of later steps are dropped: a resumed run writes them again.
         evaluated_step: rows of later evaluations are dropped likewise; by default those of later steps.
-        warn: told when rows cannot be written.
+        warn: called when rows cannot be written.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class MetricsLog:
         evaluated_step: int | None = None,
         warn: Callable[[str], None] = warnings.warn,
     ) -> None:
-        from knltrain.runlog.tensorboard import EventWriter  # late: who only reads rows is spared TensorBoard
+        from knltrain.runlog.tensorboard import EventWriter  # imported here: readers of rows need no TensorBoard
 
         path, folder = out / "metrics.jsonl", out / "tensorboard"
         self._ratios_path = out / "trust_ratios.jsonl"

@@ -91,7 +91,7 @@ def fit(table: Table, width: int) -> Table:
         fitted.add_row(*cells, style=row.style, end_section=row.end_section)
     if kept < len(columns):
         left_out = ", ".join(str(column.header) for column in columns[kept:])
-        fitted.caption = f"no room in {width} columns: {left_out}"
+        fitted.caption = f"too wide for {width} columns: {left_out}"
         fitted.caption_justify = "left"
     return fitted
 

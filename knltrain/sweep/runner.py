@@ -96,7 +96,7 @@ def train_task(plan: Sweep, out: Path, console: Console, task: int) -> tuple[dic
     Args:
         plan: which runs there are: those of the search first, then the later seeds of the best learning rates.
         out: the sweep's folder.
-        console: where to speak.
+        console: where to print.
         task: which of them, from 0.
 
     Returns:
