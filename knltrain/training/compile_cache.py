@@ -12,7 +12,7 @@ import os
 import struct
 from pathlib import Path
 
-# Of an ELF file for 64 bits (System V ABI, object files): the header is 64 bytes, and a linker writes the section
+# An ELF file for 64 bits (System V ABI, object files) has a header of 64 bytes, and a linker writes the section
 # headers last, whose place, size and number it has at 40, 58 and 60.
 _HEADER_BYTES = 64
 

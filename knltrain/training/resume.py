@@ -155,11 +155,11 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
         if folder:
             state = checkpoint.read_state(folder)
             step = state["step"]
-            # What the same command has written since it began with the one that is named is its own.
+            # A checkpoint that the same command has written since is its own: nothing to compare.
             if config.resume not in ("auto", state["config"].get("resume")):
                 guard_checkpoint(config, folder, state, allowed)
                 changed |= changes(configuration.flatten(state["config"]), config)
-            # Of the checkpoint and not of OUT/config.json, which a run writes before its first checkpoint.
+            # The checkpoint says it, not OUT/config.json: a run writes that before its first checkpoint.
             if state["config"].get("conv", RunConfig().conv) == config.conv:
                 convolutions = state["made"].get("convolutions", {})
         for name in sorted(allowed - changed.keys()):

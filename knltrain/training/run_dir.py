@@ -32,7 +32,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
 
 
 @contextlib.contextmanager
-def lock_run_dir(out: Path, console: Console, *, timeout_s: float = _LOCK_TIMEOUT_S) -> Iterator[None]:
+def lock_run_dir(out: Path, console: Console, *, timeout_s: float | None = None) -> Iterator[None]:
     """Makes a run's folder, and keeps other runs out of it as long as this process lives.
 
     The lock is the kernel's (fcntl, which NFS has too): a process that is killed holds it no longer. After the death of
@@ -41,14 +41,14 @@ def lock_run_dir(out: Path, console: Console, *, timeout_s: float = _LOCK_TIMEOU
     Args:
         out: the folder.
         console: told who has it, where somebody has to be waited for.
-        timeout_s: how long to wait, in seconds.
+        timeout_s: how long to wait, in seconds; default as long as the ranks of a run that was killed may take to end.
 
     Raises:
         KnltrainError: another run has it; names the host and the process.
     """
     made = not out.exists()
     path = out / ".lock"
-    descriptor = _locked(path, console, timeout_s)
+    descriptor = _locked(path, console, _LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
     try:
         with contextlib.suppress(OSError):  # a full disk; it is only for people
             os.truncate(descriptor, 0)

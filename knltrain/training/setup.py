@@ -145,7 +145,7 @@ def join_group(config: RunConfig, compute: Compute, placement: RankPlacement, cl
 
     Raises:
         ConfigError: ranks have chosen differently.
-        KnltrainError: the ranks do not find each other.
+        KnltrainError: rendezvous failed.
     """
     with running_on(placement.plan.comm):  # where the threads that it makes then stay
         group = cleanup.enter_context(Group(placement.ranks, config.comm.backend, placement.plan.comm))

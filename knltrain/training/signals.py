@@ -55,15 +55,14 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
-        # Of a parent with several threads that is killed, the kernel may say so more than once: as one after the other
-        # ends. That is no second request.
+        # The kernel may report the death of a parent once for each of its threads. That is no second request.
         _libc.prctl(_PR_SET_PDEATHSIG, 0)
         for other, before in self._before.items():
             if callable(before):
                 signal.signal(other, before)
             else:
-                # Behind Python's back, which may be about to call this method for another one that came at the same
-                # time, and would say that it does not find it any more.
+                # Not by Python's own function: Python may be about to call this method for another signal that came at
+                # the same time, and would complain that the handler is gone.
                 _libc.signal(other, int(before))
 
     def _restore(self) -> None:
