@@ -20,7 +20,7 @@ make_environment() {
         "$python" -m venv "$folder"
     fi
     local source stamp
-    source=$(cat pyproject.toml; echo "${CXX:-}"; cat kernels/* | cksum)
+    source=$(cat pyproject.toml; echo "${CXX:-}"; find kernels -type f -print0 | LC_ALL=C sort -z | xargs -0 cat | cksum)
     stamp=$folder/.installed-$(printf '%s' "$*" | cksum | cut -d' ' -f1)
     if [ -f "$stamp" ] && [ "$source" = "$(cat "$stamp")" ]; then
         echo "$folder is up to date: nothing to install"
