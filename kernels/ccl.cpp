@@ -1,7 +1,7 @@
 // Collectives of oneCCL between CPUs, for knltrain/comm/ccl.py.
 //
-// oneCCL is called by one thread at a time. Without workers of its own (one core a rank) it progresses only inside
-// event::test, so somebody has to drive it: the thread that waits for its own operation, or else the one in next().
+// One thread at a time calls oneCCL. Without workers of its own (one core a rank), oneCCL makes progress only inside
+// event::test: so the thread that waits for its own operation polls it, or else the thread in next().
 #include "ccl.h"
 
 #include "ccl_library.h"
@@ -42,11 +42,11 @@ using namespace oneccl;
 using Address = uintptr_t;
 using Clock = std::chrono::steady_clock;
 
-// Communicators that were made, or are being made, and not closed. While there is one, the library's own clean-up at the
-// end of the process may wait for ranks that are gone.
+// Communicators that are open or being created. While there is one, oneCCL's own cleanup at the end of the process may
+// wait for ranks that have ended.
 std::atomic<int> open_communicators{0};
 
-void leave_without_cleanup(int status, void *) {
+void exit_without_cleanup(int status, void *) {
     if (open_communicators == 0) return;
     std::fflush(nullptr);
     _exit(status);
@@ -58,34 +58,34 @@ struct Communicator {
     bool open = true;
 };
 
-// One operation of a communicator. What it reads and writes belongs to the caller until it is done.
+// One operation of a communicator. The caller keeps its buffers until it is done.
 struct Request {
     std::shared_ptr<Communicator> of;
     std::function<void(const Comm &, Event *)> submit;
     bool in_background;
     int64_t number;
     Event event;
-    bool over = false;  // oneCCL is finished with it; of the thread that drives
-    bool done = false;  // the same, for all, under the engine's lock
+    bool over = false;  // oneCCL has finished it; for the polling thread alone
+    bool done = false;  // likewise, for all threads, under the engine's lock
     std::string error;
     ~Request() {
-        if (!done) event.impl = nullptr;  // to free what still runs would be worse than to keep it
+        if (!done) event.impl = nullptr;  // leaked: oneCCL may still use it
     }
 };
 using RequestPtr = std::shared_ptr<Request>;
 
-// How long after the last sign of life oneCCL is asked again at once, and then after others had the core; after that in
-// naps, of which looking takes a tenth at most. A thread that waits has nothing else to do; one in the background takes
-// the core from somebody. A look that takes longer than kLook, and kLookMore for each operation that is under way, has
-// moved something.
-struct Patience {
+// How long after the last progress oneCCL is polled without a pause, and then with sched_yield. After that the thread
+// sleeps between polls, for so long that polls take a tenth of the time at most. A thread that waits in the foreground
+// has nothing else to do; one in the background takes the core from another thread.
+struct PollingLimits {
     Clock::duration spin, yield;
 };
-constexpr Patience kWaiting{std::chrono::microseconds(500), std::chrono::microseconds(2000)};
-constexpr Patience kBehind{std::chrono::microseconds(20), std::chrono::microseconds(400)};
-constexpr auto kLook = std::chrono::nanoseconds(5000), kLookMore = std::chrono::nanoseconds(500);
-constexpr auto kNap = std::chrono::microseconds(50);
-constexpr int kNapLooks = 10;
+constexpr PollingLimits kForeground{std::chrono::microseconds(500), std::chrono::microseconds(2000)};
+constexpr PollingLimits kBackground{std::chrono::microseconds(20), std::chrono::microseconds(400)};
+constexpr auto kMinSleep = std::chrono::microseconds(50);
+constexpr int kSleepPolls = 10;  // a sleep is as long as so many polls
+// A poll that takes longer than this, and this for each operation under way, has made progress.
+constexpr auto kIdlePoll = std::chrono::nanoseconds(5000), kIdlePollPerOperation = std::chrono::nanoseconds(500);
 
 Clock::time_point after(double seconds) {
     return Clock::now() + std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(seconds));
@@ -102,21 +102,21 @@ class Engine {
         if (request->in_background) changed_.notify_all();
     }
 
-    // Waits until it is done, driving oneCCL where nobody else does.
+    // Waits until it is done, and polls oneCCL while no other thread does.
     bool wait(const RequestPtr &request, double seconds) {
         const auto until = after(seconds);
         std::unique_lock lock(mutex_);
         while (!request->done && Clock::now() < until)
-            drive_or_wait(lock, until, kWaiting, true, [&] { return request->done; });
+            poll_or_wait(lock, until, kForeground, true, [&] { return request->done; });
         return request->done;
     }
 
-    // The next operation in the background that is done, or null after so many seconds or after stop().
+    // Returns the next operation in the background that is done, or null after so many seconds or after stop().
     RequestPtr next(double seconds) {
         const auto until = after(seconds);
         std::unique_lock lock(mutex_);
         while (finished_.empty() && !stopped_ && Clock::now() < until)
-            drive_or_wait(lock, until, kBehind, !(queue_.empty() && running_.empty()),
+            poll_or_wait(lock, until, kBackground, !(queue_.empty() && running_.empty()),
                           [&] { return stopped_ || !finished_.empty(); });
         if (finished_.empty()) return nullptr;
         RequestPtr request = finished_.front();
@@ -135,15 +135,15 @@ class Engine {
         changed_.notify_all();
     }
 
-    // Calls oneCCL in another way, alone.
+    // Makes a call while no other thread calls oneCCL.
     template <class F> void alone(F call) {
         std::unique_lock lock(mutex_);
-        changed_.wait(lock, [&] { return !driven_; });
-        driven_ = true;
+        changed_.wait(lock, [&] { return !polling_; });
+        polling_ = true;
         lock.unlock();
         const auto release = [&] {
             lock.lock();
-            driven_ = false;
+            polling_ = false;
             changed_.notify_all();
         };
         try {
@@ -155,7 +155,7 @@ class Engine {
         release();
     }
 
-    // What the communicator still has to do is never asked for again.
+    // Drops the communicator's operations: they are not polled again.
     void abandon(const std::shared_ptr<Communicator> &of) {
         alone([&] {
             std::lock_guard lock(mutex_);
@@ -168,20 +168,20 @@ class Engine {
 
    private:
     template <class F>
-    void drive_or_wait(std::unique_lock<std::mutex> &lock, Clock::time_point until, const Patience &patience, bool work,
-                       F enough) {
-        if (driven_ || !work)
-            // Woken also by a thread that stops driving, and by a new operation.
+    void poll_or_wait(std::unique_lock<std::mutex> &lock, Clock::time_point until, const PollingLimits &limits,
+                      bool work, F enough) {
+        if (polling_ || !work)
+            // A thread that stops polling wakes this one too, and so does a new operation.
             changed_.wait_until(lock, until);
         else
-            drive(lock, until, patience, enough);
+            poll(lock, until, limits, enough);
     }
 
-    // Calls oneCCL until `enough`. The lock is held on entry and on return, not in between.
+    // Polls oneCCL until `enough`. The lock is held on entry and on return, not during polls.
     template <class F>
-    void drive(std::unique_lock<std::mutex> &lock, Clock::time_point until, const Patience &patience, F enough) {
-        driven_ = true;
-        auto now = Clock::now(), alive = now;
+    void poll(std::unique_lock<std::mutex> &lock, Clock::time_point until, const PollingLimits &limits, F enough) {
+        polling_ = true;
+        auto now = Clock::now(), progress = now;
         size_t turn = 0;
         while (!enough() && now < until) {
             while (!queue_.empty()) {
@@ -194,24 +194,24 @@ class Engine {
             if (running_.empty()) break;
             lock.unlock();
             const auto before = Clock::now();
-            // Asking for one moves all. The oldest is over first, but for those of other communicators.
+            // Testing one operation makes progress on all. Within a communicator the oldest is over first.
             bool any = running_.front()->over = is_over(*running_.front());
             Request &another = *running_[++turn % running_.size()];
             if (!another.over) any |= another.over = is_over(another);
             now = Clock::now();
-            const auto look = now - before;
-            if (any || look > kLook + running_.size() * kLookMore)
-                alive = now;
-            else if (now - alive < patience.spin)
+            const auto duration = now - before;
+            if (any || duration > kIdlePoll + running_.size() * kIdlePollPerOperation)
+                progress = now;
+            else if (now - progress < limits.spin)
                 __builtin_ia32_pause();
-            else if (now - alive < patience.yield)
+            else if (now - progress < limits.yield)
                 sched_yield();
             else
-                std::this_thread::sleep_for(std::max<Clock::duration>(kNap, kNapLooks * look));
+                std::this_thread::sleep_for(std::max<Clock::duration>(kMinSleep, kSleepPolls * duration));
             lock.lock();
             if (any) collect();
         }
-        driven_ = false;
+        polling_ = false;
         changed_.notify_all();
     }
 
@@ -248,7 +248,7 @@ class Engine {
     std::condition_variable changed_;
     std::deque<RequestPtr> queue_, finished_;
     std::vector<RequestPtr> running_;
-    bool driven_ = false, stopped_ = false;
+    bool polling_ = false, stopped_ = false;
 };
 
 // Never destroyed: a thread may still wait in it when the process ends.
@@ -259,7 +259,7 @@ Engine &engine() {
 
 using CommunicatorPtr = std::shared_ptr<Communicator>;
 
-// The key-value store over which the ranks of a communicator meet.
+// The key-value store through which the ranks of a communicator connect.
 struct MeetingPoint {
     Kvs kvs;
 };
@@ -269,8 +269,8 @@ CommunicatorPtr connect(int size, int rank, const MeetingPoint &point) {
     if (size < 1 || rank < 0 || rank >= size)
         throw std::invalid_argument("rank " + std::to_string(rank) + " of " + std::to_string(size));
     CommunicatorPtr made;
-    ++open_communicators;  // while it is made too: where ranks do not fit together, that does not end
-    on_exit(leave_without_cleanup, nullptr);
+    ++open_communicators;  // before it is created: with ranks that do not match, that call does not return
+    on_exit(exit_without_cleanup, nullptr);
     try {
         engine().alone([&] {
             made.reset(new Communicator{api.create_communicator(size, rank, point.kvs, api.comm_attr), rank, size});
@@ -279,8 +279,8 @@ CommunicatorPtr connect(int size, int rank, const MeetingPoint &point) {
         --open_communicators;
         throw;
     }
-    // Once more, after whatever oneCCL has registered by now, so that it is called before.
-    on_exit(leave_without_cleanup, nullptr);
+    // Again, after the exit handlers that oneCCL has registered by now, so that it is called before them.
+    on_exit(exit_without_cleanup, nullptr);
     return made;
 }
 
@@ -294,7 +294,7 @@ void close(const CommunicatorPtr &of) {
     });
 }
 
-// The checks here are the last before addresses are used; comm/ccl.py makes them in the words of tensors.
+// These checks are the last before addresses are used; comm/ccl.py makes them of tensors.
 RequestPtr enqueue(const CommunicatorPtr &of, bool in_background, int type, int op, int peer,
                    std::function<Event(const Comm &)> call) {
     if (type < 0 || type >= kDatatypes) throw std::invalid_argument("no data type " + std::to_string(type));
@@ -303,7 +303,7 @@ RequestPtr enqueue(const CommunicatorPtr &of, bool in_background, int type, int 
     static std::atomic<int64_t> numbers{0};
     RequestPtr request(new Request{of, {}, in_background, ++numbers});
     request->submit = [call = std::move(call)](const Comm &comm, Event *event) {
-        // Returned straight into place: an event cannot be copied, and only oneCCL may move one.
+        // Constructed in place: an event cannot be copied, and only oneCCL may move one.
         event->~Event();
         new (event) Event(call(comm));
     };

@@ -32,7 +32,7 @@ Comm::~Comm() {
 
 void load(const std::string &path) {
     if (library != nullptr) return;
-    // For what it opens itself: its symbols have to be seen.
+    // RTLD_GLOBAL: the libraries that it opens itself need its symbols.
     library = dlopen(path.c_str(), RTLD_NOW | RTLD_GLOBAL);
     if (library == nullptr) throw std::runtime_error(dlerror());
 #define CCL_EVENTS "RKSt6vectorINS0_5eventESaI"

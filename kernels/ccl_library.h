@@ -1,8 +1,9 @@
-// oneCCL's C++ interface, opened at run time by the path that Python found. Nothing of oneCCL is needed to build this, so
-// one binary serves with it, without it, and with each 2021.x release of it: their interface is that of libccl.so.1, and
-// the part used is declared here. Entry points are looked up by mangled name, which spells the types of all arguments: an
-// interface that differs is refused when it is loaded. tests/comm/test_oneccl.py holds names and layouts against
-// oneCCL's headers.
+// oneCCL's C++ interface, opened at run time by the path that Python found.
+//
+// The build needs nothing of oneCCL, so one binary works without it and with each 2021.x release: their interface is
+// that of libccl.so.1, and the part used is declared here. Entry points are looked up by mangled name, which contains
+// the types of all arguments: loading refuses an interface that differs. tests/comm/test_oneccl.py checks names and
+// layouts against oneCCL's headers.
 #pragma once
 
 #include <array>

@@ -9,7 +9,7 @@ namespace {
 
 bool bit(uint32_t word, int index) { return (word >> index) & 1; }
 
-// Which register states the operating system saves: XCR0, in inline assembly because _xgetbv needs a compiler flag.
+// XCR0, the register states that the operating system saves. In inline assembly, as _xgetbv needs a compiler flag.
 uint64_t saved_states() {
     uint32_t low, high;
     __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));

@@ -1,4 +1,4 @@
-// Which instruction sets this processor and its operating system run.
+// The instruction sets that this processor and its operating system support.
 #pragma once
 
 namespace knltrain {

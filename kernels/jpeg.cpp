@@ -10,7 +10,7 @@
 namespace knltrain {
 namespace {
 
-// The beginnings of the structures of libjpeg's interface, as they are in versions 6b to 8 on 64-bit Linux.
+// The first members of libjpeg's public structures, as in versions 6b to 8 on 64-bit Linux.
 struct Source {
     const uint8_t *next;
     size_t left;
@@ -34,10 +34,10 @@ static_assert(offsetof(Decompressor, output_width) == 136, "");
 
 struct Errors {
     void (*fatal)(Decompressor *);             // must not return
-    void (*message)(Decompressor *, int);      // level below 0: the data are damaged, and it goes on all the same
+    void (*message)(Decompressor *, int);      // a level below 0: the data are damaged, but decoding goes on
     void (*print)(Decompressor *);
     char rest[512];
-    // What follows is ours.
+    // libjpeg does not know of the following.
     jmp_buf escape;
     bool damaged;
 };
@@ -65,14 +65,14 @@ Library library;
 constexpr std::pair<int, size_t> kInterfaces[] = {{62, 632}, {80, 656}};
 
 void escape(Decompressor *from) { longjmp(static_cast<Errors *>(from->errors)->escape, 1); }
-void note(Decompressor *from, int level) {
+void record_damage(Decompressor *from, int level) {
     if (level < 0) static_cast<Errors *>(from->errors)->damaged = true;
 }
-void say_nothing(Decompressor *) {}
+void print_nothing(Decompressor *) {}
 
 void prepare(const Library &with, Decompressor &decompressor, Errors &errors) {
     decompressor.errors = with.std_error(&errors);
-    errors.fatal = escape, errors.message = note, errors.print = say_nothing;
+    errors.fatal = escape, errors.message = record_damage, errors.print = print_nothing;
 }
 
 template <class F> bool find(void *handle, const char *name, F *&function) {
@@ -167,8 +167,8 @@ Jpeg::Window Jpeg::begin(const Window &asked, int denominator) {
     if (asked.top < 0 || asked.left < 0 || asked.height < 1 || asked.width < 1 || asked.top + asked.height > height ||
         asked.left + asked.width > width)
         throw std::out_of_range("a window outside of the image");
-    // The outermost columns of a window are made without their neighbours' colours, unlike those of a whole image:
-    // they are decoded and not used.
+    // libjpeg computes the outermost columns of a window without their neighbours' colours, unlike those of a whole
+    // image. So two more are decoded on either side, and not used.
     const int64_t left = std::max<int64_t>(0, asked.left - 2);
     const int64_t right = std::min(width, asked.left + asked.width + 2);
     if (left > 0 || right < width) {
