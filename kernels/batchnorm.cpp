@@ -1,35 +1,30 @@
 // Batch norm + residual + ReLU in two passes over the rows, forward and backward.
 //
-// The first pass sums, the second transforms. Each task has a contiguous part of the rows, and the second pass walks it
-// backwards: what the first pass read last is still in cache. Sums are float32 over a block of rows and float64 across
-// blocks, of values shifted by the channel's first one, so that a mean much larger than the deviation costs no digits.
+// The first pass sums, the second transforms. Each task has a contiguous part of the rows, and the second pass goes
+// over it from the end: what the first pass read last is still in the caches. Sums are float32 over a block of rows and
+// float64 over blocks. They are of values shifted by the channel's first one, so that a mean much larger than the
+// deviation costs no digits.
 #include <math.h>
 
-#include "isa.h"
+#include "common.h"
 #include "kernels.h"
-#include "parallel.h"
 
 namespace knltrain {
 namespace KNLTRAIN_ISA {
 namespace {
 
-// What a task writes beyond this is no longer in its share of the caches when it is needed: the stores go around them
-// and save the read that a store to an uncached line begins with.
-constexpr int64_t kStreamBytes = 8 << 20;
-constexpr int64_t kBlock = 128;    // rows summed in float32
-constexpr int kRows = 4;           // rows that share a load and a store of their sums, where rows are short:
-constexpr int64_t kShortRow = 128;  // channels; several long rows at once are too many streams to fetch ahead
-constexpr int64_t kAhead = 1536;  // bytes: the processor's own prefetching does not keep up with two passes
+constexpr int64_t kBlockRows = 128;           // summed in float32
+constexpr int64_t kBlockChannels = 4096;      // whose sums a task has on its stack
+// Where rows are short, several share a load and a store of their sums. Several long rows are too many streams for the
+// processor to prefetch.
+constexpr int kRowsTogether = 4;
+constexpr int64_t kMaxShortRow = 128;         // channels
+constexpr int64_t kPrefetchDistance = 1536;   // bytes; the processor's own prefetching does not keep up with two passes
 
-struct Span {
-    int64_t begin, end;
-};
-Span part(int64_t rows, int task, int tasks) { return {rows * task / tasks, rows * (task + 1) / tasks}; }
-
-// The scratch memory of a BatchNorm.
+// The parts of a BatchNorm's scratch memory.
 struct Scratch {
-    double *first, *second;  // tasks x channels sums
-    float *a, *b, *c;        // channels coefficients
+    double *first, *second;  // sums, tasks x channels
+    float *a, *b, *c;        // coefficients, channels
     explicit Scratch(const BatchNorm &p)
         : first(p.scratch),
           second(first + p.tasks * p.channels),
@@ -38,13 +33,7 @@ struct Scratch {
           c(b + p.channels) {}
 };
 
-template <class T> inline void fetch_ahead(const T *p) {
-    _mm_prefetch(reinterpret_cast<const char *>(p) + kAhead, _MM_HINT_T0);
-}
-
-template <int n> struct rows_at_once {
-    static constexpr int value = n;
-};
+inline void prefetch_ahead(const void *p) { prefetch_l1(static_cast<const char *>(p) + kPrefetchDistance); }
 
 // Adds the float32 sums of a block of rows to the float64 ones, and clears them.
 void flush(float *block, double *total, int64_t channels) {
@@ -54,34 +43,33 @@ void flush(float *block, double *total, int64_t channels) {
     }
 }
 
-// The sums over a task's rows of two vectors a channel: body(offset, channel, count, first, second) adds to them.
+// Two sums a channel over a task's rows: body(offset, channel, count, first, second) adds to them.
 template <class Body> inline void sum_rows(const BatchNorm &p, int task, Body body) {
     const Scratch s(p);
     const int64_t channels = p.channels;
     double *first = s.first + task * channels, *second = s.second + task * channels;
-    // On the task's own stack, where no other task's sums share a line of the cache: one panel of channels after the
-    // other serves any number of them.
-    constexpr int64_t kPanel = 4096;
-    float panel_first[kPanel] = {}, panel_second[kPanel] = {};
-    float *block_first = panel_first, *block_second = panel_second;
-    const Span rows = part(p.rows, task, p.tasks);
-    for (int64_t from = 0; from < channels; from += kPanel) {
-        const int64_t width = channels - from < kPanel ? channels - from : kPanel;
+    // On the task's own stack, where no other task's sums share a cache line.
+    float stack_first[kBlockChannels] = {}, stack_second[kBlockChannels] = {};
+    float *block_first = stack_first, *block_second = stack_second;
+    const Range rows = task_range(p.rows, task, p.tasks);
+    for (int64_t from = 0; from < channels; from += kBlockChannels) {
+        const int64_t width = min(channels - from, kBlockChannels);
         for (int64_t ch = from; ch < from + width; ++ch) first[ch] = second[ch] = 0;
-        for (int64_t begin = rows.begin; begin < rows.end; begin += kBlock) {
-            const int64_t end = begin + kBlock < rows.end ? begin + kBlock : rows.end;
+        for (int64_t begin = rows.begin; begin < rows.end; begin += kBlockRows) {
+            const int64_t end = min(begin + kBlockRows, rows.end);
             auto add_rows = [=](int64_t row, auto together) KNLTRAIN_INLINE {
                 each_vector(width, [=](int64_t ch, auto count) KNLTRAIN_INLINE {
-                    vec one = load_first(block_first + ch, count), two = load_first(block_second + ch, count);
+                    vec one = load(block_first + ch, count), two = load(block_second + ch, count);
                     for (int r = 0; r < decltype(together)::value; ++r)
                         body((row + r) * channels + from + ch, from + ch, count, one, two);
-                    store_first(block_first + ch, one, count);
-                    store_first(block_second + ch, two, count);
+                    store(block_first + ch, one, count);
+                    store(block_second + ch, two, count);
                 });
             };
             int64_t row = begin;
-            for (; channels <= kShortRow && row + kRows <= end; row += kRows) add_rows(row, rows_at_once<kRows>{});
-            for (; row < end; ++row) add_rows(row, rows_at_once<1>{});
+            for (; channels <= kMaxShortRow && row + kRowsTogether <= end; row += kRowsTogether)
+                add_rows(row, Constant<kRowsTogether>{});
+            for (; row < end; ++row) add_rows(row, Constant<1>{});
             flush(block_first, first + from, width);
             flush(block_second, second + from, width);
         }
@@ -94,33 +82,33 @@ double total(const double *sums, int64_t channel, const BatchNorm &p) {
     return value;
 }
 
-// Whether what the tasks write there goes around the caches.
+// Whether tasks stream what they write to `target` past the caches.
 template <class T> bool is_streamed(const BatchNorm &p, const T *target) {
-    const bool aligned = p.channels % vec::lanes == 0 && reinterpret_cast<uintptr_t>(target) % 64 == 0;
+    const bool aligned = p.channels % vec::lanes == 0 && is_aligned(target);
     return aligned && p.rows / p.tasks * p.channels * int64_t(sizeof(T)) > kStreamBytes;
 }
 
-// A whole vector, to be stored around the caches.
-struct around_caches : whole {};
-template <class T> inline void put(T *p, vec a, int n) { store_first(p, a, n); }
+// The count of a whole vector that is to be streamed.
+struct whole_streamed : whole {};
+template <class T> inline void put(T *p, vec a, int n) { store(p, a, n); }
 template <class T> inline void put(T *p, vec a, whole) { store(p, a); }
-template <class T> inline void put(T *p, vec a, around_caches) { stream(p, a); }
-template <class T> inline void put(T *p, vec a, int n, bool) { store_first(p, a, n); }
+template <class T> inline void put(T *p, vec a, whole_streamed) { stream(p, a); }
+template <class T> inline void put(T *p, vec a, int n, bool) { store(p, a, n); }
 template <class T> inline void put(T *p, vec a, whole, bool streamed) { streamed ? stream(p, a) : store(p, a); }
 
-// body(offset, channel, count) for every vector of a task's rows, the last block of rows first, unless the caches do not
-// hold so much anyway.
+// Calls body(offset, channel, count) for every vector of a task's rows, the last block of rows first. Where the result
+// is streamed, the caches hold nothing of the first pass, and rows are taken in order.
 template <class T, class Body> inline void transform_rows(const BatchNorm &p, int task, const T *target, Body body) {
-    const Span rows = part(p.rows, task, p.tasks);
+    const Range rows = task_range(p.rows, task, p.tasks);
     const int64_t channels = p.channels;
     if (is_streamed(p, target)) {
         for (int64_t row = rows.begin; row < rows.end; ++row)
-            for (int64_t ch = 0; ch < channels; ch += vec::lanes) body(row * channels + ch, ch, around_caches{});
-        _mm_sfence();
+            for (int64_t ch = 0; ch < channels; ch += vec::lanes) body(row * channels + ch, ch, whole_streamed{});
+        store_fence();
         return;
     }
-    for (int64_t end = rows.end; end > rows.begin; end -= kBlock)
-        for (int64_t row = end - kBlock > rows.begin ? end - kBlock : rows.begin; row < end; ++row)
+    for (int64_t end = rows.end; end > rows.begin; end -= kBlockRows)
+        for (int64_t row = max(end - kBlockRows, rows.begin); row < end; ++row)
             each_vector(channels, [=](int64_t ch, auto count)
                                       KNLTRAIN_INLINE { body(row * channels + ch, ch, count); });
 }
@@ -138,8 +126,8 @@ template <class T, bool with_residual, Activation activation> void forward(const
         for (int64_t ch = 0; ch < p.channels; ++ch) shift[ch] = to_float(x[ch]);
         auto sums = [&](int task) {
             sum_rows(p, task, [=](int64_t at, int64_t ch, auto count, vec &first, vec &second) KNLTRAIN_INLINE {
-                fetch_ahead(x + at);
-                const vec d = load_first(x + at, count) - load_first(shift + ch, count);
+                prefetch_ahead(x + at);
+                const vec d = load(x + at, count) - load(shift + ch, count);
                 first += d;
                 second = fma(d, d, second);
             });
@@ -158,12 +146,12 @@ template <class T, bool with_residual, Activation activation> void forward(const
     const float *mean = p.mean, *bias = p.bias, cap = p.cap;
     auto apply = [&](int task) {
         transform_rows(p, task, y, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
-            fetch_ahead(x + at);
-            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
-            vec z = fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
-            if (with_residual) z += load_first(residual + at, count);
+            prefetch_ahead(x + at);
+            const vec d = load(x + at, count) - load(mean + ch, count);
+            vec z = fma(d, load(scale + ch, count), load(bias + ch, count));
+            if (with_residual) z += load(residual + at, count);
             if (activation != Activation::none) z = relu(z);
-            if (activation == Activation::capped_relu) z = at_most(splat(cap), z);
+            if (activation == Activation::capped_relu) z = clamp_max(z, splat(cap));
             put(y + at, z, count);
         });
     };
@@ -177,34 +165,34 @@ template <class T, bool with_residual, Activation activation> void backward(cons
     T *dx = static_cast<T *>(p.dx);
     T *dresidual = static_cast<T *>(p.dresidual);
     const Scratch s(p);
-    float *scale = s.a, *of_x = s.b, *constant = s.c;
+    float *scale = s.a, *x_coefficient = s.b, *constant = s.c;
     const float *mean = p.mean, *bias = p.bias, cap = p.cap;
 
     for (int64_t ch = 0; ch < p.channels; ++ch)
         scale[ch] = float(p.weight[ch] / ::sqrt(double(p.var[ch]) + p.eps));
-    // dy where the result was positive and below the cap; d is x - mean. With a shortcut the result is looked at, else it
-    // follows from x.
+    // dy where the result was positive and below the cap, or NaN, as in torch's threshold_backward; else 0. With a
+    // residual the result is read, else it follows from d, which is x - mean.
     auto through_relu = [=](int64_t at, int64_t ch, auto count, vec d) KNLTRAIN_INLINE {
-        const vec gradient = load_first(dy + at, count);
+        const vec gradient = load(dy + at, count);
         if (activation == Activation::none) return gradient;
-        const vec z = with_residual ? load_first(y + at, count)
-                                    : fma(d, load_first(scale + ch, count), load_first(bias + ch, count));
-        const vec passed = where_positive(z, gradient);
-        return activation == Activation::capped_relu ? where_below(z, splat(cap), passed) : passed;
+        const vec z = with_residual ? load(y + at, count)
+                                    : fma(d, load(scale + ch, count), load(bias + ch, count));
+        const vec passed = select_or_zero(not_le(z, zero()), gradient);
+        return activation == Activation::capped_relu ? select_or_zero(not_ge(z, splat(cap)), passed) : passed;
     };
     const bool streamed = is_streamed(p, dresidual);
     auto sums = [&](int task) {
         sum_rows(p, task, [=](int64_t at, int64_t ch, auto count, vec &first, vec &second) KNLTRAIN_INLINE {
-            fetch_ahead(x + at);
-            fetch_ahead(dy + at);
-            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
+            prefetch_ahead(x + at);
+            prefetch_ahead(dy + at);
+            const vec d = load(x + at, count) - load(mean + ch, count);
             const vec dz = through_relu(at, ch, count, d);
-            // Kept for the second pass, which then need not read y and dy again.
+            // Written for the second pass, so that it need not read y and dy again.
             if (with_residual) put(dresidual + at, dz, count, streamed);
             first += dz;
             second = fma(dz, d, second);
         });
-        if (with_residual) _mm_sfence();
+        if (with_residual) store_fence();
     };
     each_task(p.tasks, sums);
     for (int64_t ch = 0; ch < p.channels; ++ch) {
@@ -213,17 +201,17 @@ template <class T, bool with_residual, Activation activation> void backward(cons
         p.dbias[ch] = float(sum_dz);
         p.dweight[ch] = float(sum_dz_d * inverse);
         constant[ch] = float(-p.weight[ch] * inverse * (sum_dz / double(p.rows)));
-        of_x[ch] = float(-p.weight[ch] * inverse * inverse * inverse * (sum_dz_d / double(p.rows)));
+        x_coefficient[ch] = float(-p.weight[ch] * inverse * inverse * inverse * (sum_dz_d / double(p.rows)));
     }
     const bool training = p.training;
     auto apply = [&](int task) {
         transform_rows(p, task, dx, [=](int64_t at, int64_t ch, auto count) KNLTRAIN_INLINE {
-            fetch_ahead(x + at);
-            fetch_ahead((with_residual ? dresidual : dy) + at);
-            const vec a = load_first(scale + ch, count), b = load_first(of_x + ch, count);
-            const vec d = load_first(x + at, count) - load_first(mean + ch, count);
-            const vec dz = with_residual ? load_first(dresidual + at, count) : through_relu(at, ch, count, d);
-            const vec whole_gradient = fma(a, dz, fma(b, d, load_first(constant + ch, count)));
+            prefetch_ahead(x + at);
+            prefetch_ahead((with_residual ? dresidual : dy) + at);
+            const vec a = load(scale + ch, count), b = load(x_coefficient + ch, count);
+            const vec d = load(x + at, count) - load(mean + ch, count);
+            const vec dz = with_residual ? load(dresidual + at, count) : through_relu(at, ch, count, d);
+            const vec whole_gradient = fma(a, dz, fma(b, d, load(constant + ch, count)));
             put(dx + at, training ? whole_gradient : a * dz, count);
         });
     };

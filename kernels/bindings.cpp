@@ -1,4 +1,8 @@
-// The Python module knltrain._kernels. Addresses come in as integers: what is behind them has been checked in Python.
+// The Python module knltrain._kernels.
+//
+// Addresses are integers: knltrain/ops has checked what they point to. A kernel takes its arguments by keyword alone,
+// and each keyword is given here beside the member that it fills, so that two exchanged addresses are seen where they
+// are written.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/array.h>
 #include <nanobind/stl/string.h>
@@ -9,6 +13,8 @@
 #include <cmath>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "ccl.h"
@@ -29,7 +35,7 @@ struct Variant {
     const Kernels *kernels;
 };
 
-// From the plainest to the fastest.
+// In order of speed: the last one that runs is the default.
 const std::vector<Variant> &variants() {
     static const CpuFeatures cpu = cpu_features();
     static const std::vector<Variant> all = {{"avx2", cpu.avx2, &avx2::kernels},
@@ -50,48 +56,264 @@ void use_isa(const std::string &name) {
     throw std::invalid_argument("this processor does not run " + name);
 }
 
-// 64 KiB of float32: long enough to stream, short enough to divide small networks over many threads.
-constexpr int64_t kChunk = 16384;
+// An argument: its keyword, and the member of a kernel's struct that it fills. Pointers are passed as addresses.
+template <class Arguments, class Member> struct Field {
+    using Value = std::conditional_t<std::is_pointer_v<Member>, Address, Member>;
+    const char *keyword;
+    Member Arguments::*member;
+    void set(Arguments &arguments, Value &&value) const {
+        if constexpr (std::is_pointer_v<Member>)
+            arguments.*member = reinterpret_cast<Member>(value);
+        else
+            arguments.*member = std::move(value);
+    }
+};
 
-// The parts of a ParameterList that a call owns.
+// The same for an array, passed as a sequence.
+template <class Arguments, class Element, size_t n> struct Field<Arguments, Element[n]> {
+    using Value = std::array<Element, n>;
+    const char *keyword;
+    Element (Arguments::*member)[n];
+    void set(Arguments &arguments, Value &&value) const {
+        std::copy(value.begin(), value.end(), arguments.*member);
+    }
+};
+
+// Several members that are passed as one sequence, such as a tensor's shape.
+template <class Arguments, size_t n> struct Sizes {
+    using Value = std::array<int64_t, n>;
+    const char *keyword;
+    int64_t Arguments::*members[n];
+    void set(Arguments &arguments, Value &&value) const {
+        for (size_t i = 0; i < n; ++i) arguments.*members[i] = value[i];
+    }
+};
+
+template <class Arguments, class Member> Field<Arguments, Member> arg(const char *keyword, Member Arguments::*member) {
+    return {keyword, member};
+}
+template <class Arguments, class... Member>
+Sizes<Arguments, sizeof...(Member)> sizes(const char *keyword, Member Arguments::*...members) {
+    return {keyword, {members...}};
+}
+
+// Makes run(arguments) a function of the module.
+template <class Arguments, class Result, class... Fields>
+void bind(nb::module_ &m, const char *name, Result (*run)(Arguments &), Fields... fields) {
+    m.def(
+        name,
+        [=](typename Fields::Value... values) {
+            Arguments arguments{};
+            (fields.set(arguments, std::move(values)), ...);
+            return run(arguments);
+        },
+        nb::call_guard<nb::gil_scoped_release>(), nb::kw_only(), nb::arg(fields.keyword)...);
+}
+
+void bind_batch_norm(nb::module_ &m) {
+    using P = BatchNorm;
+    const auto forward = [](P &p) {
+        std::vector<double> scratch(batch_norm_scratch(p));
+        p.scratch = scratch.data();
+        chosen->batch_norm_forward(p);
+    };
+    const auto backward = [](P &p) {
+        std::vector<double> scratch(batch_norm_scratch(p));
+        p.scratch = scratch.data();
+        chosen->batch_norm_backward(p);
+    };
+    bind<P, void>(m, "batch_norm_forward", forward, arg("x", &P::x), arg("residual", &P::residual),
+                  arg("weight", &P::weight), arg("bias", &P::bias), arg("mean", &P::mean), arg("var", &P::var),
+                  arg("y", &P::y), arg("rows", &P::rows), arg("channels", &P::channels), arg("is_bf16", &P::is_bf16),
+                  arg("training", &P::training), arg("relu", &P::relu), arg("cap", &P::cap), arg("eps", &P::eps),
+                  arg("tasks", &P::tasks));
+    bind<P, void>(m, "batch_norm_backward", backward, arg("dy", &P::dy), arg("x", &P::x), arg("y", &P::y),
+                  arg("weight", &P::weight), arg("bias", &P::bias), arg("mean", &P::mean), arg("var", &P::var),
+                  arg("dx", &P::dx), arg("dresidual", &P::dresidual), arg("dweight", &P::dweight),
+                  arg("dbias", &P::dbias), arg("rows", &P::rows), arg("channels", &P::channels),
+                  arg("is_bf16", &P::is_bf16), arg("training", &P::training), arg("relu", &P::relu),
+                  arg("cap", &P::cap), arg("eps", &P::eps), arg("tasks", &P::tasks));
+}
+
+template <class P> auto x_shape() { return sizes("x_shape", &P::images, &P::in_channels, &P::in_h, &P::in_w); }
+
+// Its number of images is x's too.
+template <class P> auto y_shape(const char *keyword) {
+    return sizes(keyword, &P::images, &P::out_channels, &P::out_h, &P::out_w);
+}
+
+void bind_convolutions(nb::module_ &m) {
+    using G = ConvWeightGrad;
+    bind<G, bool>(m, "conv_weight_grad", [](G &p) { return chosen->conv_weight_grad(p); }, arg("x", &G::x),
+                  arg("dy", &G::dy), arg("dw", &G::dw), x_shape<G>(), y_shape<G>("dy_shape"),
+                  sizes("kernel", &G::kernel_h, &G::kernel_w), sizes("stride", &G::stride_h, &G::stride_w),
+                  sizes("padding", &G::pad_h, &G::pad_w), arg("groups", &G::groups), arg("is_bf16", &G::is_bf16),
+                  arg("tasks", &G::tasks));
+    using P = Pointwise;
+    bind<P, bool>(m, "pointwise", [](P &p) { return chosen->pointwise(p); }, arg("x", &P::x),
+                  arg("weight", &P::weight), arg("bias", &P::bias), arg("shift", &P::shift), arg("y", &P::y),
+                  arg("mean", &P::mean), arg("var", &P::var), x_shape<P>(), y_shape<P>("y_shape"),
+                  sizes("stride", &P::stride_h, &P::stride_w), arg("input_grad", &P::input_grad),
+                  arg("tasks", &P::tasks));
+    using W = Winograd;
+    bind<W, bool>(m, "winograd", [](W &p) { return chosen->winograd(p); }, arg("x", &W::x),
+                  arg("weight", &W::weight), arg("bias", &W::bias), arg("shift", &W::shift), arg("y", &W::y),
+                  arg("mean", &W::mean), arg("var", &W::var), x_shape<W>(), y_shape<W>("y_shape"),
+                  arg("kernel", &W::kernel), sizes("padding", &W::pad_h, &W::pad_w), arg("groups", &W::groups),
+                  arg("input_grad", &W::input_grad), arg("is_bf16", &W::is_bf16), arg("tasks", &W::tasks));
+    using D = WinogradWeightGrad;
+    bind<D, bool>(m, "winograd_weight_grad", [](D &p) { return chosen->winograd_weight_grad(p); }, arg("x", &D::x),
+                  arg("dy", &D::dy), arg("dw", &D::dw), arg("dbias", &D::dbias), x_shape<D>(),
+                  y_shape<D>("dy_shape"), arg("kernel", &D::kernel), sizes("padding", &D::pad_h, &D::pad_w),
+                  arg("groups", &D::groups), arg("is_bf16", &D::is_bf16), arg("tasks", &D::tasks));
+}
+
+// The most source pixels of one output pixel, where `length` of `in` pixels become `out`.
+int64_t max_taps(double length, int64_t out, int64_t in) {
+    return std::min(in, 2 * int64_t(std::ceil(std::max(1.0, length / double(out)))) + 1);
+}
+
+void bind_crops(nb::module_ &m) {
+    using P = Crops;
+    const auto run = [](P &p) {
+        for (int64_t i = 0; p.boxes != nullptr && i < p.images; ++i) {
+            p.taps_h = std::max(p.taps_h, max_taps(p.boxes[4 * i + 2], p.out_h, p.in_h));
+            p.taps_w = std::max(p.taps_w, max_taps(p.boxes[4 * i + 3], p.out_w, p.in_w));
+        }
+        std::vector<float> scratch(p.tasks * crop_scratch(p));
+        p.scratch = scratch.data();
+        chosen->crop_flip_normalize(p);
+    };
+    bind<P, void>(m, "crop_flip_normalize", run, arg("pixels", &P::pixels), arg("addresses", &P::addresses),
+                  arg("sizes", &P::sizes), arg("boxes", &P::boxes), arg("flips", &P::flips), arg("out", &P::out),
+                  arg("images", &P::images), sizes("in_size", &P::in_h, &P::in_w),
+                  sizes("out_size", &P::out_h, &P::out_w), arg("scale", &P::scale), arg("shift", &P::shift),
+                  arg("is_bf16", &P::is_bf16), arg("tasks", &P::tasks));
+}
+
+void bind_dropout(nb::module_ &m) {
+    using P = Dropout;
+    bind<P, void>(m, "dropout_forward", [](P &p) { chosen->dropout_forward(p); }, arg("x", &P::x), arg("y", &P::y),
+                  arg("count", &P::count), arg("key", &P::key), arg("threshold", &P::threshold),
+                  arg("scale", &P::scale), arg("is_bf16", &P::is_bf16), arg("relu", &P::relu),
+                  arg("tasks", &P::tasks));
+    bind<P, void>(m, "dropout_backward", [](P &p) { chosen->dropout_backward(p); }, arg("dy", &P::dy),
+                  arg("y", &P::y), arg("dx", &P::dx), arg("count", &P::count), arg("key", &P::key),
+                  arg("threshold", &P::threshold), arg("scale", &P::scale), arg("is_bf16", &P::is_bf16),
+                  arg("relu", &P::relu), arg("tasks", &P::tasks));
+}
+
+void bind_response_norm(nb::module_ &m) {
+    using P = ResponseNorm;
+    const auto forward = [](P &p) {
+        std::vector<float> scratch(response_norm_scratch(p));
+        p.scratch = scratch.data();
+        chosen->local_response_norm_forward(p);
+    };
+    const auto backward = [](P &p) {
+        std::vector<float> scratch(response_norm_scratch(p));
+        p.scratch = scratch.data();
+        chosen->local_response_norm_backward(p);
+    };
+    bind<P, void>(m, "local_response_norm_forward", forward, arg("x", &P::x), arg("y", &P::y), arg("rows", &P::rows),
+                  arg("channels", &P::channels), arg("size", &P::size), arg("alpha", &P::alpha),
+                  arg("is_bf16", &P::is_bf16), arg("tasks", &P::tasks));
+    bind<P, void>(m, "local_response_norm_backward", backward, arg("dy", &P::dy), arg("x", &P::x), arg("dx", &P::dx),
+                  arg("rows", &P::rows), arg("channels", &P::channels), arg("size", &P::size),
+                  arg("alpha", &P::alpha), arg("is_bf16", &P::is_bf16), arg("tasks", &P::tasks));
+}
+
+void bind_max_pool(nb::module_ &m) {
+    using P = MaxPool;
+    const auto x_shape = sizes("x_shape", &P::images, &P::channels, &P::in_h, &P::in_w);
+    const auto kernel = sizes("kernel", &P::kernel_h, &P::kernel_w);
+    const auto stride = sizes("stride", &P::stride_h, &P::stride_w);
+    const auto padding = sizes("padding", &P::pad_h, &P::pad_w);
+    bind<P, void>(m, "max_pool_forward", [](P &p) { chosen->max_pool_forward(p); }, arg("x", &P::x),
+                  arg("y", &P::y), arg("winner", &P::winner), x_shape,
+                  sizes("y_shape", &P::images, &P::channels, &P::out_h, &P::out_w), kernel, stride, padding,
+                  arg("is_bf16", &P::is_bf16), arg("relu", &P::relu), arg("tasks", &P::tasks));
+    bind<P, void>(m, "max_pool_backward", [](P &p) { chosen->max_pool_backward(p); }, arg("dy", &P::dy),
+                  arg("winner", &P::winner), arg("dx", &P::dx), x_shape,
+                  sizes("dy_shape", &P::images, &P::channels, &P::out_h, &P::out_w), kernel, stride, padding,
+                  arg("is_bf16", &P::is_bf16), arg("tasks", &P::tasks));
+}
+
+// A parameter list as lists with one element a parameter. SGD leaves some of them empty.
+struct StepLists {
+    std::vector<Address> weights, gradients, buffers, copies;
+    double *squares;
+    std::vector<int64_t> sizes;
+    std::vector<bool> gradient_is_bf16, adapt, clip, nesterov;
+    std::vector<float> lr, momentum, weight_decay, trust_coefficient, eps;
+    int tasks;
+};
+
+// 64 KiB of float32: long enough to stream, short enough to divide small networks over many threads.
+constexpr int64_t kChunkSize = 16384;
+
+// The memory of a ParameterList.
 struct OwnedList {
     std::vector<Parameter> parameters;
     std::vector<Chunk> chunks;
-    std::vector<double> gradient_squares, weight_squares;
     void add(Parameter p) {
         p.first_chunk = int64_t(chunks.size());
-        for (int64_t begin = 0; begin < p.size; begin += kChunk)
-            chunks.push_back({int64_t(parameters.size()), begin, std::min(kChunk, p.size - begin)});
+        for (int64_t begin = 0; begin < p.size; begin += kChunkSize)
+            chunks.push_back({int64_t(parameters.size()), begin, std::min(kChunkSize, p.size - begin)});
         p.chunks = int64_t(chunks.size()) - p.first_chunk;
         parameters.push_back(p);
     }
     void run(void (*step)(const ParameterList &), int tasks) {
         if (parameters.empty()) return;
-        gradient_squares.resize(chunks.size());
-        weight_squares.resize(chunks.size());
-        step({parameters.data(), int64_t(parameters.size()), chunks.data(), gradient_squares.data(),
-              weight_squares.data(), std::max(1, std::min(tasks, int(chunks.size())))});
+        std::vector<double> gradient_squares(chunks.size()), weight_squares(chunks.size());
+        ParameterList list{};
+        list.parameters = parameters.data(), list.count = int64_t(parameters.size());
+        list.chunks = chunks.data();
+        list.gradient_squares = gradient_squares.data(), list.weight_squares = weight_squares.data();
+        list.tasks = std::max(1, std::min(tasks, int(chunks.size())));
+        step(list);
     }
 };
 
-using Sizes = std::vector<int64_t>;
-using Addresses = std::vector<Address>;
-using Numbers = std::vector<float>;
-
-template <class T> T *at(Address address) { return reinterpret_cast<T *>(address); }
-
-// The most source pixels that one output pixel is made of, where `length` pixels become `out` and there are `in`.
-int64_t taps(double length, int64_t out, int64_t in) {
-    return std::min(in, 2 * int64_t(std::ceil(std::max(1.0, length / double(out)))) + 1);
+// What LARS and SGD have in common.
+Parameter parameter(const StepLists &lists, size_t i) {
+    Parameter p{};
+    p.weight = reinterpret_cast<float *>(lists.weights[i]), p.buffer = reinterpret_cast<float *>(lists.buffers[i]);
+    p.gradient = reinterpret_cast<void *>(lists.gradients[i]), p.copy = reinterpret_cast<void *>(lists.copies[i]);
+    p.size = lists.sizes[i], p.gradient_is_bf16 = lists.gradient_is_bf16[i];
+    p.lr = lists.lr[i], p.momentum = lists.momentum[i], p.weight_decay = lists.weight_decay[i];
+    p.nesterov = lists.nesterov[i];
+    return p;
 }
 
-MaxPool max_pool(const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel, const Sizes &stride,
-                 const Sizes &padding, bool is_bf16) {
-    MaxPool p{};
-    p.images = x_shape[0], p.channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
-    p.out_h = y_shape[2], p.out_w = y_shape[3], p.kernel_h = kernel[0], p.kernel_w = kernel[1];
-    p.stride_h = stride[0], p.stride_w = stride[1], p.pad_h = padding[0], p.pad_w = padding[1], p.is_bf16 = is_bf16;
-    return p;
+void bind_optimizers(nb::module_ &m) {
+    using P = StepLists;
+    const auto lars = [](P &lists) {
+        OwnedList list;
+        for (size_t i = 0; i < lists.weights.size(); ++i) {
+            Parameter p = parameter(lists, i);
+            p.squares = lists.squares + i;
+            p.trust_coefficient = lists.trust_coefficient[i], p.eps = lists.eps[i];
+            p.adapt = lists.adapt[i], p.clip = lists.clip[i];
+            list.add(p);
+        }
+        list.run(chosen->lars_step, lists.tasks);
+    };
+    const auto sgd = [](P &lists) {
+        OwnedList list;
+        for (size_t i = 0; i < lists.weights.size(); ++i) list.add(parameter(lists, i));
+        list.run(chosen->sgd_step, lists.tasks);
+    };
+    bind<P, void>(m, "lars_step", lars, arg("weights", &P::weights), arg("gradients", &P::gradients),
+                  arg("buffers", &P::buffers), arg("copies", &P::copies), arg("squares", &P::squares),
+                  arg("sizes", &P::sizes), arg("gradient_is_bf16", &P::gradient_is_bf16), arg("lr", &P::lr),
+                  arg("momentum", &P::momentum), arg("weight_decay", &P::weight_decay),
+                  arg("trust_coefficient", &P::trust_coefficient), arg("eps", &P::eps), arg("adapt", &P::adapt),
+                  arg("clip", &P::clip), arg("nesterov", &P::nesterov), arg("tasks", &P::tasks));
+    bind<P, void>(m, "sgd_step", sgd, arg("weights", &P::weights), arg("gradients", &P::gradients),
+                  arg("buffers", &P::buffers), arg("copies", &P::copies), arg("sizes", &P::sizes),
+                  arg("gradient_is_bf16", &P::gradient_is_bf16), arg("lr", &P::lr), arg("momentum", &P::momentum),
+                  arg("weight_decay", &P::weight_decay), arg("nesterov", &P::nesterov), arg("tasks", &P::tasks));
 }
 
 }  // namespace
@@ -107,7 +329,8 @@ NB_MODULE(_kernels, m) {
     bind_ccl(m);
     m.def("use_isa", use_isa);
     m.def("use_openmp", [](Address parallel, Address thread_num, Address num_threads) {
-        use_openmp(at<void>(parallel), at<void>(thread_num), at<void>(num_threads));
+        use_openmp(reinterpret_cast<void *>(parallel), reinterpret_cast<void *>(thread_num),
+                   reinterpret_cast<void *>(num_threads));
     });
 
     m.def("use_libjpeg", use_libjpeg);
@@ -127,210 +350,14 @@ NB_MODULE(_kernels, m) {
                  const Jpeg::Window window = self.begin({top, left, height, width}, denominator);
                  return std::array<int64_t, 4>{window.top, window.left, window.height, window.width};
              })
-        .def("read", [](Jpeg &self, Address pixels) { self.read(at<uint8_t>(pixels)); },
+        .def("read", [](Jpeg &self, Address pixels) { self.read(reinterpret_cast<uint8_t *>(pixels)); },
              nb::call_guard<nb::gil_scoped_release>());
 
-    m.def(
-        "batch_norm_forward",
-        [](Address x, Address residual, Address weight, Address bias, Address mean, Address var, Address y, int64_t rows,
-           int64_t channels, bool is_bf16, bool training, bool relu, float cap, float eps, int tasks) {
-            std::vector<double> scratch((2 * tasks + 2) * channels);
-            BatchNorm p{};
-            p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
-            p.cap = cap, p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
-            p.x = at<void>(x), p.residual = at<void>(residual), p.y = at<void>(y);
-            p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
-            chosen->batch_norm_forward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "batch_norm_backward",
-        [](Address dy, Address x, Address y, Address weight, Address bias, Address mean, Address var, Address dx,
-           Address dresidual, Address dweight, Address dbias, int64_t rows, int64_t channels, bool is_bf16,
-           bool training, bool relu, float cap, float eps, int tasks) {
-            std::vector<double> scratch((2 * tasks + 2) * channels);
-            BatchNorm p{};
-            p.rows = rows, p.channels = channels, p.is_bf16 = is_bf16, p.training = training, p.relu = relu;
-            p.cap = cap, p.eps = eps, p.tasks = tasks, p.scratch = scratch.data();
-            p.dy = at<void>(dy), p.x = at<void>(x), p.y = at<void>(y);
-            p.weight = at<float>(weight), p.bias = at<float>(bias), p.mean = at<float>(mean), p.var = at<float>(var);
-            p.dx = at<void>(dx), p.dresidual = at<void>(dresidual);
-            p.dweight = at<float>(dweight), p.dbias = at<float>(dbias);
-            chosen->batch_norm_backward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "conv_weight_grad",
-        [](Address x, Address dy, Address dw, const std::vector<int64_t> &x_shape, const std::vector<int64_t> &dy_shape,
-           const std::vector<int64_t> &kernel, const std::vector<int64_t> &stride, const std::vector<int64_t> &padding,
-           int64_t groups, bool is_bf16, int tasks) {
-            ConvWeightGrad p{};
-            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
-            p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
-            p.kernel_h = kernel[0], p.kernel_w = kernel[1], p.stride_h = stride[0], p.stride_w = stride[1];
-            p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
-            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.is_bf16 = is_bf16, p.tasks = tasks;
-            return chosen->conv_weight_grad(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "pointwise",
-        [](Address x, Address weight, Address bias, Address shift, Address y, Address mean, Address var,
-           const std::vector<int64_t> &x_shape, const std::vector<int64_t> &y_shape, const std::vector<int64_t> &stride,
-           bool turned, int tasks) {
-            Pointwise p{};
-            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
-            p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
-            p.stride_h = stride[0], p.stride_w = stride[1], p.turned = turned;
-            p.x = at<float>(x), p.weight = at<float>(weight), p.bias = at<float>(bias), p.y = at<float>(y);
-            p.shift = at<float>(shift), p.mean = at<float>(mean), p.var = at<float>(var), p.tasks = tasks;
-            return chosen->pointwise(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "winograd",
-        [](Address x, Address weight, Address bias, Address shift, Address y, Address mean, Address var,
-           const std::vector<int64_t> &x_shape, const std::vector<int64_t> &y_shape, int64_t kernel,
-           const std::vector<int64_t> &padding, int64_t groups, bool turned, bool is_bf16, int tasks) {
-            Winograd p{};
-            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
-            p.out_channels = y_shape[1], p.out_h = y_shape[2], p.out_w = y_shape[3];
-            p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups, p.turned = turned;
-            p.x = at<void>(x), p.weight = at<void>(weight), p.bias = at<void>(bias), p.y = at<void>(y);
-            p.is_bf16 = is_bf16;
-            p.shift = at<float>(shift), p.mean = at<float>(mean), p.var = at<float>(var), p.tasks = tasks;
-            return chosen->winograd(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "winograd_weight_grad",
-        [](Address x, Address dy, Address dw, Address dbias, const std::vector<int64_t> &x_shape,
-           const std::vector<int64_t> &dy_shape, int64_t kernel, const std::vector<int64_t> &padding, int64_t groups,
-           bool is_bf16, int tasks) {
-            WinogradWeightGrad p{};
-            p.images = x_shape[0], p.in_channels = x_shape[1], p.in_h = x_shape[2], p.in_w = x_shape[3];
-            p.out_channels = dy_shape[1], p.out_h = dy_shape[2], p.out_w = dy_shape[3];
-            p.kernel = kernel, p.pad_h = padding[0], p.pad_w = padding[1], p.groups = groups;
-            p.x = at<void>(x), p.dy = at<void>(dy), p.dw = at<void>(dw), p.dbias = at<void>(dbias);
-            p.is_bf16 = is_bf16, p.tasks = tasks;
-            return chosen->winograd_weight_grad(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "crop_flip_normalize",
-        [](Address pixels, Address each, Address sizes, Address boxes, Address flips, Address out, int64_t images,
-           int64_t in_h, int64_t in_w, int64_t out_h, int64_t out_w, const Numbers &scale, const Numbers &shift,
-           bool is_bf16, int tasks) {
-            Crops p{};
-            p.pixels = at<uint8_t>(pixels), p.image = at<const uint8_t *>(each), p.sizes = at<int64_t>(sizes);
-            p.boxes = at<double>(boxes), p.flips = at<bool>(flips);
-            p.out = at<void>(out);
-            p.images = images, p.in_h = in_h, p.in_w = in_w, p.out_h = out_h, p.out_w = out_w;
-            p.scale = scale.data(), p.shift = shift.data(), p.is_bf16 = is_bf16, p.tasks = tasks;
-            for (int64_t i = 0; p.boxes != nullptr && i < images; ++i) {
-                p.taps_h = std::max(p.taps_h, taps(p.boxes[4 * i + 2], out_h, in_h));
-                p.taps_w = std::max(p.taps_w, taps(p.boxes[4 * i + 3], out_w, in_w));
-            }
-            std::vector<float> scratch(tasks * crop_scratch(p));
-            p.scratch = scratch.data();
-            chosen->crop_flip_normalize(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "dropout_forward",
-        [](Address x, Address y, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
-           bool is_bf16, bool relu, int tasks) {
-            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, at<void>(x), at<void>(y), {}, {}};
-            chosen->dropout_forward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "dropout_backward",
-        [](Address dy, Address y, Address dx, int64_t count, uint32_t key0, uint32_t key1, float threshold, float scale,
-           bool is_bf16, bool relu, int tasks) {
-            Dropout p{count, {key0, key1}, threshold, scale, is_bf16, relu, tasks, {}, at<void>(y), at<void>(dy),
-                      at<void>(dx)};
-            chosen->dropout_backward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "local_response_norm_forward",
-        [](Address x, Address y, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16, int tasks) {
-            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
-            ResponseNorm p{};
-            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
-            p.x = at<void>(x), p.y = at<void>(y), p.scratch = scratch.data(), p.tasks = tasks;
-            chosen->local_response_norm_forward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "local_response_norm_backward",
-        [](Address dy, Address x, Address dx, int64_t rows, int64_t channels, int64_t size, float alpha, bool is_bf16,
-           int tasks) {
-            std::vector<float> scratch(tasks * kResponseNormRows * 3 * (channels + size));
-            ResponseNorm p{};
-            p.rows = rows, p.channels = channels, p.size = size, p.alpha = alpha, p.is_bf16 = is_bf16;
-            p.dy = at<void>(dy), p.x = at<void>(x), p.dx = at<void>(dx);
-            p.scratch = scratch.data(), p.tasks = tasks;
-            chosen->local_response_norm_backward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "max_pool_forward",
-        [](Address x, Address y, Address winner, const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel,
-           const Sizes &stride, const Sizes &padding, bool is_bf16, bool relu, int tasks) {
-            MaxPool p = max_pool(x_shape, y_shape, kernel, stride, padding, is_bf16);
-            p.x = at<void>(x), p.y = at<void>(y), p.winner = at<uint8_t>(winner), p.relu = relu, p.tasks = tasks;
-            chosen->max_pool_forward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "max_pool_backward",
-        [](Address dy, Address winner, Address dx, const Sizes &x_shape, const Sizes &y_shape, const Sizes &kernel,
-           const Sizes &stride, const Sizes &padding, bool is_bf16, int tasks) {
-            MaxPool p = max_pool(x_shape, y_shape, kernel, stride, padding, is_bf16);
-            p.dy = at<void>(dy), p.winner = at<uint8_t>(winner), p.dx = at<void>(dx), p.tasks = tasks;
-            chosen->max_pool_backward(p);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "lars_step",
-        [](const Addresses &weights, const Addresses &gradients, const Addresses &buffers, const Addresses &copies,
-           Address squares, const std::vector<int64_t> &sizes, const std::vector<bool> &gradient_is_bf16,
-           const Numbers &lr, const Numbers &momentum, const Numbers &weight_decay, const Numbers &trust_coefficient,
-           const Numbers &eps, const std::vector<bool> &adapt, const std::vector<bool> &clip,
-           const std::vector<bool> &nesterov, int tasks) {
-            OwnedList list;
-            for (size_t i = 0; i < weights.size(); ++i) {
-                Parameter p{};
-                p.weight = at<float>(weights[i]), p.buffer = at<float>(buffers[i]);
-                p.gradient = at<void>(gradients[i]), p.copy = at<void>(copies[i]);
-                p.squares = at<double>(squares) + i;
-                p.size = sizes[i], p.gradient_is_bf16 = gradient_is_bf16[i];
-                p.lr = lr[i], p.momentum = momentum[i], p.weight_decay = weight_decay[i];
-                p.trust_coefficient = trust_coefficient[i], p.eps = eps[i];
-                p.adapt = adapt[i], p.clip = clip[i], p.nesterov = nesterov[i];
-                list.add(p);
-            }
-            list.run(chosen->lars_step, tasks);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
-    m.def(
-        "sgd_step",
-        [](const Addresses &weights, const Addresses &gradients, const Addresses &buffers, const Addresses &copies,
-           const std::vector<int64_t> &sizes, const std::vector<bool> &gradient_is_bf16, const Numbers &lr,
-           const Numbers &momentum, const Numbers &weight_decay, const std::vector<bool> &nesterov, int tasks) {
-            OwnedList list;
-            for (size_t i = 0; i < weights.size(); ++i) {
-                Parameter p{};
-                p.weight = at<float>(weights[i]), p.buffer = at<float>(buffers[i]);
-                p.gradient = at<void>(gradients[i]), p.copy = at<void>(copies[i]);
-                p.size = sizes[i], p.gradient_is_bf16 = gradient_is_bf16[i];
-                p.lr = lr[i], p.momentum = momentum[i], p.weight_decay = weight_decay[i];
-                p.nesterov = nesterov[i];
-                list.add(p);
-            }
-            list.run(chosen->sgd_step, tasks);
-        },
-        nb::call_guard<nb::gil_scoped_release>());
+    bind_batch_norm(m);
+    bind_convolutions(m);
+    bind_crops(m);
+    bind_dropout(m);
+    bind_response_norm(m);
+    bind_max_pool(m);
+    bind_optimizers(m);
 }

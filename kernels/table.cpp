@@ -1,3 +1,4 @@
+// The kernels of one instruction set, by name.
 #include "kernels.h"
 
 namespace knltrain {
@@ -19,16 +20,31 @@ void sgd_step(const ParameterList &);
 bool winograd(const Winograd &);
 bool winograd_weight_grad(const WinogradWeightGrad &);
 
-extern const Kernels kernels{
-    batch_norm_forward, batch_norm_backward, conv_weight_grad,
-    crop_flip_normalize,
-    dropout_forward, dropout_backward,
-    local_response_norm_forward, local_response_norm_backward,
-    max_pool_forward, max_pool_backward,
-    pointwise,
-    lars_step, sgd_step,
-    winograd, winograd_weight_grad,
-};
+namespace {
+
+constexpr Kernels by_name() {
+    Kernels k{};
+    k.batch_norm_forward = batch_norm_forward;
+    k.batch_norm_backward = batch_norm_backward;
+    k.conv_weight_grad = conv_weight_grad;
+    k.crop_flip_normalize = crop_flip_normalize;
+    k.dropout_forward = dropout_forward;
+    k.dropout_backward = dropout_backward;
+    k.local_response_norm_forward = local_response_norm_forward;
+    k.local_response_norm_backward = local_response_norm_backward;
+    k.max_pool_forward = max_pool_forward;
+    k.max_pool_backward = max_pool_backward;
+    k.pointwise = pointwise;
+    k.lars_step = lars_step;
+    k.sgd_step = sgd_step;
+    k.winograd = winograd;
+    k.winograd_weight_grad = winograd_weight_grad;
+    return k;
+}
+
+}  // namespace
+
+extern constexpr Kernels kernels = by_name();
 
 }  // namespace KNLTRAIN_ISA
 }  // namespace knltrain

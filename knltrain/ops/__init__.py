@@ -1,1 +1,1 @@
-"""Fused operations, one file each: the plain torch implementation and what stands in for it where it is faster."""
+"""Fused operations, one module each: in plain torch, and by a native kernel where there is a faster one."""

@@ -1,6 +1,6 @@
 """Batch norm, the addition of a shortcut, and ReLU as one operation, forward and backward.
 
-For backward it keeps its input, its result (which the next layer keeps too) and two vectors.
+The backward pass needs the input, the result (which the next layer keeps too) and two vectors.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def batch_norm_act(
         running_var: C, float32; may be None in training.
         residual: added before ReLU; of x's shape, type and layout.
         relu: whether there is a ReLU.
-        cap: the most that the ReLU lets through, above 0; 6 for torch.nn.ReLU6.
+        cap: upper bound of the ReLU, above 0; 6 for torch.nn.ReLU6.
         training: use and follow the batch's statistics.
         momentum: of the running statistics.
         eps: added to the variance.
         statistics: mean and biased variance of x, C each, float32, where they are known already; in training.
 
     Returns:
-        Of the shape, type and layout of ``x``.
+        A tensor of the shape, type and layout of ``x``.
 
     Raises:
         ValueError: a wrong type, layout, shape or device; training with one value per channel; statistics without it; a
@@ -61,7 +61,7 @@ def batch_norm_act(
     check_devices(x=x, weight=weight, bias=bias, residual=residual, running_mean=running_mean, running_var=running_var)
     _check(x, running_mean=running_mean, running_var=running_var)
     if cap is not None and not (relu and cap > 0):
-        raise ValueError(f"a cap of {cap} {'is none of a ReLU' if relu else 'needs a ReLU'}")
+        raise ValueError(f"cap is {cap}; " + ("it must be above 0" if relu else "it needs relu=True"))
     if (running_mean is None) != (running_var is None):
         raise ValueError("the running statistics go together: give running_mean and running_var, or neither")
     if training:
@@ -86,8 +86,8 @@ def batch_norm_act(
     return result
 
 
-# Statistics given: normalise with them. None: compute those of x, as which the gradient takes them in training anyway.
-# (A functional operator, as autograd registration asks for; mean and var come back in either case.)
+# Normalises by mean and var, or with None by those of x. In training the gradient takes either for those of x.
+# Autograd registration needs a functional operator, so mean and var are returned in either case.
 @operator("batch_norm_act")
 def _forward(
     x: Tensor,
@@ -110,21 +110,21 @@ def _forward(
     var = torch.empty_like(weight) if var is None else var.clone()
     y = torch.empty_like(x)
     module.batch_norm_forward(
-        address(x),
-        address(residual),
-        address(weight),
-        address(bias),
-        address(mean),
-        address(var),
-        address(y),
-        x.numel() // x.shape[1],
-        x.shape[1],
-        x.dtype == torch.bfloat16,
-        computed,
-        relu,
-        math.inf if cap is None else cap,
-        eps,
-        tasks_for(x.numel()),
+        x=address(x),
+        residual=address(residual),
+        weight=address(weight),
+        bias=address(bias),
+        mean=address(mean),
+        var=address(var),
+        y=address(y),
+        rows=x.numel() // x.shape[1],
+        channels=x.shape[1],
+        is_bf16=x.dtype == torch.bfloat16,
+        training=computed,
+        relu=relu,
+        cap=math.inf if cap is None else cap,
+        eps=eps,
+        tasks=tasks_for(x.numel()),
     )
     return y, mean, var
 
@@ -172,25 +172,25 @@ def _backward(
     dresidual = torch.empty_like(x) if has_residual else x.new_empty(0)
     dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
     module.batch_norm_backward(
-        address(dy),
-        address(x),
-        address(y),
-        address(weight),
-        address(bias),
-        address(mean),
-        address(var),
-        address(dx),
-        address(dresidual if has_residual else None),
-        address(dweight),
-        address(dbias),
-        x.numel() // x.shape[1],
-        x.shape[1],
-        x.dtype == torch.bfloat16,
-        training,
-        relu,
-        math.inf if cap is None else cap,
-        eps,
-        tasks_for(x.numel()),
+        dy=address(dy),
+        x=address(x),
+        y=address(y),
+        weight=address(weight),
+        bias=address(bias),
+        mean=address(mean),
+        var=address(var),
+        dx=address(dx),
+        dresidual=address(dresidual if has_residual else None),
+        dweight=address(dweight),
+        dbias=address(dbias),
+        rows=x.numel() // x.shape[1],
+        channels=x.shape[1],
+        is_bf16=x.dtype == torch.bfloat16,
+        training=training,
+        relu=relu,
+        cap=math.inf if cap is None else cap,
+        eps=eps,
+        tasks=tasks_for(x.numel()),
     )
     return dx, dresidual, dweight, dbias
 
@@ -219,7 +219,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tenso
     y, mean, var = output
     ctx.mark_non_differentiable(mean, var)
     ctx.set_materialize_grads(False)
-    # Without a shortcut, what the ReLU let through follows from x.
+    # Without a residual, the ReLU's mask follows from x.
     ctx.save_for_backward(x, y if relu and residual is not None else None, weight, bias, mean, var)
     ctx.has_residual, ctx.training, ctx.relu, ctx.eps, ctx.cap = residual is not None, training, relu, eps, cap
 

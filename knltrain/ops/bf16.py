@@ -14,10 +14,10 @@ from torch import Tensor, nn
 def onednn_computes_bf16() -> bool:
     """Whether PyTorch leaves bf16 to oneDNN, which multiplies it and sums in float32.
 
-    It does with AVX-512 BW, DQ and VL, unless ONEDNN_MAX_CPU_ISA hides them. Without, PyTorch's own convolutions add up
-    the images' weight gradients, and what overlaps of data gradients, in bf16: with gradients of one sign the error is
-    0.7 % at 64 images of a micro-batch and 29 % at 512 [perf/results/bf16-without-onednn-2026-11-29]. Their forward
-    passes, and dense layers both ways, sum in float32, but emulate each product.
+    It does with AVX-512 BW, DQ and VL, unless ONEDNN_MAX_CPU_ISA hides them. Without, PyTorch's own convolutions sum
+    the images' weight gradients, and overlapping data gradients, in bf16: with gradients of one sign the error is 0.7 %
+    at 64 images of a micro-batch and 29 % at 512 [perf/results/bf16-without-onednn-2026-11-29]. Their forward passes,
+    and dense layers both ways, sum in float32, but emulate each product.
     """
     return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
@@ -38,10 +38,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def widen_layer_norms(model: nn.Module) -> None:
-    """Has each LayerNorm of a network compute in float32, and its results in its input's type.
+    """Makes each LayerNorm of a network compute in float32 and return its input's type.
 
-    Of bf16, PyTorch's own adds up the gradients of weight and bias in bf16, on every processor: with gradients of one
-    sign, the bias's is 1 % off at 512 rows and 75 % at 4,096 (torch 2.8 and 2.14). Its other normalisations do not.
+    PyTorch's own sums the gradients of bf16 weights and biases in bf16, on every processor: with gradients of one sign,
+    the bias's is 1 % off at 512 rows and 75 % at 4,096 (torch 2.8 and 2.14). Its other normalisations do not.
     """
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
@@ -84,12 +84,12 @@ def conv2d_backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of conv2d's x, weight and bias, in the type of dy; sums are in float32 on every processor."""
     if wanted[1] and list(weight.shape[2:]) == [1, 1] and weight.shape[1] < 8 and max(stride) > 1 and not any(padding):
-        # With AVX2, oneDNN 3.7 writes beyond its memory here. The kernel meets these pixels alone, without a stride.
-        met = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
+        # With AVX2, oneDNN 3.7 writes beyond its memory here. So it gets only the pixels that are read, and no stride.
+        read = x[:, :, :: stride[0], :: stride[1]].contiguous(memory_format=torch.channels_last)
         geometry, only_x = (stride, padding, dilation, groups), (True, False, False)
         dx = conv2d_backward(dy, x, weight, None, *geometry, only_x)[0] if wanted[0] else None
         rest = (False, True, wanted[2])
-        return dx, *conv2d_backward(dy, met, weight, bias_sizes, (1, 1), padding, dilation, groups, rest)[1:]
+        return dx, *conv2d_backward(dy, read, weight, bias_sizes, (1, 1), padding, dilation, groups, rest)[1:]
     widen = dy.dtype == torch.bfloat16 and not onednn_computes_bf16()
     if widen:
         dy, x, weight = dy.float(), x.float(), weight.float()

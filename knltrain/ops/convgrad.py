@@ -1,4 +1,4 @@
-"""A convolution that is computed by kernels of ours where those are the faster ones."""
+"""Convolutions, computed by native kernels where these are the faster ones."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ class Geometry(NamedTuple):
 def native_results(
     channels: int, weight_shape: Sequence[int], geometry: Geometry, dtype: torch.dtype = torch.float32
 ) -> Native:
-    """Which results of a convolution there are kernels for, so that measuring can tell whether they are faster.
+    """The results of a convolution that there are kernels for, whether or not they are faster.
 
     Args:
         channels: of the whole input.
         weight_shape: K, C/groups, R, S.
         geometry: how the kernel moves.
-        dtype: of its tensors. In bf16 there is Winograd's algorithm alone: :func:`kernel_is_faster` knows of the rest.
+        dtype: of its tensors. In bf16 this is Winograd's algorithm alone; see :func:`kernel_is_faster` for the rest.
     """
     stride, padding, dilation, groups = geometry
     if winograd.takes(channels, weight_shape, *geometry):
@@ -83,7 +83,7 @@ def conv2d(
     groups: int = 1,
     by: Native = NONE,
 ) -> Tensor:
-    """torch.nn.functional.conv2d of tensors of one type, with faster ways there and back.
+    """torch.nn.functional.conv2d of tensors of one type, forward and backward by native kernels or by PyTorch.
 
     Args:
         x: N x C x H x W, channels-last.
@@ -93,7 +93,7 @@ def conv2d(
         padding: zeros around x, in pixels.
         dilation: distance of the kernel's elements, in pixels.
         groups: of channels, each convolved alone.
-        by: what native kernels compute of it, of what :func:`native_results` gives.
+        by: the results that native kernels compute, among those of :func:`native_results`.
 
     Returns:
         N x K x H' x W', channels-last.
@@ -105,17 +105,17 @@ def conv2d(
 def conv2d_and_statistics(
     x: Tensor, weight: Tensor, shift: Tensor, geometry: Geometry, by: Native
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`conv2d` without a bias whose forward pass a native kernel computes, and what a batch norm after it needs.
+    """:func:`conv2d` without a bias, and the statistics for the batch norm after it, both by a native kernel.
 
     Args:
         x: N x C x H x W, channels-last.
         weight: K x C/groups x R x S, likewise.
-        shift: K, float32, somewhere near the means of the result.
+        shift: K, float32, estimates of the result's means.
         geometry: how the kernel moves.
-        by: what native kernels compute of it, the forward pass among it.
+        by: the results that native kernels compute, the forward pass among them.
 
     Returns:
-        The result, and of each of its channels mean and biased variance over N, H and W, which have no gradient.
+        The result, N x K x H' x W', and its mean and biased variance over N, H and W, K each, without a gradient.
     """
     results: tuple[Tensor, Tensor, Tensor] = _Conv2dAndStatistics.apply(  # type: ignore[no-untyped-call]
         x, weight, shift, geometry, by
@@ -124,7 +124,7 @@ def conv2d_and_statistics(
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, by: Native) -> Tensor:
-    """What :func:`conv2d` computes, without a gradient."""
+    """:func:`conv2d` without a gradient."""
     if not by.forward:
         return bf16.conv2d(x, weight, bias, *geometry)
     x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
@@ -142,7 +142,7 @@ def backward(
     needs: tuple[bool, bool, bool],
     by: Native,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of :func:`conv2d`'s x, weight and bias, those of them that are needed.
+    """The needed gradients of :func:`conv2d`'s x, weight and bias; None for the others.
 
     Args:
         dy: gradient of the output, channels-last.
@@ -151,7 +151,7 @@ def backward(
         bias_sizes: shape of the bias, or None.
         geometry: as it was given.
         needs: which gradients are computed.
-        by: which of them native kernels compute, as :func:`conv2d` was given it.
+        by: as it was given.
     """
     if by != NONE:
         x, weight = (tensor.contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
@@ -190,7 +190,7 @@ class _Conv2d(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs, geometry = ctx.needs_input_grad[:3], cast("Geometry", ctx.geometry)
         dy = dy.contiguous(memory_format=torch.channels_last)
-        if torch.is_grad_enabled():  # these gradients are to have gradients, which PyTorch's have and the kernels' not
+        if torch.is_grad_enabled():  # second derivatives: the kernels have none
             gradients = bf16.conv2d_backward(dy, x, weight, ctx.bias_sizes, *geometry, needs)
         else:
             gradients = backward(dy, x, weight, ctx.bias_sizes, geometry, needs, ctx.by)
@@ -218,9 +218,9 @@ class _Conv2dAndStatistics(_Conv2d):
 
 
 def kernel_is_faster(x: Tensor, dy: Tensor, weight: Tensor, dilation: tuple[int, int], groups: int) -> bool:
-    """Whether :func:`conv_weight_grad` takes these and is known to be the faster way: in bf16.
+    """Whether :func:`conv_weight_grad` takes these and is known to be faster: in bf16, on AVX512_BF16 without AMX.
 
-    There it is written for AVX512_BF16. Where the processor has AMX, oneDNN uses it and is ahead.
+    With AMX, oneDNN is faster.
     """
     return (
         x.dtype == dy.dtype == weight.dtype == torch.bfloat16
@@ -247,7 +247,7 @@ def conv_weight_grad(
     padding: Sequence[int],
     groups: int,
 ) -> Tensor:
-    """The gradient of a convolution's weights: the sum over images and pixels of dy times the x that it met.
+    """The gradient of a convolution's weights: the sum over images and output pixels of dy times x.
 
     Args:
         x: N x C x H x W, float32 or bf16, channels-last.
@@ -277,17 +277,17 @@ def _conv_weight_grad(
     if x.numel() and dy.numel() and module is not None:
         ours = new_images(x, weight_shape)
         if module.conv_weight_grad(
-            address(x),
-            address(dy),
-            address(ours),
-            list(x.shape),
-            list(dy.shape),
-            weight_shape[2:],
-            stride,
-            padding,
-            groups,
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+            x=address(x),
+            dy=address(dy),
+            dw=address(ours),
+            x_shape=list(x.shape),
+            dy_shape=list(dy.shape),
+            kernel=weight_shape[2:],
+            stride=stride,
+            padding=padding,
+            groups=groups,
+            is_bf16=x.dtype == torch.bfloat16,
+            tasks=torch.get_num_threads(),
         ):
             return ours
     weight = new_images(x, weight_shape)

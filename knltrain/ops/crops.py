@@ -1,4 +1,4 @@
-"""Pixels of a batch to what the network takes: cut out, resampled, normalised, channels-last, in its type."""
+"""Crops, resamples and normalises 8-bit images into a network's input batch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
 
     A box of that size at a whole pixel is copied. Any other is resampled with a triangle filter that is widened by the
     scale where the box shrinks: Pillow's BILINEAR, but without rounding to 8 bits after either direction. As there, the
-    filter also sees pixels of the image outside the box. What lies over the image's border is black.
+    filter also reads pixels of the image outside the box. Pixels beyond the image's border are black.
 
     Args:
         pixels: N x H x W x 3, uint8, contiguous.
@@ -50,7 +50,7 @@ def crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | No
     torch.ops.knltrain.crop_flip_normalize(pixels, boxes, flips, out)
 
 
-# It writes to a tensor that is given, unlike the other operations: decoding threads fill a batch image by image.
+# Unlike the other operations it writes to a given tensor: decoding threads fill a batch image by image.
 @operator("crop_flip_normalize", mutates=("out",))
 def _crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: Tensor) -> None:
     boxes = _check(pixels, boxes, flips, out)
@@ -59,28 +59,29 @@ def _crop_flip_normalize(pixels: Tensor, boxes: Tensor | None, flips: Tensor | N
         out.copy_(_in_torch(pixels, boxes, flips, out))
     elif out.numel():
         module.crop_flip_normalize(
-            address(pixels),
-            0,
-            0,
-            address(boxes),
-            address(flips),
-            address(out),
-            *pixels.shape[:3],
-            *out.shape[2:],
-            _SCALE,
-            _SHIFT,
-            out.dtype == torch.bfloat16,
-            tasks_for(out.numel()),
+            pixels=address(pixels),
+            addresses=0,
+            sizes=0,
+            boxes=address(boxes),
+            flips=address(flips),
+            out=address(out),
+            images=len(pixels),
+            in_size=list(pixels.shape[1:3]),
+            out_size=list(out.shape[2:]),
+            scale=_SCALE,
+            shift=_SHIFT,
+            is_bf16=out.dtype == torch.bfloat16,
+            tasks=tasks_for(out.numel()),
         )
 
 
 def crop_flip_normalize_at(
     addresses: NDArray[np.int64], sizes: NDArray[np.int64], boxes: Tensor, flips: Tensor, out: Tensor
 ) -> None:
-    """:func:`crop_flip_normalize` of images of any size that lie anywhere, as in files mapped into memory.
+    """:func:`crop_flip_normalize` of images of any sizes at any addresses, as in files mapped into memory.
 
     Args:
-        addresses: N; where each image begins, height x width x 3 bytes. The caller answers for them.
+        addresses: N; where each image begins, height x width x 3 bytes. They cannot be checked.
         sizes: N x 2; height and width of each image, pixels.
         boxes: N x 4, as of :func:`crop_flip_normalize`.
         flips: N, bool.
@@ -93,23 +94,23 @@ def crop_flip_normalize_at(
     _check_out(out, len(addresses))
     _check_flips(flips, len(addresses))
     module = kernels()
-    assert module is not None, "without kernels, images have to be copied together"
+    assert module is not None, "without kernels, use crop_flip_normalize on one tensor"
     addresses, sizes = (np.ascontiguousarray(each, np.int64) for each in (addresses, sizes))
     if out.numel():
         module.crop_flip_normalize(
-            0,
-            addresses.ctypes.data,
-            sizes.ctypes.data,
-            address(boxes),
-            address(flips),
-            address(out),
-            len(addresses),
-            *sizes.max(axis=0).tolist(),
-            *out.shape[2:],
-            _SCALE,
-            _SHIFT,
-            out.dtype == torch.bfloat16,
-            tasks_for(out.numel()),
+            pixels=0,
+            addresses=addresses.ctypes.data,
+            sizes=sizes.ctypes.data,
+            boxes=address(boxes),
+            flips=address(flips),
+            out=address(out),
+            images=len(addresses),
+            in_size=sizes.max(axis=0).tolist(),
+            out_size=list(out.shape[2:]),
+            scale=_SCALE,
+            shift=_SHIFT,
+            is_bf16=out.dtype == torch.bfloat16,
+            tasks=tasks_for(out.numel()),
         )
 
 
@@ -171,13 +172,13 @@ def _in_torch(pixels: Tensor, boxes: Tensor | None, flips: Tensor | None, out: T
 
 
 def _weights(begin: Tensor, length: Tensor, pixels: int, size: int) -> Tensor:
-    """What each source pixel contributes to each of ``size`` output pixels along one side: N x size x pixels."""
+    """The weight of each source pixel in each of ``size`` output pixels along one side: N x size x pixels."""
     begin, length = begin[:, None, None], length[:, None, None]
     scale = length / size
     centre = begin + (torch.arange(size)[:, None] + 0.5) * scale
     position = torch.arange(-pixels, 2 * pixels)
     weights = (1 - (position + 0.5 - centre).abs() / scale.clamp(min=1)).clamp(min=0)
-    # Outside of image and box there is nothing, and the others weigh more; in the box but not in the image is black.
+    # A pixel outside of image and box has no weight, so the others weigh more; inside the box it is black.
     first, last = begin.floor().clamp(max=0), (begin + length).ceil().clamp(min=pixels)
     weights = weights * ((position >= first) & (position < last))
     weights = weights / weights.sum(2, keepdim=True)

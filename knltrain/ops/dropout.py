@@ -1,7 +1,7 @@
 """Dropout, with the ReLU before it where there is one, forward and backward.
 
-The mask is a hash of a key and of a number's position in memory, so it is the same for any number of threads and need
-not be kept: backward computes it again from the key, or with ReLU sees it in the result.
+The mask is a hash of a key and of an element's position in memory. So it is the same for any number of threads and need
+not be kept: the backward pass computes it again from the key, or with a ReLU reads it off the result.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
-_STEPS = 2**24  # the resolution of probabilities
-_MAX_NUMBERS = 2**32
+_RESOLUTION = 2**24  # of probabilities
+_MAX_ELEMENTS = 2**32
 
 
 def dropout(x: Tensor, p: float = 0.5, *, training: bool = True, relu: bool = False) -> Tensor:
     """In training, zero with probability ``p`` and x / (1 - p) otherwise; else x.
 
-    Srivastava et al. 2014. The key of a call's random numbers is drawn from torch's default generator. What is dropped
-    is zero, be it NaN.
+    Srivastava et al. 2014. The key of a call's random numbers is drawn from torch's default generator. A dropped NaN is
+    zero.
 
     Args:
-        x: any shape, bf16 or float32, contiguous or channels-last; fewer than 2^32 numbers.
+        x: any shape, bf16 or float32, contiguous or channels-last; fewer than 2^32 elements.
         p: probability to be dropped.
         training: whether anything is dropped.
         relu: whether a ReLU comes before.
 
     Returns:
-        Of the shape, type and layout of ``x``.
+        A tensor of the shape, type and layout of ``x``.
 
     Raises:
         ValueError: a wrong type, layout or device, or no probability.
@@ -55,15 +55,15 @@ def _forward(x: Tensor, key: Tensor, p: float, relu: bool) -> Tensor:
         return _forward_in_torch(x, key, p, relu)
     y = torch.empty_like(x)
     module.dropout_forward(
-        address(x),
-        address(y),
-        x.numel(),
-        *key.tolist(),
-        _threshold(p),
-        1 / (1 - p),
-        x.dtype == torch.bfloat16,
-        relu,
-        tasks_for(x.numel()),
+        x=address(x),
+        y=address(y),
+        count=x.numel(),
+        key=key.tolist(),
+        threshold=_threshold(p),
+        scale=1 / (1 - p),
+        is_bf16=x.dtype == torch.bfloat16,
+        relu=relu,
+        tasks=tasks_for(x.numel()),
     )
     return y
 
@@ -86,16 +86,16 @@ def _backward(dy: Tensor, y: Tensor | None, key: Tensor, p: float) -> Tensor:
         return _backward_in_torch(dy, y, key, p)
     dx = torch.empty_like(dy)
     module.dropout_backward(
-        address(dy),
-        address(y),
-        address(dx),
-        dy.numel(),
-        *key.tolist(),
-        _threshold(p),
-        1 / (1 - p),
-        dy.dtype == torch.bfloat16,
-        y is not None,
-        tasks_for(dy.numel()),
+        dy=address(dy),
+        y=address(y),
+        dx=address(dx),
+        count=dy.numel(),
+        key=key.tolist(),
+        threshold=_threshold(p),
+        scale=1 / (1 - p),
+        is_bf16=dy.dtype == torch.bfloat16,
+        relu=y is not None,
+        tasks=tasks_for(dy.numel()),
     )
     return dx
 
@@ -113,7 +113,7 @@ def _save(ctx: Any, inputs: tuple[Tensor, Tensor, float, bool], output: Tensor) 
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     key, y = ctx.saved_tensors
-    # Positions in memory are what the mask is made of.
+    # The mask depends on positions in memory.
     dy = dy.contiguous(memory_format=ctx.layout)
     return torch.ops.knltrain.dropout_backward(dy, y, key, ctx.p), None, None, None
 
@@ -125,19 +125,19 @@ def _check(x: Tensor, key: Tensor) -> None:
     check("x", x, _FLOATS)
     if not _layouts(x):
         raise ValueError(f"x has strides {x.stride()}; it must be contiguous or channels-last")
-    if x.numel() >= _MAX_NUMBERS:
-        raise ValueError(f"x has {x.numel()} numbers; it must have fewer than 2^32")
+    if x.numel() >= _MAX_ELEMENTS:
+        raise ValueError(f"x has {x.numel()} elements; it must have fewer than 2^32")
     check("key", key, (torch.int64,), (2,))
 
 
 def _layouts(x: Tensor) -> set[torch.memory_format]:
-    """Those that x has; both, where they are the same."""
+    """The memory formats that x has; both, where they are the same."""
     formats = (torch.contiguous_format, torch.channels_last) if x.dim() == 4 else (torch.contiguous_format,)
     return {layout for layout in formats if x.is_contiguous(memory_format=layout)}
 
 
 def _threshold(p: float) -> int:
-    return math.ceil(p * _STEPS)
+    return math.ceil(p * _RESOLUTION)
 
 
 def _forward_in_torch(x: Tensor, key: Tensor, p: float, relu: bool) -> Tensor:
@@ -155,7 +155,7 @@ def _masked(values: Tensor, kept: Tensor, p: float) -> Tensor:
 
 
 def _kept(x: Tensor, key: Tensor, p: float) -> Tensor:
-    """Which numbers of x stay, as the kernel decides it."""
+    """The mask of the elements of x that are kept, as the kernel computes it."""
     first, second = key.tolist()
     position = torch.empty_like(x, dtype=torch.int64)
     position.as_strided((x.numel(),), (1,)).copy_(torch.arange(x.numel()))
@@ -163,7 +163,7 @@ def _kept(x: Tensor, key: Tensor, p: float) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """The last step of MurmurHash3 on 32 bits."""
+    """The 32-bit finalizer of MurmurHash3."""
     x = ((x ^ (x >> 16)) * 0x85EBCA6B) & 0xFFFFFFFF
     x = ((x ^ (x >> 13)) * 0xC2B2AE35) & 0xFFFFFFFF
     return x ^ (x >> 16)

@@ -1,4 +1,4 @@
-"""Local response normalisation across channels, with a backward pass that keeps only the input."""
+"""Local response normalisation across channels. The backward pass needs only the input."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ BETA = 0.75
 def local_response_norm(x: Tensor, *, size: int = 5, alpha: float = 1e-4) -> Tensor:
     """Y = x / (1 + alpha/size * sum of x² over the ``size`` channels around)^(3/4).
 
-    Krizhevsky et al. 2012, section 3.3, with Caffe's k = 1. Float32 inside, whatever comes in, because the power of a
-    bf16 sum loses its small part.
+    Krizhevsky et al. 2012, section 3.3, with Caffe's k = 1. Computed in float32 for either type: in bf16, a small sum
+    would be lost beside the 1.
 
     Args:
         x: N x C x H x W, bf16 or float32, best channels-last.
-        size: channels that a channel is normalised by, itself in the middle; odd.
+        size: channels in a window, the normalised one in the middle; odd.
         alpha: strength.
 
     Returns:
-        Of the shape, type and layout of ``x``.
+        A tensor of the shape, type and layout of ``x``.
 
     Raises:
         ValueError: a wrong type, shape or device, or a window without a middle.
@@ -44,14 +44,14 @@ def _forward(x: Tensor, size: int, alpha: float) -> Tensor:
         return _forward_in_torch(x, size, alpha)
     y = torch.empty_like(x)
     module.local_response_norm_forward(
-        address(x),
-        address(y),
-        x.numel() // x.shape[1],
-        x.shape[1],
-        size,
-        alpha,
-        x.dtype == torch.bfloat16,
-        tasks_for(x.numel()),
+        x=address(x),
+        y=address(y),
+        rows=x.numel() // x.shape[1],
+        channels=x.shape[1],
+        size=size,
+        alpha=alpha,
+        is_bf16=x.dtype == torch.bfloat16,
+        tasks=tasks_for(x.numel()),
     )
     return y
 
@@ -71,15 +71,15 @@ def _backward(dy: Tensor, x: Tensor, size: int, alpha: float) -> Tensor:
     dy = dy.contiguous(memory_format=torch.channels_last)
     dx = torch.empty_like(x)
     module.local_response_norm_backward(
-        address(dy),
-        address(x),
-        address(dx),
-        x.numel() // x.shape[1],
-        x.shape[1],
-        size,
-        alpha,
-        x.dtype == torch.bfloat16,
-        tasks_for(x.numel()),
+        dy=address(dy),
+        x=address(x),
+        dx=address(dx),
+        rows=x.numel() // x.shape[1],
+        channels=x.shape[1],
+        size=size,
+        alpha=alpha,
+        is_bf16=x.dtype == torch.bfloat16,
+        tasks=tasks_for(x.numel()),
     )
     return dx
 
@@ -111,7 +111,7 @@ def _check(x: Tensor, size: int) -> None:
 
 
 def _kernels_for(x: Tensor) -> Any | None:
-    """The native kernels, where there are any and they read x as it lies in memory."""
+    """The native kernels, or None where there are none or x is not laid out for them."""
     return kernels() if x.numel() and x.is_contiguous(memory_format=torch.channels_last) else None
 
 
@@ -141,7 +141,7 @@ def _power(denominator: Tensor) -> Tensor:
 
 
 def _window(x: Tensor, size: int) -> Tensor:
-    """The sum over the ``size`` channels around each channel; channels beyond the first and last count as zero."""
+    """The sum over the ``size`` channels around each channel, with zeros before the first and after the last."""
     channels = x.shape[1]
     padded = F.pad(x.permute(0, 2, 3, 1), (size // 2, size // 2))
     total = padded[..., :channels].clone()

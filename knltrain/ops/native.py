@@ -18,13 +18,13 @@ from knltrain.errors import ConfigError
 
 _log = logging.getLogger(__name__)
 _OPENMP = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
-# Below this many numbers a task, starting a thread costs more than it saves.
-_MIN_NUMBERS_A_TASK = 8192
+# With fewer elements a task than this, starting a thread costs more than it saves.
+_MIN_ELEMENTS_PER_TASK = 8192
 
 
 @functools.cache
 def kernels() -> Any | None:
-    """The module of native kernels, ready to be called, or None where there is none; says so once.
+    """The module of native kernels, ready to be called, or None with one warning where there is none.
 
     Raises:
         ConfigError: KNLTRAIN_ISA names a variant that does not exist or that this processor does not run.
@@ -90,7 +90,7 @@ def has_openmp() -> bool:
 
 def _openmp_of_torch() -> list[int] | None:
     """Addresses of OpenMP's entry points in the runtime that torch's own threads come from."""
-    # A preloaded runtime stands before the one torch was linked to, for torch and so for us.
+    # A preloaded runtime comes before the one that torch was linked to, for torch too.
     libraries = [ctypes.CDLL(None)]
     torch_cpu = os.path.join(os.path.dirname(torch.__file__), "lib", "libtorch_cpu.so")
     if os.path.exists(torch_cpu):
@@ -101,18 +101,18 @@ def _openmp_of_torch() -> list[int] | None:
     return None
 
 
-def tasks_for(numbers: int) -> int:
-    """In how many parts the work on so many numbers is cut: torch's thread count, fewer for a little work."""
-    return max(1, min(torch.get_num_threads(), numbers // _MIN_NUMBERS_A_TASK))
+def tasks_for(elements: int) -> int:
+    """Into how many tasks the work on so many elements is cut: torch's thread count, or fewer for little work."""
+    return max(1, min(torch.get_num_threads(), elements // _MIN_ELEMENTS_PER_TASK))
 
 
 def address(tensor: Tensor | None) -> int:
-    """Where a tensor's numbers are; 0 for None."""
+    """The address of a tensor's first element; 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Refuses tensors that are not on the CPU, before torch picks an implementation by where they are.
+    """Refuses tensors that are not on the CPU, before torch chooses an implementation by device.
 
     Raises:
         ValueError: one is not on the CPU.
@@ -123,10 +123,10 @@ def check_devices(**tensors: Tensor | None) -> None:
 
 
 def check_images(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
-    """Refuses what a convolution's kernel cannot read: all are N x C x H x W, channels-last, of the first one's type.
+    """Refuses tensors that are not N x C x H x W, channels-last, and of the first one's type.
 
     Raises:
-        ValueError: one is not on the CPU, of another type, shape or layout.
+        ValueError: one is not on the CPU, or has another type, number of dimensions or layout.
     """
     for name, tensor in tensors.items():
         check(name, tensor, dtypes)
@@ -137,7 +137,7 @@ def check_images(dtypes: tuple[torch.dtype, ...], **tensors: Tensor) -> None:
 
 
 def new_images(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """Memory for N x C x H x W numbers of another tensor's type and device, channels-last."""
+    """An uninitialised N x C x H x W tensor, channels-last, of another tensor's type and device."""
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor
 from knltrain.ops.library import operator
 from knltrain.ops.native import address, check, kernels
 
-_WEIGHTS = (torch.float32, torch.float64)  # the kernels take float32; float64 is for checking formulas
-_LARGEST = torch.finfo(torch.float32).max  # a gradient that is nearly nothing would ask for a larger rate still
-# A task's smallest part of the list, in parameters.
-_MIN_PARAMETERS_A_TASK = 16384
+_WEIGHTS = (torch.float32, torch.float64)  # kernels are for float32; float64 is for tests of the formulas
+_MAX_RATE = torch.finfo(torch.float32).max  # a gradient near zero would ask for more
+# With fewer parameters a task than this, starting a thread costs more than it saves.
+_MIN_PARAMETERS_PER_TASK = 16384
 
 
 def lars_step(
@@ -30,7 +30,7 @@ def lars_step(
     clip: list[bool],
     nesterov: list[bool],
 ) -> None:
-    """Updates parameters and momentum buffers in place; each tensor is a layer of its own, with its own numbers.
+    """Updates parameters and momentum buffers in place; each tensor is a layer with settings of its own.
 
     With w a parameter, g its gradient and v its momentum buffer::
 
@@ -49,8 +49,8 @@ def lars_step(
         grads: float32 or bf16, of the parameters' shapes.
         momentum_buffers: float32, of the parameters' shapes.
         copies: bf16 copies of the parameters, overwritten with the new ones; empty tensors where there is none.
-        squares: float64, one number a parameter: its sum of squares as the update before left it, or NaN where that is
-            not known. Overwritten with the new ones.
+        squares: float64, one element a parameter: its sum of squares after the last update, or NaN where that is not
+            known. Overwritten with the new ones.
         lr: learning rate of each parameter; and so on.
         momentum: fraction of the buffer that stays.
         weight_decay: L2 coefficient.
@@ -83,7 +83,7 @@ def lars_step(
 def trust_ratio(
     weight_norm: float, grad_norm: float, *, weight_decay: float, trust_coefficient: float, eps: float, clip: bool
 ) -> float:
-    """Returns lam of :func:`lars_step`, for norms of a layer of which neither is zero."""
+    """Returns lam of :func:`lars_step`, for two norms of which neither is zero."""
     decay_norm = 0.0 if clip else weight_decay * weight_norm
     return trust_coefficient * weight_norm / (grad_norm + decay_norm + eps)
 
@@ -103,7 +103,7 @@ def lamb_step(
     eps: list[float],
     adapt: list[bool],
 ) -> None:
-    """Updates parameters and moments in place; each tensor is a layer of its own, with its own numbers.
+    """Updates parameters and moments in place; each tensor is a layer with settings of its own.
 
     With w a parameter, g its gradient, m and v its moments, and t its updates, this one included::
 
@@ -190,17 +190,28 @@ def _lars(
     clip: list[bool],
     nesterov: list[bool],
 ) -> None:
-    numbers = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip, nesterov)
-    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, numbers)
+    settings = (lr, momentum, weight_decay, trust_coefficient, eps, adapt, clip, nesterov)
+    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, settings)
     check("squares", squares, (torch.float64,), (len(params),))
     module = kernels()
     if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
         module.lars_step(
-            *_addresses(params, grads, momentum_buffers, copies),
-            address(squares),
-            *_sizes(params, grads),
-            *numbers,
-            _tasks(params),
+            weights=_addresses(params),
+            gradients=_addresses(grads),
+            buffers=_addresses(momentum_buffers),
+            copies=_addresses(copies),
+            squares=address(squares),
+            sizes=[param.numel() for param in params],
+            gradient_is_bf16=[grad.dtype == torch.bfloat16 for grad in grads],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            trust_coefficient=trust_coefficient,
+            eps=eps,
+            adapt=adapt,
+            clip=clip,
+            nesterov=nesterov,
+            tasks=_tasks(params),
         )
         return
     for index, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
@@ -208,7 +219,7 @@ def _lars(
         if adapt[index]:
             weight_norm = float(torch.linalg.vector_norm(param, dtype=torch.float64))
             grad_norm = float(torch.linalg.vector_norm(grad, dtype=torch.float64))
-            if weight_norm != 0 and grad_norm != 0:  # a norm that is no number makes the rate no number
+            if weight_norm != 0 and grad_norm != 0:  # a NaN norm gives a NaN rate
                 lam = trust_ratio(
                     weight_norm,
                     grad_norm,
@@ -218,7 +229,7 @@ def _lars(
                     clip=clip[index],
                 )
                 rate = (rate if lam > rate else lam) if clip[index] else rate * lam
-                rate = _LARGEST if rate > _LARGEST else rate
+                rate = _MAX_RATE if rate > _MAX_RATE else rate
         full = torch.add(grad, param, alpha=weight_decay[index]) if weight_decay[index] else grad
         buffer.mul_(momentum[index]).add_(full, alpha=rate)
         if nesterov[index]:
@@ -244,8 +255,8 @@ def _lamb(
     eps: list[float],
     adapt: list[bool],
 ) -> None:
-    numbers = (steps, lr, beta1, beta2, weight_decay, eps, adapt)
-    _check(params, grads, {"first_moments": first_moments, "second_moments": second_moments}, copies, numbers)
+    settings = (steps, lr, beta1, beta2, weight_decay, eps, adapt)
+    _check(params, grads, {"first_moments": first_moments, "second_moments": second_moments}, copies, settings)
     for index, param in enumerate(params):
         grad, first, second = grads[index].to(param.dtype), first_moments[index], second_moments[index]
         first.lerp_(grad, 1 - beta1[index])
@@ -258,8 +269,8 @@ def _lamb(
         if adapt[index]:
             weight_norm = float(torch.linalg.vector_norm(param, dtype=torch.float64))
             update_norm = float(torch.linalg.vector_norm(update, dtype=torch.float64))
-            if weight_norm != 0 and update_norm != 0:  # a norm that is no number makes the rate no number
-                rate = min(rate * weight_norm / update_norm, _LARGEST)
+            if weight_norm != 0 and update_norm != 0:  # a NaN norm gives a NaN rate
+                rate = min(rate * weight_norm / update_norm, _MAX_RATE)
         param.sub_(update, alpha=rate)
     _copy(params, copies)
 
@@ -275,12 +286,22 @@ def _sgd(
     weight_decay: list[float],
     nesterov: list[bool],
 ) -> None:
-    numbers = (lr, momentum, weight_decay, nesterov)
-    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, numbers)
+    settings = (lr, momentum, weight_decay, nesterov)
+    _check(params, grads, {"momentum_buffers": momentum_buffers}, copies, settings)
     module = kernels()
     if module is not None and _kernel_takes(params, grads, momentum_buffers, copies):
         module.sgd_step(
-            *_addresses(params, grads, momentum_buffers, copies), *_sizes(params, grads), *numbers, _tasks(params)
+            weights=_addresses(params),
+            gradients=_addresses(grads),
+            buffers=_addresses(momentum_buffers),
+            copies=_addresses(copies),
+            sizes=[param.numel() for param in params],
+            gradient_is_bf16=[grad.dtype == torch.bfloat16 for grad in grads],
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=nesterov,
+            tasks=_tasks(params),
         )
         return
     for index, (param, grad, buffer) in enumerate(zip(params, grads, momentum_buffers, strict=True)):
@@ -303,9 +324,9 @@ def _check(
     grads: list[Tensor],
     states: dict[str, list[Tensor]],
     copies: list[Tensor],
-    numbers: tuple[list[float] | list[int] | list[bool], ...],
+    settings: tuple[list[float] | list[int] | list[bool], ...],
 ) -> None:
-    if any(len(entry) != len(params) for entry in (grads, *states.values(), copies, *numbers)):
+    if any(len(entry) != len(params) for entry in (grads, *states.values(), copies, *settings)):
         raise ValueError(f"there are {len(params)} parameters; every other list must be as long")
     for index, param in enumerate(params):
         shape = tuple(param.shape)
@@ -320,7 +341,7 @@ def _check(
 def _kernel_takes(
     params: list[Tensor], grads: list[Tensor], momentum_buffers: list[Tensor], copies: list[Tensor]
 ) -> bool:
-    """Whether parameters are float32, and each and its companions dense and laid out alike: one index for them all."""
+    """Whether parameters are float32, and each is dense and laid out as its gradient, buffer and copy are."""
     for param, *companions in zip(params, grads, momentum_buffers, copies, strict=True):
         if param.dtype != torch.float32:
             return False
@@ -332,20 +353,16 @@ def _kernel_takes(
 
 
 def _alike(one: Tensor, other: Tensor) -> bool:
-    # The stride of an axis of length one means nothing.
+    # The stride of a dimension of size one has no meaning.
     return one.stride() == other.stride() or all(
         length == 1 or ours == theirs
         for length, ours, theirs in zip(one.shape, one.stride(), other.stride(), strict=True)
     )
 
 
-def _addresses(*lists: list[Tensor]) -> list[list[int]]:
-    return [[tensor.data_ptr() if tensor.numel() else 0 for tensor in entry] for entry in lists]
-
-
-def _sizes(params: list[Tensor], grads: list[Tensor]) -> tuple[list[int], list[bool]]:
-    return [param.numel() for param in params], [grad.dtype == torch.bfloat16 for grad in grads]
+def _addresses(tensors: list[Tensor]) -> list[int]:
+    return [tensor.data_ptr() if tensor.numel() else 0 for tensor in tensors]
 
 
 def _tasks(params: list[Tensor]) -> int:
-    return max(1, min(torch.get_num_threads(), sum(param.numel() for param in params) // _MIN_PARAMETERS_A_TASK))
+    return max(1, min(torch.get_num_threads(), sum(param.numel() for param in params) // _MIN_PARAMETERS_PER_TASK))

@@ -10,7 +10,7 @@ from torch import Tensor
 from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_images, kernels, new_images
 
-_PANEL = 16  # channels that the kernels take together
+_PANEL = 16  # channels that the kernels compute together
 
 
 def takes(weight_shape: Sequence[int], stride: Sequence[int], padding: Sequence[int], groups: int) -> bool:
@@ -54,16 +54,16 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int]
 def conv2d_and_statistics(
     x: Tensor, weight: Tensor, shift: Tensor, stride: Sequence[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`conv2d` without a bias, and what a batch norm after it needs.
+    """:func:`conv2d` without a bias, and the statistics for a batch norm after it.
 
     Args:
         x: N x C x H x W, float32, channels-last.
         weight: K x C x 1 x 1; K and C are multiples of 16.
-        shift: K, somewhere near the means: sums are of what exceeds it.
+        shift: K, estimates of the means; sums are taken of the differences.
         stride: down and across, in pixels.
 
     Returns:
-        The result, and of each of its channels mean and biased variance over N, H and W.
+        The result, N x K x H' x W', and its mean and biased variance over N, H and W, K each.
 
     Raises:
         ValueError: a wrong type, layout, shape or device.
@@ -96,12 +96,8 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) 
     _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
     if bias is not None:
         check("bias", bias, (torch.float32,), (weight.shape[0],))
-    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
-    module = kernels()
-    if module is not None and y.numel() and module.pointwise(
-        address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), stride, False,
-        torch.get_num_threads()
-    ):  # fmt: skip
+    y = new_images(x, [x.shape[0], weight.shape[0], *_output_size(x.shape[2:], stride)])
+    if y.numel() and _run_kernel(x, weight, y, stride, bias=bias):
         return y
     return torch.conv2d(x, weight, bias, stride)
 
@@ -110,13 +106,9 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) 
 def _and_statistics(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
     _check("x", x, weight, stride, x.shape[1] == weight.shape[1])
     check("shift", shift, (torch.float32,), (weight.shape[0],))
-    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
+    y = new_images(x, [x.shape[0], weight.shape[0], *_output_size(x.shape[2:], stride)])
     mean, var = torch.empty_like(shift), torch.empty_like(shift)
-    module = kernels()
-    if module is not None and y.numel() and module.pointwise(
-        address(x), address(weight), 0, address(shift), address(y), address(mean), address(var), list(x.shape),
-        list(y.shape), stride, False, torch.get_num_threads()
-    ):  # fmt: skip
+    if y.numel() and _run_kernel(x, weight, y, stride, shift=shift, mean=mean, var=var):
         return y, mean, var
     y = torch.conv2d(x, weight, None, stride)
     var, mean = torch.var_mean(y, dim=(0, 2, 3), correction=0)
@@ -126,15 +118,11 @@ def _and_statistics(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int])
 @operator("pointwise_conv2d_input")
 def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Tensor:
     _check("dy", dy, weight, stride, dy.shape[1] == weight.shape[0])
-    if list(dy.shape[2:]) != _met(size, stride):
+    if list(dy.shape[2:]) != _output_size(size, stride):
         raise ValueError(f"dy has shape {tuple(dy.shape)}; of an image of {size[0]} x {size[1]} pixels "
-                         f"{' x '.join(map(str, _met(size, stride)))} outputs are made")  # fmt: skip
+                         f"{' x '.join(map(str, _output_size(size, stride)))} outputs are made")  # fmt: skip
     dx = new_images(dy, [dy.shape[0], weight.shape[1], *size])
-    module = kernels()
-    if module is not None and dy.numel() and module.pointwise(
-        address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), stride, True,
-        torch.get_num_threads()
-    ):  # fmt: skip
+    if dy.numel() and _run_kernel(dy, weight, dx, stride, input_grad=True):
         return dx
     gradients = torch.ops.aten.convolution_backward(
         dy, dx, weight, None, stride, [0, 0], [1, 1], False, [0, 0], 1, [True, False, False]
@@ -145,12 +133,12 @@ def _input(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Te
 
 @register_fake("pointwise_conv2d")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int]) -> Tensor:
-    return new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
+    return new_images(x, [x.shape[0], weight.shape[0], *_output_size(x.shape[2:], stride)])
 
 
 @register_fake("pointwise_conv2d_and_statistics")
 def _(x: Tensor, weight: Tensor, shift: Tensor, stride: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    y = new_images(x, [x.shape[0], weight.shape[0], *_met(x.shape[2:], stride)])
+    y = new_images(x, [x.shape[0], weight.shape[0], *_output_size(x.shape[2:], stride)])
     return y, torch.empty_like(shift), torch.empty_like(shift)
 
 
@@ -159,8 +147,41 @@ def _(dy: Tensor, weight: Tensor, size: list[int], stride: list[int]) -> Tensor:
     return new_images(dy, [dy.shape[0], weight.shape[1], *size])
 
 
-def _met(size: Sequence[int], stride: Sequence[int]) -> list[int]:
-    """How many pixels of an image the kernel meets, down and across."""
+def _run_kernel(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    stride: list[int],
+    *,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    input_grad: bool = False,
+) -> bool:
+    """Computes y of x, or with ``input_grad`` dx (here y) of dy (here x). False: the kernel cannot."""
+    module = kernels()
+    if module is None:
+        return False
+    done: bool = module.pointwise(
+        x=address(x),
+        weight=address(weight),
+        bias=address(bias),
+        shift=address(shift),
+        y=address(y),
+        mean=address(mean),
+        var=address(var),
+        x_shape=list(x.shape),
+        y_shape=list(y.shape),
+        stride=stride,
+        input_grad=input_grad,
+        tasks=torch.get_num_threads(),
+    )
+    return done
+
+
+def _output_size(size: Sequence[int], stride: Sequence[int]) -> list[int]:
+    """Height and width of the output."""
     return [(n + step - 1) // step for n, step in zip(size, stride, strict=True)]
 
 

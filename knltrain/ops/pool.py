@@ -1,6 +1,6 @@
 """Max pooling, with the ReLU that follows it where there is one, forward and backward.
 
-For backward it keeps one byte for each result: which element of the window it was.
+The backward pass needs one byte an output: the index of its element in the window.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from knltrain.ops.native import address, check, kernels, tasks_for
 
 _FLOATS = (torch.bfloat16, torch.float32)
 _MAX_ELEMENTS = 255
-# In the place of the window's element: nobody's, because ReLU stops the gradient.
-_NOBODY = 255
+_NO_WINNER = 255  # in the place of an index: the ReLU stops the gradient
 
 
 def max_pool2d(
@@ -31,8 +30,8 @@ def max_pool2d(
 ) -> Tensor:
     """torch.nn.functional.max_pool2d of a channels-last image, and then ReLU if asked for.
 
-    Of equal elements the first is the largest and gets the gradient; NaN is larger than everything. ReLU before pooling
-    gives the same as ReLU after it, which has less to do.
+    The first of equal elements gets the gradient; NaN counts as the largest. ReLU after pooling gives the same as
+    before it, with less work.
 
     Args:
         x: N x C x H x W, channels-last in memory, bf16 or float32.
@@ -64,24 +63,24 @@ def _pair(value: int | tuple[int, int]) -> list[int]:
 def _forward(
     x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The result, and which element of its window each number is: N x C x H' x W', uint8, channels-last."""
+    """The result, and the index of each output in its window: N x C x H' x W', uint8, channels-last."""
     shape = _output_shape(x, kernel, stride, padding, ceil_mode)
     module = kernels()
     y, winner = _empty(x, shape)
     if module is None or x.numel() == 0:
         return _forward_in_torch(x, y, winner, kernel, stride, padding, ceil_mode, relu)
     module.max_pool_forward(
-        address(x),
-        address(y),
-        address(winner),
-        list(x.shape),
-        shape,
-        kernel,
-        stride,
-        padding,
-        x.dtype == torch.bfloat16,
-        relu,
-        tasks_for(x.numel()),
+        x=address(x),
+        y=address(y),
+        winner=address(winner),
+        x_shape=list(x.shape),
+        y_shape=shape,
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        is_bf16=x.dtype == torch.bfloat16,
+        relu=relu,
+        tasks=tasks_for(x.numel()),
     )
     return y, winner
 
@@ -106,16 +105,16 @@ def _backward(
     if module is None or dy.numel() == 0:
         return _backward_in_torch(dy, winner, dx, kernel, stride, padding)
     module.max_pool_backward(
-        address(dy),
-        address(winner),
-        address(dx),
-        list(dx.shape),
-        list(dy.shape),
-        kernel,
-        stride,
-        padding,
-        dy.dtype == torch.bfloat16,
-        tasks_for(dx.numel()),
+        dy=address(dy),
+        winner=address(winner),
+        dx=address(dx),
+        x_shape=list(dx.shape),
+        dy_shape=list(dy.shape),
+        kernel=kernel,
+        stride=stride,
+        padding=padding,
+        is_bf16=dy.dtype == torch.bfloat16,
+        tasks=tasks_for(dx.numel()),
     )
     return dx
 
@@ -211,7 +210,7 @@ def _forward_in_torch(
     element = row * kernel[1] + col
     if relu:
         largest = largest.relu()
-        element = element.masked_fill(largest <= 0, _NOBODY)
+        element = element.masked_fill(largest <= 0, _NO_WINNER)
     return y.copy_(largest), winner.copy_(element)
 
 
@@ -222,8 +221,8 @@ def _backward_in_torch(
     element = winner.long()
     row = element // kernel[1] + _origins(dy.shape[2], stride[0], padding[0])[:, None]
     col = element % kernel[1] + _origins(dy.shape[3], stride[1], padding[1])
-    pixel = (row * width + col).masked_fill(winner == _NOBODY, 0)
-    gradient = dy.float().masked_fill(winner == _NOBODY, 0.0)
+    pixel = (row * width + col).masked_fill(winner == _NO_WINNER, 0)
+    gradient = dy.float().masked_fill(winner == _NO_WINNER, 0.0)
     sums = torch.zeros(n, channels, height * width)
     sums.scatter_add_(2, pixel.flatten(2), gradient.flatten(2))
     return dx.copy_(sums.view(dx.shape))

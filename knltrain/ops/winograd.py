@@ -1,9 +1,9 @@
 """Convolutions with fewer multiplications: Winograd's minimal filtering, F(4x4, 3x3) and F(4x4, 5x5).
 
-A tile of 4 x 4 outputs takes 36 products a pair of channels where the direct sum takes 144, and 64 for 400 with kernels
-of 5 x 5 [Lavin and Gray, arXiv:1509.09308]. Rounding is another: relative to float64, the root mean square error
-of post-ReLU data is at most 1.5e-6 with 3 x 3 and 4e-6 with 5 x 5 over the shapes of the networks, as their tests say.
-Tensors of bf16 are computed in float32 too, and results are rounded once.
+A tile of 4 x 4 outputs takes 36 products a pair of channels where the direct sum takes 144, and with kernels of 5 x 5
+64 instead of 400 [Lavin and Gray, arXiv:1509.09308]. Rounding errors are larger: relative to float64, their root mean
+square for post-ReLU data is at most 1.5e-6 with 3 x 3 and 4e-6 with 5 x 5, which tests check for the shapes of the
+networks. bf16 is computed in float32 too, and results are rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from knltrain.ops.library import operator, register_fake
 from knltrain.ops.native import address, check, check_images, kernels, new_images
 
 _KERNELS = (3, 5)
-_PANEL = 16  # channels that the kernels take together
+_PANEL = 16  # channels that the kernels compute together
 
 
 def takes(
@@ -73,17 +73,17 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int
 def conv2d_and_statistics(
     x: Tensor, weight: Tensor, shift: Tensor, padding: Sequence[int], groups: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`conv2d` without a bias, and what a batch norm after it needs.
+    """:func:`conv2d` without a bias, and the statistics for a batch norm after it.
 
     Args:
         x: N x C x H x W, float32 or bf16, channels-last.
         weight: K x C/groups x R x R, likewise, of what :func:`takes` accepts.
-        shift: K, somewhere near the means: sums are of what exceeds it.
+        shift: K, estimates of the means; sums are taken of the differences.
         padding: zeros around x, in pixels.
         groups: of channels, each convolved alone.
 
     Returns:
-        The result, and of each of its channels mean and biased variance over N, H and W.
+        The result, N x K x H' x W', and its mean and biased variance over N, H and W, K each.
 
     Raises:
         ValueError: a wrong type, layout, shape or device.
@@ -140,11 +140,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: list[int],
     if bias is not None:
         check("bias", bias, (x.dtype,), (weight.shape[0],))
     y = new_images(x, _output_size(x.shape, weight.shape, padding))
-    module = kernels()
-    if module is not None and y.numel() and module.winograd(
-        address(x), address(weight), address(bias), 0, address(y), 0, 0, list(x.shape), list(y.shape), weight.shape[2],
-        padding, groups, False, x.dtype == torch.bfloat16, torch.get_num_threads()
-    ):  # fmt: skip
+    if y.numel() and _run_kernel(x, weight, y, padding, groups, bias=bias):
         return y
     return bf16.conv2d(x, weight, bias, (1, 1), padding, (1, 1), groups)
 
@@ -157,11 +153,7 @@ def _and_statistics(
     check("shift", shift, (torch.float32,), (weight.shape[0],))
     y = new_images(x, _output_size(x.shape, weight.shape, padding))
     mean, var = torch.empty_like(shift), torch.empty_like(shift)
-    module = kernels()
-    if module is not None and y.numel() and module.winograd(
-        address(x), address(weight), 0, address(shift), address(y), address(mean), address(var), list(x.shape),
-        list(y.shape), weight.shape[2], padding, groups, False, x.dtype == torch.bfloat16, torch.get_num_threads()
-    ):  # fmt: skip
+    if y.numel() and _run_kernel(x, weight, y, padding, groups, shift=shift, mean=mean, var=var):
         return y, mean, var
     y = bf16.conv2d(x, weight, None, (1, 1), padding, (1, 1), groups)
     var, mean = torch.var_mean(y.float(), dim=(0, 2, 3), correction=0)
@@ -173,14 +165,10 @@ def _input(dy: Tensor, weight: Tensor, padding: list[int], groups: int) -> Tenso
     channels = weight.shape[1] * groups
     _check(channels, list(weight.shape), padding, groups, dy=dy, weight=weight)
     size = weight.shape[2]
-    turned = [size - 1 - pad for pad in padding]
-    image = [n + 2 * pad - size + 1 for n, pad in zip(dy.shape[2:], turned, strict=True)]
+    padding_of_dy = [size - 1 - pad for pad in padding]
+    image = [n + 2 * pad - size + 1 for n, pad in zip(dy.shape[2:], padding_of_dy, strict=True)]
     dx = new_images(dy, [dy.shape[0], channels, *image])
-    module = kernels()
-    if module is not None and dy.numel() and dx.numel() and module.winograd(
-        address(dy), address(weight), 0, 0, address(dx), 0, 0, list(dy.shape), list(dx.shape), size, turned, groups,
-        True, dy.dtype == torch.bfloat16, torch.get_num_threads()
-    ):  # fmt: skip
+    if dy.numel() and dx.numel() and _run_kernel(dy, weight, dx, padding_of_dy, groups, input_grad=True):
         return dx
     return _backward(dy, dx, weight, padding, groups, 0)
 
@@ -195,10 +183,24 @@ def _weight(
         raise ValueError(f"dy has shape {tuple(dy.shape)}; this convolution's output has {tuple(expected)}")
     dweight, dbias = new_images(x, weight_shape), x.new_empty(weight_shape[0] if bias else 0)
     module = kernels()
-    if module is not None and x.numel() and dy.numel() and module.winograd_weight_grad(
-        address(x), address(dy), address(dweight), address(dbias if bias else None), list(x.shape), list(dy.shape),
-        weight_shape[2], padding, groups, x.dtype == torch.bfloat16, torch.get_num_threads()
-    ):  # fmt: skip
+    if (
+        module is not None
+        and x.numel()
+        and dy.numel()
+        and module.winograd_weight_grad(
+            x=address(x),
+            dy=address(dy),
+            dw=address(dweight),
+            dbias=address(dbias if bias else None),
+            x_shape=list(x.shape),
+            dy_shape=list(dy.shape),
+            kernel=weight_shape[2],
+            padding=padding,
+            groups=groups,
+            is_bf16=x.dtype == torch.bfloat16,
+            tasks=torch.get_num_threads(),
+        )
+    ):
         return dweight, dbias
     return _backward(dy, x, dweight, padding, groups, 1), dy.sum((0, 2, 3)) if bias else dbias
 
@@ -225,6 +227,46 @@ def _(
     x: Tensor, dy: Tensor, weight_shape: list[int], padding: list[int], groups: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     return new_images(x, weight_shape), x.new_empty(weight_shape[0] if bias else 0)
+
+
+def _run_kernel(
+    x: Tensor,
+    weight: Tensor,
+    y: Tensor,
+    padding: list[int],
+    groups: int,
+    *,
+    bias: Tensor | None = None,
+    shift: Tensor | None = None,
+    mean: Tensor | None = None,
+    var: Tensor | None = None,
+    input_grad: bool = False,
+) -> bool:
+    """Computes y of x, or with ``input_grad`` dx (here y) of dy (here x). False: the kernel cannot.
+
+    The padding is that of x, or with ``input_grad`` of dy.
+    """
+    module = kernels()
+    if module is None:
+        return False
+    done: bool = module.winograd(
+        x=address(x),
+        weight=address(weight),
+        bias=address(bias),
+        shift=address(shift),
+        y=address(y),
+        mean=address(mean),
+        var=address(var),
+        x_shape=list(x.shape),
+        y_shape=list(y.shape),
+        kernel=weight.shape[2],
+        padding=padding,
+        groups=groups,
+        input_grad=input_grad,
+        is_bf16=x.dtype == torch.bfloat16,
+        tasks=torch.get_num_threads(),
+    )
+    return done
 
 
 def _output_size(x_shape: Sequence[int], weight_shape: Sequence[int], padding: Sequence[int]) -> list[int]:

@@ -93,6 +93,23 @@ def test_the_module_itself_refuses_an_unknown_variant(module):
         module.use_isa("sse4")
 
 
+def test_arguments_are_named(module):
+    """Addresses are integers: by position, two that are exchanged would be read and written as each other."""
+    functions = [value for name, value in vars(module).items() if name.endswith(("_forward", "_backward", "_step"))]
+    functions += [module.conv_weight_grad, module.crop_flip_normalize, module.pointwise, module.winograd,
+                  module.winograd_weight_grad]  # fmt: skip
+    assert len(functions) == 15
+    for function in functions:
+        assert re.match(r"def \w+\(\*, ", function.__nb_signature__[0][0]), function.__nb_signature__
+    arguments = {"x": 0, "y": 0, "rows": 0, "channels": 0, "size": 5, "alpha": 1.0, "is_bf16": False, "tasks": 1}
+    module.local_response_norm_forward(**arguments)
+    for wrong in ({"z": 0}, {"x": None}):
+        with pytest.raises(TypeError):
+            module.local_response_norm_forward(**{**arguments, **wrong})
+    with pytest.raises(TypeError):
+        module.local_response_norm_forward(*arguments.values())
+
+
 # The whole of what uses kernels, and how often it warned.
 WORK = """
 import logging
