@@ -179,7 +179,8 @@ void update_tile(const Problem &q, const Block &b, const float *x, const float *
             const float *from = x + unit * unit_step + row * row_step;
             for (int64_t column = 0; column < p.out_w; column += kPrefetchPixels) {
                 prefetcher.fetch();
-                for (int64_t left = min(kPrefetchPixels, p.out_w - column); left > 0; --left, from += step, dy += kTile) {
+                const int64_t end = min(column + kPrefetchPixels, p.out_w);
+                for (int64_t at = column; at < end; ++at, from += step, dy += kTile) {
                     vec xs[vectors];
                     for (int v = 0; v < vectors; ++v) xs[v] = load(from + v * vec::lanes);
                     for (int k = 0; k < kTile; ++k)

@@ -623,6 +623,17 @@ void transform_outputs(const WinogradWeightGrad &p, const Map &map, const T *zer
     for (int64_t i = 0; i < d.panels * kPanel; ++i) totals[output + i] += sums[i];
 }
 
+// Adds up the gradients of the bias of all tasks. The first task's begins at `totals`; those of the others follow at
+// distances of `stride` floats.
+template <class T> void add_up_bias(const WinogradWeightGrad &p, const float *totals, int64_t stride) {
+    for (int64_t output = 0; output < p.out_channels; ++output) {
+        double total = 0;
+        for (int task = 0; task < p.tasks; ++task)
+            total += reinterpret_cast<const double *>(totals + task * stride)[output];
+        store(static_cast<T *>(p.dbias) + output, splat(float(total)), 1);
+    }
+}
+
 template <int kernel, class T> bool weight_gradient(const WinogradWeightGrad &p) {
     constexpr int points = Matrices<kernel>::points, taps = kernel * kernel, in_place = sizeof(T) == sizeof(float);
     const int64_t inputs = p.in_channels / p.groups, outputs = p.out_channels / p.groups, panels = outputs / kPanel;
@@ -686,12 +697,7 @@ template <int kernel, class T> bool weight_gradient(const WinogradWeightGrad &p)
         }
     };
     if (!in_place || grid.by_item > 1) each_task(p.tasks, finish);
-    for (int64_t output = 0; p.dbias != nullptr && output < p.out_channels; ++output) {
-        double total = 0;
-        for (int task = 0; task < p.tasks; ++task)
-            total += reinterpret_cast<const double *>(buffer.data + task * task_size + bias_at)[output];
-        store(static_cast<T *>(p.dbias) + output, splat(float(total)), 1);
-    }
+    if (p.dbias != nullptr) add_up_bias<T>(p, buffer.data + bias_at, task_size);
     return true;
 }
 
