@@ -1,4 +1,4 @@
-"""Reading files that others wrote, writing files that others may be reading, and the folder of what is kept."""
+"""Opening untrusted files, replacing files atomically, and the cache folder."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import IO
 
 
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
-    """Opens a file to read its bytes. Never waits, as opening a pipe does until somebody writes into it.
+    """Opens a regular file for reading, in binary mode. Does not block on a pipe that nobody writes to.
 
     Args:
-        path: of the file.
-        buffering: as ``open`` has it.
+        path: the file.
+        buffering: as for ``open``.
 
     Raises:
         OSError: it cannot be opened, or is a folder, a pipe, a socket or a device.
     """
-    file: IO[bytes] = open(path, "rb", buffering=buffering, opener=_without_waiting)  # noqa: SIM115
+    file: IO[bytes] = open(path, "rb", buffering=buffering, opener=_open_nonblocking)  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise OSError(errno.EINVAL, "not a file", str(path))
@@ -30,27 +30,64 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
 
 
 def cache_folder() -> Path:
-    """Where things made on first use are kept: $KNLTRAIN_CACHE, or knltrain in the user's cache folder."""
+    """Returns $KNLTRAIN_CACHE, or ``knltrain`` in the user's cache folder; it may not exist yet."""
     if "KNLTRAIN_CACHE" in os.environ:
         return Path(os.environ["KNLTRAIN_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain"
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file under a name of its own that gets the name ``path`` when it is whole, and is deleted if it never is.
+def replacing(path: Path, *, aside: Path | None = None, sync: bool = True) -> Iterator[IO[bytes]]:
+    """Yields a new file that takes the name ``path`` at the end of the block; after an error it is deleted.
 
-    It may be read by whom the umask lets, unlike those of ``tempfile``.
+    A reader, or this program after a crash, finds the old content or the new one, never a part. The umask decides who
+    may read the file, unlike those of ``tempfile``.
+
+    Args:
+        path: the final name.
+        aside: the name until then, in the same folder; written over if a killed process has left it. By default one
+            that no other process takes.
+        sync: whether file and folder are on the disk when the block has ended.
+
+    Raises:
+        OSError: the file cannot be written. What ``path`` held before is untouched.
     """
-    aside = path.with_name(f"{path.name}-{secrets.token_hex(8)}.part")
+    with replacing_path(path, aside=aside, sync=sync) as name, open(name, "wb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def replacing_path(path: Path, *, aside: Path | None = None, sync: bool = True) -> Iterator[Path]:
+    """As :func:`replacing`, where somebody else writes the file: yields the name to write it under."""
+    aside = aside or path.with_name(f"{path.name}-{secrets.token_hex(8)}.part")
     try:
-        with open(aside, "xb") as file:
-            yield file
+        yield aside
+        if sync:
+            _sync(aside, os.O_RDONLY)
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
+    if sync:
+        sync_folder(path.parent)
 
 
-def _without_waiting(path: str, flags: int) -> int:
+def sync_folder(path: Path) -> None:
+    """Writes the names in a folder to the disk: without it, a crash may undo a rename."""
+    try:
+        _sync(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system that does not sync folders
+            raise
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _open_nonblocking(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NONBLOCK)

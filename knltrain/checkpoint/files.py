@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from knltrain.errors import KnltrainError
+from knltrain.files import open_regular
 
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
@@ -105,15 +105,6 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> Sum:
     return Sum(size, f"{crc:08x}")
 
 
-def sync_folder(path: Path) -> None:
-    """Makes names that were made or changed in a folder last."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def check_file(path: Path, expected: Sum) -> None:
     """Compares a file with its size and checksum.
 
@@ -122,7 +113,7 @@ def check_file(path: Path, expected: Sum) -> None:
     """
     crc = 0
     try:
-        with open(path, "rb", opener=_open_plain) as file:
+        with open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.bytes:
                 raise KnltrainError(f"{path.name} has {size:,} of {expected.bytes:,} bytes")
@@ -146,7 +137,7 @@ def unseal(path: Path) -> dict[str, object]:
         KnltrainError: it is missing, no JSON, or not what was written.
     """
     try:
-        with open(path, encoding="utf-8", opener=_open_plain) as file:
+        with open_regular(path) as file:
             state = json.load(file)
     except OSError as error:
         raise KnltrainError(f"{path.name}: {error.strerror}") from None
@@ -159,15 +150,6 @@ def unseal(path: Path) -> dict[str, object]:
 
 def _crc_of(state: Mapping[str, object]) -> str:
     return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
-
-
-def _open_plain(path: str, flags: int) -> int:
-    """Opens a file that is one: a pipe of that name would be waited for."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(0, "no plain file")
-    return descriptor
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -28,11 +28,11 @@ from knltrain.checkpoint.files import (
     check_file,
     read_tensors,
     seal,
-    sync_folder,
     unseal,
     write_file,
 )
 from knltrain.errors import KnltrainError
+from knltrain.files import sync_folder
 
 _MODEL, _OPTIMIZER, _STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
 _TRAINED = "trained.safetensors"

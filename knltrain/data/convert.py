@@ -6,6 +6,7 @@ import ctypes
 import hashlib
 import os
 import signal
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image
 from knltrain.data.augment import Pixels, centre, short_side
 from knltrain.data.decode import DecodeError, EncodedImage, is_bad, read_image, refuse_large, refuse_long
 from knltrain.data.folder import SUFFIXES
-from knltrain.files import open_regular
+from knltrain.files import open_regular, replacing_path
 
 # As most who store ImageNet for training do; of a photograph, about a seventh of its pixels' bytes.
 _QUALITY = 90
@@ -147,7 +148,7 @@ def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int)
         Its size in bytes, and its checksum.
     """
     num_bytes = size * size * 3
-    with open(part, "r+b") as file:
+    with replacing_path(Path(path), aside=Path(part)) as aside, open(aside, "r+b") as file:
         begin = os.fstat(file.fileno()).st_size - count * num_bytes
         good = [place for place in range(count) if place not in set(gaps)]
         for place, old in enumerate(good[gaps[0] :] if gaps else [], gaps[0] if gaps else 0):
@@ -161,9 +162,6 @@ def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int)
         np.lib.format.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         if file.tell() != begin:
             raise ValueError(f"a header of {file.tell()} bytes where {begin} were left for it")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
     return os.path.getsize(path), checksum(path)
 
 

@@ -12,7 +12,7 @@ import msgspec
 
 from knltrain.data.manifest import JOURNAL, Count
 from knltrain.errors import ConfigError
-from knltrain.files import open_regular
+from knltrain.files import open_regular, replacing
 
 
 def _is_whole(line: dict[str, Any], *, head: bool) -> bool:
@@ -108,7 +108,6 @@ class Journal:
         self._path.unlink()
 
     def _rewrite(self, head: dict[str, Any]) -> None:
-        aside = self._path.with_suffix(".part")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in (head, *self.records.values())), "utf-8")
-        os.replace(aside, self._path)
+        with replacing(self._path, aside=self._path.with_suffix(".part")) as file:
+            file.write("".join(json.dumps(line) + "\n" for line in (head, *self.records.values())).encode())
         self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115

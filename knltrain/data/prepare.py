@@ -32,6 +32,7 @@ from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encod
 from knltrain.data.order import permutation
 from knltrain.data.sources import Source, find_sources
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import replacing
 from knltrain.runlog.console import Console, ImageProgress
 
 REJECTED = "rejected.jsonl"
@@ -332,8 +333,7 @@ def _write_tars(
     for job in jobs:
         labels = plan.labels(job)
         reasons: list[str | None] = []
-        path = dst / f"{job.file}.part"
-        with open(path, "wb") as file:
+        with replacing(dst / job.file, aside=dst / f"{job.file}.part") as file:
             tar = _TarWriter(file)
             for _ in range(job.first, job.stop, _CHUNK):
                 _, first, future = next_chunk()
@@ -347,10 +347,7 @@ def _write_tars(
                     tar.add(f"{key}.cls", str(labels[place]).encode())
                 progress.add(min(_CHUNK, job.stop - first))
             tar.end()
-            file.flush()
-            os.fsync(file.fileno())
             record = _record(file.tell(), tar.digest.hexdigest(), reasons)
-        os.replace(path, dst / job.file)
         yield job, record
 
 
@@ -404,11 +401,8 @@ def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, re
     if plan.format == "raw":
         for part, arrays in labels.items():
             path = dst / part / "labels.npy"
-            with open(path.with_suffix(".part"), "wb") as file:
+            with replacing(path, aside=path.with_suffix(".part")) as file:
                 np.save(file, np.concatenate(arrays))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path.with_suffix(".part"), path)
             digests[part] = checksum(str(path))
     manifest = Manifest(
         format=plan.format,
@@ -420,12 +414,8 @@ def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, re
         source=source,
         rejected=rejected,
     )
-    aside = dst / f"{NAME}.part"
-    with open(aside, "wb") as file:
+    with replacing(dst / NAME, aside=dst / f"{NAME}.part") as file:
         file.write(encode_manifest(manifest))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, dst / NAME)
     journal.remove()
     return manifest
 

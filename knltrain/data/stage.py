@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import threading
 import time
@@ -76,17 +75,19 @@ def _size(path: Path) -> int:
 
 
 def _copy(source: Path, target: Path, digest: str, done: int, progress: Callable[[int], None]) -> int:
-    aside, found = target.with_name(f"{target.name}.part"), hashlib.sha256()
-    with open(source, "rb", buffering=0) as read, open(aside, "wb", buffering=0) as write:
+    found = hashlib.sha256()
+    # Not synced: the node's disk would delay the start, and what a crash takes is copied again.
+    with (
+        open(source, "rb", buffering=0) as read,
+        replacing(target, aside=target.with_name(f"{target.name}.part"), sync=False) as write,
+    ):
         while block := read.read(_BLOCK):
             write.write(block)
             found.update(block)
             done += len(block)
             progress(done)
-    if found.hexdigest() != digest:
-        aside.unlink()
-        raise DataError(f"{source}: not what {NAME} says; copy it again, or run knltrain prepare again")
-    os.replace(aside, target)
+        if found.hexdigest() != digest:
+            raise DataError(f"{source}: not what {NAME} says; copy it again, or run knltrain prepare again")
     return done
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import knltrain
 from knltrain.errors import KnltrainError
-from knltrain.files import cache_folder, open_regular
+from knltrain.files import cache_folder, open_regular, replacing
 from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
 
@@ -186,13 +186,8 @@ def _add(
 ) -> None:
     kept = [one for one in before if one["settings"] != settings]
     text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, delete=False) as aside:
-        aside.write(text)
-    try:
-        os.replace(aside.name, path)
-    except OSError:
-        os.unlink(aside.name)
-        raise
+    with replacing(path) as file:
+        file.write(text.encode())
 
 
 def _tuned() -> list[dict[str, Any]]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from knltrain.files import replacing
+
 Row = Mapping[str, Any]
 
 
@@ -152,13 +154,5 @@ def write_json(path: Path, value: object) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a text file, whole or not at all."""
-    aside = path.with_name(path.name + ".tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+    with replacing(path, aside=path.with_name(f"{path.name}.tmp")) as file:
+        file.write(text.encode())

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from knltrain import checkpoint
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import replacing_path
 from knltrain.models import model_of
 from knltrain.models.alexnet import LocalResponseNorm
 from knltrain.ops.crops import MEAN, STD
@@ -69,29 +70,24 @@ def export(folder: Path, dst: Path, console: Console, *, format: str | None = No
         "mean": json.dumps(MEAN),
         "std": json.dumps(STD),
     }
-    aside = dst.with_name(f".{dst.name}.tmp")
     try:
-        with torch.no_grad(), _quiet():
-            expected = model(images)
-            _write(model, images[:2], aside, kind, about)
-            logits = _read(aside, kind, _network(config, len(state["classes"])), images)
-        difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
-        if not difference <= _ABSOLUTE + _RELATIVE * largest:
-            raise KnltrainError(
-                f"{dst}: {kind} gives other logits than {folder}: they differ by {difference:.3g} where the largest "
-                f"is {largest:.3g}; nothing was written"
-            )
-        with open(aside, "rb") as file:
-            os.fsync(file.fileno())
-        num_bytes = aside.stat().st_size
-        aside.rename(dst)
+        with replacing_path(dst, aside=dst.with_name(f".{dst.name}.tmp")) as aside:
+            with torch.no_grad(), _quiet():
+                expected = model(images)
+                _write(model, images[:2], aside, kind, about)
+                logits = _read(aside, kind, _network(config, len(state["classes"])), images)
+            difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
+            if not difference <= _ABSOLUTE + _RELATIVE * largest:
+                raise KnltrainError(
+                    f"{dst}: {kind} gives other logits than {folder}: they differ by {difference:.3g} where the "
+                    f"largest is {largest:.3g}; nothing was written"
+                )
+            num_bytes = aside.stat().st_size
     except (KnltrainError, OSError):
         raise
     except Exception as error:  # what translators and writers raise is of every kind
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KnltrainError(f"{dst}: {config.model} cannot be written as {kind}: {lines[0]:.300}") from None
-    finally:
-        aside.unlink(missing_ok=True)
     return {
         "checkpoint": str(folder),
         "out": str(dst),

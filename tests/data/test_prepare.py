@@ -154,7 +154,8 @@ def test_what_has_its_name_is_on_disk(image_folder, tmp_path, small_shards, form
     assert len(noted) == len(shards) == 9
     for name in shards:
         assert named[name] < min(place for place, holds in noted if f'"{name}"'.encode() in holds)
-    assert [(kind, path.name) for kind, path, _ in told[-2:]] == [("name", NAME), ("delete", JOURNAL)]
+    assert [(kind, path.name) for kind, path, _ in told[-3:]] == [
+        ("name", NAME), ("sync", "out"), ("delete", JOURNAL)]  # fmt: skip
 
 
 def test_a_shard_that_is_gone_is_made_again(tmp_path):
@@ -183,7 +184,7 @@ def test_killed_and_started_again(image_folder, tmp_path):
         shutil.copytree(image_folder / "train", src / "train", dirs_exist_ok=True,
                         copy_function=lambda a, b, copy=copy: shutil.copy(a, f"{b[:-4]}-{copy}.jpg"))  # fmt: skip
     script = (
-        "import sys\nfrom pathlib import Path\nfrom knltrain import prepare as p\n"
+        "import sys\nfrom pathlib import Path\nfrom knltrain.data import prepare as p\n"
         "from knltrain.runlog.console import Console\n"
         "if __name__ == '__main__':\n"
         f"    p._SHARD_BYTES = 40 * {SIZE} * {SIZE} * 3\n"

@@ -1,0 +1,65 @@
+"""Files that take their name when they are whole."""
+
+import errno
+import os
+
+import pytest
+from disk import record
+
+from knltrain.files import replacing, replacing_path, sync_folder
+
+
+@pytest.fixture
+def path(tmp_path):
+    (tmp_path / "file").write_bytes(b"old")
+    return tmp_path / "file"
+
+
+def test_the_old_content_stays_until_the_new_is_whole(path):
+    with replacing(path) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_leaves_the_old_content_alone(path):
+    with pytest.raises(OSError), replacing(path) as file:
+        file.write(b"new")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert path.read_bytes() == b"old"
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_written_over(path):
+    aside = path.with_name("file.part")
+    aside.write_bytes(b"half of something longer")
+    with replacing(path, aside=aside) as file:
+        assert aside.exists()
+        file.write(b"new")
+    assert path.read_bytes() == b"new"
+    assert not aside.exists()
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_content_is_synced_before_the_name_and_the_name_after_it(path, monkeypatch, sync):
+    told = record(monkeypatch)
+    with replacing_path(path, sync=sync) as aside:
+        aside.write_bytes(b"new")
+    synced = [("sync", aside, b"new")], [("sync", path.parent, {"file"})]
+    before, after = synced if sync else ([], [])
+    assert told == [*before, ("name", path, b"new"), *after]
+
+
+@pytest.mark.parametrize("number, raised", [(errno.EINVAL, False), (errno.EIO, True)])
+def test_a_file_system_that_does_not_sync_folders_is_no_failure(tmp_path, monkeypatch, number, raised):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    if raised:
+        with pytest.raises(OSError):
+            sync_folder(tmp_path)
+    else:
+        sync_folder(tmp_path)
