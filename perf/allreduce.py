@@ -113,7 +113,7 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
             f"in turns: {', '.join(backends)}"
         )
         rows = []
-        with group.names_lost_ranks():
+        with group.report_lost_ranks():
             for name in types:
                 counts = {size // _BYTES[name] for size in chosen} | (set() if sizes or quick else {_ELEMENTS})
                 for count in sorted(counts):

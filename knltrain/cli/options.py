@@ -19,7 +19,7 @@ import knltrain
 from knltrain import config as configuration
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError, one_line
-from knltrain.launch.world import rank_as_told
+from knltrain.launch.world import launcher_rank
 from knltrain.recipes import RECIPES
 
 _T = TypeVar("_T")
@@ -73,14 +73,14 @@ def _show_warning(
 
 def fail(message: str, code: int) -> NoReturn:
     """Says what is wrong, and which rank says so, and ends the process; of several ranks, all."""
-    rank = rank_as_told()
+    rank = launcher_rank()
     click.echo(f"knltrain: {f'rank {one_line(rank)}: ' if rank else ''}{one_line(message)}", err=True)
     if rank:
-        from knltrain.launch.pmi import end_the_job
+        from knltrain.launch.pmi import abort_job
 
-        end_the_job(code)  # the others may be waiting for this one
+        abort_job(code)  # the others may be waiting for this one
     if rank and "torch" in sys.modules:
-        # Threads of libraries would meet an interpreter that ends, and abort: only what was registered for it is done.
+        # Threads of libraries would abort in an interpreter that ends: run only the functions registered with atexit.
         atexit._run_exitfuncs()
         sys.stdout.flush()
         sys.stderr.flush()

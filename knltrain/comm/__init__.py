@@ -1,1 +1,1 @@
-"""The process group and what travels over it."""
+"""The process group, its back ends, and the averaging of gradients."""

@@ -1,4 +1,4 @@
-"""Which process group a run takes: oneCCL where it is there, gloo otherwise, and never without a word."""
+"""Choice of the process group: oneCCL where it is installed, otherwise gloo, with a note that says why."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from knltrain.launch.world import Ranks
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """A back end that is ready to be named to ``torch.distributed``.
+class Backend:
+    """A back end that ``init_process_group`` accepts by name.
 
     Attributes:
         name: ccl or gloo.
         version: of the library behind it.
-        transport: what it sends over.
-        settings: environment variables that it was told, and that the user had set.
-        note: what a user should know of the choice; empty where there is nothing.
+        transport: the network layer below it.
+        settings: its environment variables, under ``set`` by knltrain and ``kept`` from the user.
+        note: for the user, why this back end; empty if there is nothing to say.
     """
 
     name: str
@@ -35,42 +35,44 @@ class Chosen:
     note: str = ""
 
 
-def gloo(note: str = "") -> Chosen:
-    """The back end that is always there."""
-    return Chosen("gloo", f"torch {torch.__version__}", "tcp", note=note)
+def gloo(note: str = "") -> Backend:
+    """Returns the back end that every torch has."""
+    return Backend("gloo", f"torch {torch.__version__}", "tcp", note=note)
 
 
-def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = (), told: Mapping[str, str] | None = None) -> Chosen:
-    """Returns the back end to use, made known to ``torch.distributed``.
+def choose_backend(
+    requested: str, ranks: Ranks, cpus: Sequence[int] = (), already_set: Mapping[str, str] | None = None
+) -> Backend:
+    """Chooses the back end and registers it with ``torch.distributed``.
 
     Args:
-        asked: auto, ccl or gloo.
+        requested: auto, ccl or gloo.
         ranks: this process among its peers.
-        cpus: logical CPUs that are kept for its communication.
-        told: variables that knltrain has set already, which are no wish of the user's.
+        cpus: logical CPUs reserved for its communication.
+        already_set: variables that knltrain, not the user, has set.
 
     Raises:
-        ConfigError: ccl was asked for and cannot be had; the message says what to do.
+        ConfigError: ccl was requested and is not available; the message says what to do.
     """
-    if asked == "gloo":
+    if requested == "gloo":
         return gloo()
     notes = []
     if importlib.util.find_spec("oneccl_bindings_for_pytorch"):
         try:
-            return _torch_ccl()
-        except (ImportError, OSError, RuntimeError) as error:  # made for another torch, or without its oneCCL
-            notes.append(f"oneccl_bindings_for_pytorch does not load and is left out: {str(error).splitlines()[0]}")
+            return _intel_binding()
+        except (ImportError, OSError, RuntimeError) as error:  # built for another torch, or without its oneCCL
+            notes.append(f"oneccl_bindings_for_pytorch does not load and is ignored: {str(error).splitlines()[0]}")
     try:
-        settings = oneccl.configure(ranks, cpus, told=told)
+        settings = oneccl.configure(ranks, cpus, already_set=already_set)
         shim = oneccl.load()
     except oneccl.UnavailableError as error:
-        if asked == "ccl":
+        if requested == "ccl":
             raise ConfigError(f"comm.backend ccl: {error}") from None
-        return gloo("; ".join([f"gradients travel over gloo, which is slower than ccl: {error}", *notes]))
+        return gloo("; ".join([f"gradients are all-reduced over gloo, which is slower than ccl: {error}", *notes]))
     ccl.register()
     if settings.kept:
-        notes.append(f"oneCCL obeys what was exported: {', '.join('='.join(item) for item in settings.kept.items())}")
-    return Chosen(
+        notes.append(f"oneCCL uses exported variables: {', '.join('='.join(item) for item in settings.kept.items())}")
+    return Backend(
         "ccl",
         f"oneCCL {shim.version()}",
         settings.transport,
@@ -79,11 +81,11 @@ def choose_backend(asked: str, ranks: Ranks, cpus: Sequence[int] = (), told: Map
     )
 
 
-def _torch_ccl() -> Chosen:
-    """Intel's own binding of oneCCL, by users who have it built."""
+def _intel_binding() -> Backend:
+    """Uses Intel's own oneCCL binding, where the user has built it."""
     importlib.import_module("oneccl_bindings_for_pytorch")
     version = "of unknown version"
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         version = importlib.metadata.version("oneccl_bindings_for_pytorch")
     note = f"oneccl_bindings_for_pytorch {version} is installed: its ccl is used, not knltrain's"
-    return Chosen("ccl", f"oneccl_bindings_for_pytorch {version}", "its own choice", note=note)
+    return Backend("ccl", f"oneccl_bindings_for_pytorch {version}", "its own choice", note=note)

@@ -1,7 +1,7 @@
-"""The process group ``ccl``: collectives of oneCCL under ``torch.distributed``.
+"""The process group ``ccl``: oneCCL's collectives as a ``torch.distributed`` back end.
 
-:func:`register` makes the name known; ``torch.distributed.init_process_group("ccl")`` then takes it like any other.
-What a caller waits for at once is done on its own thread, everything else on one thread for all groups: ``work.py``.
+After :func:`register`, ``torch.distributed.init_process_group("ccl")`` works as with any other back end. Synchronous
+collectives run on the caller's thread, asynchronous ones on one thread for all groups: ``work.py``.
 """
 
 # No "from __future__ import annotations": torch binds some of these methods by their signatures.
@@ -22,64 +22,64 @@ from torch import Tensor
 from knltrain.comm import oneccl
 from knltrain.comm.segments import remove_dead_segments, remove_own_segments
 from knltrain.comm.tensors import (
-    all_of,
+    chain,
     check_exchange,
     check_pieces,
     check_whole,
-    in_place,
-    moved,
+    contiguous_out,
+    data_args,
     name_of,
-    reduced,
+    reduce_args,
     reduction,
     root_of,
     rows_of,
     split,
 )
-from knltrain.comm.work import LOOK_UP_S, Work, waiter
+from knltrain.comm.work import POLL_INTERVAL_S, Work, waiter
 
-# Where the rank that keeps the store is the one that is gone, asking it is in vain.
-_STORE_PATIENCE_S = 5.0
+# If the rank that serves the store is the lost one, a request to the store blocks.
+_STORE_TIMEOUT_S = 5.0
 
 _ProcessGroup: Any = dist.ProcessGroup  # annotated with overloads of which torch calls one each
-_Options = Any  # torch's options of a collective: timeout, asyncOp, and where it has them reduceOp and rootRank
+_Options = Any  # torch's options of a collective: timeout, asyncOp, and for some reduceOp and rootRank
 _Start = Callable[[bool], list[Any]]
 
 
 def register() -> None:
-    """Makes ``ccl`` a name that ``torch.distributed`` knows."""
+    """Registers the back end ``ccl`` with ``torch.distributed``."""
     if "CCL" not in dist.Backend._plugins:
         dist.Backend.register_backend("ccl", ProcessGroupCCL, devices=["cpu"])
 
 
-def _within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What a call returns or raises that may never end; it is left alone on its thread where it takes longer.
+def _call_with_timeout(seconds: float, call: Callable[[], Any]) -> Any:
+    """Returns the result of a call that may block for ever; after the time-out, it is left running on its thread.
 
     Raises:
-        futures.TimeoutError: it did; before Python 3.11 that is not the built-in one.
+        futures.TimeoutError: it took longer; before Python 3.11 this is not the built-in TimeoutError.
     """
-    came: futures.Future[Any] = futures.Future()
+    result: futures.Future[Any] = futures.Future()
 
     def run() -> None:
         try:
-            came.set_result(call())
+            result.set_result(call())
         except Exception as error:
-            came.set_exception(error)
+            result.set_exception(error)
 
-    threading.Thread(target=run, name="ccl-patience", daemon=True).start()
-    return came.result(seconds)
+    threading.Thread(target=run, name="ccl-timeout", daemon=True).start()
+    return result.result(seconds)
 
 
 class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
-    """Ranks that oneCCL connects; made by ``torch.distributed``.
+    """A process group over oneCCL; created by ``torch.distributed``.
 
     Args:
-        store: where the ranks meet.
+        store: the store of the rendezvous.
         rank: this process.
-        size: ranks.
-        timeout: the longest wait: for the others to come, and for every collective.
+        size: the number of ranks.
+        timeout: for the other ranks to join, and for every collective.
 
     Raises:
-        RuntimeError: a rank did not come, or oneCCL could not connect them.
+        RuntimeError: a rank did not join, or oneCCL could not connect them.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
@@ -91,20 +91,20 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         self._unusable = ""
         self._batch: list[Work] | None = None
         shim = oneccl.load()
-        self._hosts = self._meet()
+        self._hosts = self._exchange_hosts()
         remove_dead_segments()
-        atexit.register(remove_own_segments)  # the clean-up of a group that was given up is not oneCCL's
+        atexit.register(remove_own_segments)  # oneCCL does not clean up after an abandoned group
         with oneccl.quiet():
             if rank == 0:
-                point = shim.open_meeting_point()
-                store.set("address", point.address.hex())
+                kvs = shim.open_meeting_point()
+                store.set("address", kvs.address.hex())
             else:
-                point = shim.join_meeting_point(bytes.fromhex(store.get("address").decode()))
-            self._comm: Any = self._connect(lambda: shim.connect(size, rank, point))
+                kvs = shim.join_meeting_point(bytes.fromhex(store.get("address").decode()))
+            self._comm: Any = self._connect(lambda: shim.connect(size, rank, kvs))
         waiter.join()
 
-    def _meet(self) -> list[str]:
-        """Waits for all ranks and returns their hosts."""
+    def _exchange_hosts(self) -> list[str]:
+        """Waits for all ranks to join and returns their host names."""
         keys = [f"host{rank}" for rank in range(self._size)]
         self._store.set(keys[self._rank], socket.gethostname())
         try:
@@ -113,52 +113,52 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         except RuntimeError as error:
             absent = self._ask_store(lambda: [rank for rank, key in enumerate(keys) if not self._store.check([key])])
             who = ", ".join(f"rank {rank}" for rank in absent or ()) or "another rank"
-            raise RuntimeError(f"{who} did not come within {self.timeout.total_seconds():g} s ({error})") from None
+            raise RuntimeError(f"{who} did not join within {self.timeout.total_seconds():g} s ({error})") from None
 
     def _connect(self, connect: Callable[[], Any]) -> Any:
-        """Connects, or gives up after the time-out, which oneCCL knows none of."""
+        """Connects with a time-out, which oneCCL itself does not have."""
         limit = self.timeout.total_seconds()
         try:
-            return _within(limit, connect)
+            return _call_with_timeout(limit, connect)
         except futures.TimeoutError:
             raise RuntimeError(
-                f"oneCCL did not connect the ranks within {limit:g} s; they may differ in what is exported for it "
-                "(CCL_WORKER_COUNT, CCL_ATL_TRANSPORT, FI_PROVIDER)"
+                f"oneCCL did not connect the ranks within {limit:g} s; exported variables may differ between "
+                "them (CCL_WORKER_COUNT, CCL_ATL_TRANSPORT, FI_PROVIDER)"
             ) from None
 
     def _ask_store(self, question: Callable[[], Any]) -> Any:
-        """Returns the answer, or None where the store does not give one soon."""
+        """Returns the store's answer, or None if it does not answer in time."""
         try:
-            return _within(_STORE_PATIENCE_S, question)
+            return _call_with_timeout(_STORE_TIMEOUT_S, question)
         except (RuntimeError, futures.TimeoutError):
             return None
 
     def overdue(self, work: Work) -> RuntimeError | None:
-        """Looks at a collective that is not done; past its time, returns an error that names who has not come.
+        """Checks a pending collective; after the time-out, returns an error that names the missing ranks.
 
-        After that the group is of no use: the other ranks' part of that collective may still come.
+        After that the group is unusable: messages of that collective may still arrive.
         """
         if not self._unusable:
             waited, limit = time.monotonic() - work.started, self.timeout.total_seconds()
-            if not work.noticed and waited >= min(LOOK_UP_S, limit / 4):
-                # For whoever will have to name those who did not come.
+            if not work.noticed and waited >= min(POLL_INTERVAL_S, limit / 4):
+                # Ranks that time out look for this key to name those that are missing.
                 work.noticed = True
                 self._ask_store(lambda: self._store.set(f"{work.mark}/{self._rank}", "1"))
             if waited < limit:
                 return None
-            self._unusable = f"{self._who_is_missing(work)} within {limit:g} s"
+            self._unusable = f"{self._missing_ranks(work)} within {limit:g} s"
             self._comm.abandon()
         return RuntimeError(f"{work.what}: {self._unusable}")
 
-    def _who_is_missing(self, work: Work) -> str:
+    def _missing_ranks(self, work: Work) -> str:
         if work.peer is not None:
             return f"rank {work.peer} on {self._hosts[work.peer]} did not take part"
         others = [rank for rank in range(self._size) if rank != self._rank]
         absent = self._ask_store(lambda: [rank for rank in others if not self._store.check([f"{work.mark}/{rank}"])])
         if absent is None:
-            return "another rank did not take part, and the store over which the ranks met does not answer,"
+            return "another rank did not take part, and the store of the rendezvous does not answer,"
         if not absent:
-            return "all ranks came, but oneCCL did not come to an end"
+            return "all ranks took part, but oneCCL did not end"
         return " and ".join(f"rank {rank} on {self._hosts[rank]}" for rank in absent) + " did not take part"
 
     def _run(
@@ -171,7 +171,7 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         finish: Callable[[], None] | None = None,
         peer: int | None = None,
     ) -> Work:
-        """Starts a collective; where the caller waits at once, returns it done."""
+        """Starts a collective; if it is synchronous, returns it completed."""
         if self._unusable:
             raise RuntimeError(f"{what}: {self._unusable}")
         if peer is None:
@@ -186,16 +186,16 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
             self._batch.append(work)
         return work
 
-    # The collectives, as torch.distributed and DistributedDataParallel call them.
+    # The collectives, with the signatures that torch.distributed and DistributedDataParallel call.
 
     def broadcast(self, tensors: list[Tensor], opts: _Options = None) -> Work:
         (tensor,) = tensors
         root = root_of(opts, self._size)
-        flat, finish = in_place(tensor)
-        data, count, dtype = moved(flat)
+        flat, finish = contiguous_out(tensor)
+        data, count, dtype = data_args(flat)
 
-        def start(behind: bool) -> list[Any]:
-            return [self._comm.broadcast(data, count, dtype, root, behind)] if count else []
+        def start(asynchronous: bool) -> list[Any]:
+            return [self._comm.broadcast(data, count, dtype, root, asynchronous)] if count else []
 
         return self._run("broadcast", opts, start, tensors, flat, finish=finish)
 
@@ -204,28 +204,30 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
 
     def allreduce_coalesced(self, tensors: list[Tensor], opts: _Options = None) -> Work:
         op, divide = reduction("all_reduce", opts, tensors, self._size)
-        placed = [in_place(tensor) for tensor in tensors]
+        placed = [contiguous_out(tensor) for tensor in tensors]
         for flat, _ in placed:
             divide(flat)
-        calls = [reduced(flat, op) for flat, _ in placed]
+        calls = [reduce_args(flat, op) for flat, _ in placed]
 
-        def start(behind: bool) -> list[Any]:
+        def start(asynchronous: bool) -> list[Any]:
             return [
-                self._comm.all_reduce(data, data, count, dtype, of, behind) for data, count, dtype, of in calls if count
+                self._comm.all_reduce(data, data, count, dtype, of, asynchronous)
+                for data, count, dtype, of in calls
+                if count
             ]
 
-        return self._run("all_reduce", opts, start, tensors, placed, finish=all_of(finish for _, finish in placed))
+        return self._run("all_reduce", opts, start, tensors, placed, finish=chain(finish for _, finish in placed))
 
     def reduce(self, tensors: list[Tensor], opts: _Options = None) -> Work:
         (tensor,) = tensors
         op, divide = reduction("reduce", opts, tensors, self._size)
         root = root_of(opts, self._size)
-        flat, finish = in_place(tensor)
+        flat, finish = contiguous_out(tensor)
         divide(flat)
-        data, count, dtype, op = reduced(flat, op)
+        data, count, dtype, op = reduce_args(flat, op)
 
-        def start(behind: bool) -> list[Any]:
-            return [self._comm.reduce(data, data, count, dtype, op, root, behind)] if count else []
+        def start(asynchronous: bool) -> list[Any]:
+            return [self._comm.reduce(data, data, count, dtype, op, root, asynchronous)] if count else []
 
         return self._run("reduce", opts, start, tensors, flat, finish=finish)
 
@@ -255,20 +257,21 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
     def _gather_all(
         self, opts: _Options, outputs: Sequence[list[Tensor]], inputs: list[Tensor], result: list[Tensor]
     ) -> Work:
-        placed = [[in_place(piece) for piece in pieces] for pieces in outputs]
+        placed = [[contiguous_out(piece) for piece in pieces] for pieces in outputs]
         sent = [mine.contiguous() for mine in inputs]
         calls = [
-            (moved(mine), [moved(flat)[0] for flat, _ in pieces]) for mine, pieces in zip(sent, placed, strict=True)
+            (data_args(mine), [data_args(flat)[0] for flat, _ in pieces])
+            for mine, pieces in zip(sent, placed, strict=True)
         ]
 
-        def start(behind: bool) -> list[Any]:
+        def start(asynchronous: bool) -> list[Any]:
             return [
-                self._comm.all_gather(data, count, to, [count] * self._size, dtype, behind)
+                self._comm.all_gather(data, count, to, [count] * self._size, dtype, asynchronous)
                 for (data, count, dtype), to in calls
                 if count
             ]
 
-        finish = all_of(finish for pieces in placed for _, finish in pieces)
+        finish = chain(finish for pieces in placed for _, finish in pieces)
         return self._run("all_gather", opts, start, result, sent, placed, finish=finish)
 
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: _Options = None) -> Work:
@@ -294,18 +297,20 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         sent = [whole.contiguous() for whole in inputs]
         if name_of(opts) == "AVG":
             sent = [divide(whole.clone()) for whole in sent]
-        placed = [in_place(output) for output in outputs]
-        calls = [(reduced(whole, op)[0], *reduced(flat, op)) for whole, (flat, _) in zip(sent, placed, strict=True)]
+        placed = [contiguous_out(output) for output in outputs]
+        calls = [
+            (reduce_args(whole, op)[0], *reduce_args(flat, op)) for whole, (flat, _) in zip(sent, placed, strict=True)
+        ]
 
-        def start(behind: bool) -> list[Any]:
+        def start(asynchronous: bool) -> list[Any]:
             return [
-                self._comm.reduce_scatter(data, to, count, dtype, of, behind)
+                self._comm.reduce_scatter(data, to, count, dtype, of, asynchronous)
                 for data, to, count, dtype, of in calls
                 if count
             ]
 
         return self._run(
-            "reduce_scatter", opts, start, outputs, sent, placed, finish=all_of(finish for _, finish in placed)
+            "reduce_scatter", opts, start, outputs, sent, placed, finish=chain(finish for _, finish in placed)
         )
 
     def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], opts: _Options = None) -> Work:
@@ -349,12 +354,12 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         """Sends inputs[r] to each rank r, and receives outputs[r] from it.
 
         Args:
-            what: its name.
-            opts: torch's.
-            outputs: by rank.
-            inputs: by rank.
-            result: of the future.
-            whole: outputs and inputs as one tensor each, where they are that.
+            what: its name, for messages.
+            opts: torch's options.
+            outputs: tensors by rank.
+            inputs: tensors by rank.
+            result: the tensors of the future.
+            whole: outputs and inputs as one tensor each, if they are contiguous parts of one.
         """
         check_exchange(what, outputs, inputs, self._size)
         if whole is None:
@@ -362,11 +367,17 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
             sent = torch.cat([tensor.reshape(-1) for tensor in inputs])
         else:
             received, sent = whole
-        (to, _, dtype), (data, _, _) = moved(received), moved(sent)
-        arguments = data, [moved(tensor)[1] for tensor in inputs], to, [moved(tensor)[1] for tensor in outputs], dtype
+        (to, _, dtype), (data, _, _) = data_args(received), data_args(sent)
+        arguments = (
+            data,
+            [data_args(tensor)[1] for tensor in inputs],
+            to,
+            [data_args(tensor)[1] for tensor in outputs],
+            dtype,
+        )
 
-        def start(behind: bool) -> list[Any]:
-            return [self._comm.all_to_all(*arguments, behind)]
+        def start(asynchronous: bool) -> list[Any]:
+            return [self._comm.all_to_all(*arguments, asynchronous)]
 
         def finish() -> None:
             parts = received.split([output.numel() for output in outputs])
@@ -376,33 +387,33 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         return self._run(what, opts, start, result, sent, received, finish=finish if whole is None else None)
 
     def barrier(self, opts: _Options = None) -> Work:
-        # Not oneCCL's own, which waits for the others inside the call that starts it, and so without a time-out.
+        # Not oneCCL's barrier, whose start blocks until the other ranks arrive, and so has no time-out.
         return self.allreduce([torch.zeros(1, dtype=torch.uint8)], opts)
 
     def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Work:
         (tensor,) = tensors
         self._check_peer("send", to, tag)
         flat = tensor.contiguous()
-        data, count, dtype = moved(flat)
+        data, count, dtype = data_args(flat)
 
-        def start(behind: bool) -> list[Any]:
-            return [self._comm.send(data, count, dtype, to, behind)] if count else []
+        def start(asynchronous: bool) -> list[Any]:
+            return [self._comm.send(data, count, dtype, to, asynchronous)] if count else []
 
         return self._run(f"send to rank {to}", None, start, tensors, flat, peer=to)
 
     def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> Work:
         (tensor,) = tensors
         self._check_peer("recv", source, tag)
-        flat, finish = in_place(tensor)
-        data, count, dtype = moved(flat)
+        flat, finish = contiguous_out(tensor)
+        data, count, dtype = data_args(flat)
 
-        def start(behind: bool) -> list[Any]:
-            return [self._comm.recv(data, count, dtype, source, behind)] if count else []
+        def start(asynchronous: bool) -> list[Any]:
+            return [self._comm.recv(data, count, dtype, source, asynchronous)] if count else []
 
         return self._run(f"recv from rank {source}", None, start, tensors, flat, finish=finish, peer=source)
 
     def recv_anysource(self, tensors: list[Tensor], tag: int = 0) -> Work:
-        raise ValueError("recv: oneCCL does not receive from whichever rank comes first; name the rank")
+        raise ValueError("recv: oneCCL cannot receive from any source; name the rank")
 
     def _check_peer(self, what: str, peer: int, tag: int) -> None:
         if tag:
@@ -416,11 +427,11 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
     def _end_coalescing(self, device: object = None) -> Work:
         batch, self._batch = self._batch or [], None
         work = Work(self, "coalesced", mark="", peer=None, result=[], keep=batch, finish=lambda: _wait_for(batch))
-        work.settle()
+        work.complete()
         return work
 
     def shutdown(self) -> None:
-        """Leaves the group, once what is under way is done."""
+        """Waits for pending work and leaves the group."""
         if self._comm is None:
             return
         comm, self._comm = self._comm, None
@@ -432,21 +443,21 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         waiter.leave()
 
     def abort(self) -> None:
-        """Leaves the group as it is."""
+        """Leaves the group without waiting for pending work."""
         if self._comm is not None and not self._unusable:
             self._unusable = "this process group has been aborted"
             self._comm.abandon()
         self.shutdown()
 
     def set_timeout(self, timeout: timedelta) -> None:
-        """Sets the longest wait of later collectives, and of those under way."""
+        """Sets the time-out of later collectives, and of pending ones."""
         self.timeout = timeout
 
     def _get_backend(self, device: object) -> object:
-        """What has the operations of a device; torch 2.14's batch_isend_irecv asks it whether it coalesces."""
+        """Returns the back end of a device; torch 2.14's batch_isend_irecv asks it whether it coalesces."""
         return self
 
-    # Names. The base class asks a torch backend for them, of which there is none here.
+    # Names and sizes. The base class would ask a C++ back end for them, which this group does not have.
 
     def getBackendName(self) -> str:  # noqa: N802
         return "ccl"

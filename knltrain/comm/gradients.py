@@ -1,4 +1,4 @@
-"""Gradients over the ranks: buckets that travel while the backward pass still runs."""
+"""Gradient averaging over the ranks: buckets are all-reduced while the backward pass runs."""
 
 # No "from __future__ import annotations": DistributedDataParallel checks the hook's annotations as objects.
 
@@ -21,11 +21,11 @@ from knltrain.config import CommConfig
 
 
 class CommTiming(NamedTuple):
-    """What a step's gradients took on their way, in seconds; 0 where nothing travelled.
+    """Communication time of a step's gradients, in seconds; 0 if nothing was communicated.
 
     Attributes:
-        on_wire: from the first bucket's leaving to the last one's return.
-        exposed: of that, what was left when the last bucket was under way, and so the backward pass computed.
+        on_wire: from the start of the first bucket's all-reduce to the end of the last one's.
+        exposed: the part of it after the last bucket was started, which the backward pass cannot hide.
     """
 
     on_wire: float
@@ -33,10 +33,10 @@ class CommTiming(NamedTuple):
 
 
 class GradientClock:
-    """How long gradients were on the wire, and how much of it the backward pass did not hide.
+    """Measures how long gradients are communicated, and how much of it the backward pass does not hide.
 
     Attributes:
-        compressor: what approximates them on their way, if anything does.
+        compressor: the gradient compression in use, or None.
     """
 
     def __init__(self) -> None:
@@ -44,46 +44,46 @@ class GradientClock:
         self._first = self._sent = self._last = 0.0
 
     def started(self) -> None:
-        """A bucket leaves."""
+        """Notes that a bucket's all-reduce is about to start."""
         if not self._first:
             self._first = time.perf_counter()
 
     def sent(self) -> None:
-        """A bucket is under way; the backward pass goes on, or this was its last."""
+        """Notes that a bucket's all-reduce has started; the backward pass goes on, or this bucket was its last."""
         self._sent = time.perf_counter()
 
     def finished(self) -> None:
-        """A bucket is back."""
+        """Notes that a bucket's all-reduce is done."""
         self._last = time.perf_counter()
 
     def pop_step(self) -> CommTiming:
-        """Returns the times of the step that has ended, and begins with the next."""
-        travel = CommTiming(max(0.0, self._last - self._first), max(0.0, self._last - self._sent))
+        """Returns the times of the step that has ended, and resets the clock for the next."""
+        timing = CommTiming(max(0.0, self._last - self._first), max(0.0, self._last - self._sent))
         self._first = self._sent = self._last = 0.0
-        return travel
+        return timing
 
 
 def data_parallel(
     model: nn.Module,
     config: CommConfig,
     group: Group,
-    carried: dict[Tensor, Tensor],
-    look: Callable[[Tensor], None] | None = None,
+    accumulated: dict[Tensor, Tensor],
+    on_bucket: Callable[[Tensor], None] | None = None,
 ) -> tuple[nn.Module, GradientClock]:
-    """Wraps a model so that its gradients are the mean over the ranks; alone, returns the model itself.
+    """Wraps a model so that its gradients are averaged over the ranks; with one rank, returns the model itself.
 
     Args:
-        model: with equal weights on every rank, or rank 0's are taken.
-        config: bucket size, and the type in which gradients travel.
+        model: the network; rank 0's weights are broadcast.
+        config: bucket size, data type of the all-reduce, compression.
         group: the ranks.
-        carried: by parameter, float32 sums of the gradients of a step's earlier micro-batches; they join the last
-            one's before it travels.
-        look: sees each bucket of this rank's own gradients before they are averaged; not with PowerSGD.
+        accumulated: by parameter, float32 sums of the gradients of a step's earlier micro-batches; they are added to
+            the last one's before the all-reduce.
+        on_bucket: called with each bucket of this rank's own gradients before they are averaged; not with PowerSGD.
     """
     clock = GradientClock()
     if group.world_size == 1:
         return model, clock
-    # Running statistics stay each rank's own, see statistics.py.
+    # Each rank keeps its own running statistics, see statistics.py.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # newer PyTorch renames broadcast_buffers
         parallel = DistributedDataParallel(
@@ -92,32 +92,32 @@ def data_parallel(
         )  # fmt: skip
     wire = torch.bfloat16 if config.dtype == "bf16" else torch.float32
 
-    def add_carried(bucket: GradBucket) -> None:
+    def add_accumulated(bucket: GradBucket) -> None:
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            if parameter in carried:
-                gradient.copy_(carried.pop(parameter).add_(gradient))
+            if parameter in accumulated:
+                gradient.copy_(accumulated.pop(parameter).add_(gradient))
 
     def reduce_mean(state: GradientClock, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         buffer = bucket.buffer()
-        add_carried(bucket)
-        if look:
-            look(buffer)
-        sent = buffer.div_(group.world_size).to(wire)
+        add_accumulated(bucket)
+        if on_bucket:
+            on_bucket(buffer)
+        message = buffer.div_(group.world_size).to(wire)
         state.started()
 
-        def arrived(future: torch.futures.Future[list[Tensor]]) -> Tensor:
+        def copy_back(future: torch.futures.Future[list[Tensor]]) -> Tensor:
             state.finished()
-            (received,) = future.value()
-            return buffer.copy_(received) if received is not buffer else buffer
+            (reduced,) = future.value()
+            return buffer.copy_(reduced) if reduced is not buffer else buffer
 
-        work = dist.all_reduce(sent, group=group.channel, async_op=True)
+        work = dist.all_reduce(message, group=group.channel, async_op=True)
         state.sent()
-        mean: torch.futures.Future[Tensor] = work.get_future().then(arrived)
+        mean: torch.futures.Future[Tensor] = work.get_future().then(copy_back)
         return mean
 
     def compressed_mean(state: PowerSGD, bucket: GradBucket) -> torch.futures.Future[Tensor]:
-        add_carried(bucket)
-        return state.take(bucket)
+        add_accumulated(bucket)
+        return state.all_reduce(bucket)
 
     if config.compression == "powersgd":
         clock.compressor = PowerSGD(config.powersgd_rank, functools.partial(_average, group, clock))
@@ -138,17 +138,17 @@ def _average(group: Group, clock: GradientClock, flat: Tensor) -> None:
 def prime_ddp_buckets(
     model: nn.Module, clock: GradientClock, images: Tensor, forward: AbstractContextManager[object]
 ) -> None:
-    """Has DistributedDataParallel form its buckets before the first step; does nothing to any other model.
+    """Makes DistributedDataParallel form its buckets before the first step; does nothing to any other model.
 
-    It forms them as gradients arrive in its first backward pass, which goes through a single one. A gradient's place in
-    its bucket decides in which order three or more ranks' parts are added up, and so the last bits: a run that was
-    stopped must begin with the buckets that it would have had.
+    DistributedDataParallel rebuilds its buckets once, after a first backward pass with a single bucket. The position of
+    a gradient in its bucket decides in which order the contributions of three or more ranks are added, and so the last
+    bits: a resumed run must start with the buckets that the uninterrupted run has.
 
     Args:
-        model: as :func:`data_parallel` returned it; its buffers are left as they are, gradients are not.
-        clock: with it.
-        images: shape and type of a micro-batch.
-        forward: the context of a forward pass.
+        model: as :func:`data_parallel` returned it. Its buffers are unchanged afterwards, its gradients are not.
+        clock: as :func:`data_parallel` returned it.
+        images: gives shape and type of a micro-batch, N x 3 x S x S.
+        forward: the context of a forward pass, such as autocast.
     """
     if not isinstance(model, DistributedDataParallel):
         return
@@ -159,7 +159,7 @@ def prime_ddp_buckets(
     outputs.float().sum().backward()
     clock.pop_step()
     if clock.compressor:
-        clock.compressor.forget()
+        clock.compressor.reset()
     with torch.no_grad():
         for buffer, value in zip(model.buffers(), before, strict=True):
             buffer.copy_(value)

@@ -1,4 +1,4 @@
-"""The process group: who takes part, and the few collectives a run needs beside its gradients."""
+"""The process group of a run, and the collectives that it needs beside the all-reduce of gradients."""
 
 from __future__ import annotations
 
@@ -16,68 +16,70 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# Before there is a process group: its functions have the default group as it is now for their defaults, and one that
-# they hold never ends. Its threads would then meet an interpreter that does.
+# Imported before there is a process group: the defaults of its functions hold the default group of this moment, and a
+# group that is held is never destroyed. Its threads would then outlive the interpreter.
 import torch.distributed.nn.functional
 from torch import Tensor
 
 from knltrain.comm import oneccl
-from knltrain.comm.backend import Chosen, choose_backend, gloo
+from knltrain.comm.backend import Backend, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
 from knltrain.comm.liveness import PeerLiveness
 from knltrain.comm.segments import remove_own_segments
 from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.launch.pmi import end_the_job, see_mpiexec_end
-from knltrain.launch.rendezvous import START_TIMEOUT_S, meet
+from knltrain.launch.pmi import abort_job, kill_mpiexec_later
+from knltrain.launch.rendezvous import START_TIMEOUT_S, find_rendezvous
 from knltrain.launch.world import Ranks
 
 _START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
-# What gloo, oneCCL and the store say of a peer that is gone.
-_LOST = ("Connection closed", "Connection reset", "Broken pipe", "Timed out", "Connection refused", "oneCCL: ",
-         "did not take part", "did not come", "did not end", "Connection was likely closed", "timed out")  # fmt: skip
+# Parts of the errors that gloo, oneCCL and the store raise when a peer is gone.
+_LOST_PEER_MESSAGES = (
+    "Connection closed", "Connection reset", "Connection refused", "Connection was likely closed", "Broken pipe",
+    "Timed out", "timed out", "oneCCL: ", "did not take part", "did not join", "did not end",
+)  # fmt: skip
 
-_LONGEST_WORD = 32
+_MAX_CHOICE_BYTES = 32
 _MAX_NAMED_RANKS = 8
 
 
-def _allow_open_files() -> None:
-    """Raises the limit of open files as far as this process may.
+def _raise_open_file_limit() -> None:
+    """Raises the soft limit of open files to the hard limit.
 
-    With several hundred ranks, those that rank 0 has for its store and gloo's for every other rank are more than the
-    1,024 that are usual.
+    With several hundred ranks, rank 0's connections for the store and gloo's to every other rank exceed the usual
+    limit of 1,024.
     """
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(OSError, ValueError):  # a sandbox; the start says what is missing
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # a sandbox; starting the group reports what is missing
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class Group:
     """All ranks of a run; with one rank, every call is a no-op that returns its input.
 
-    As a context manager, it leaves the group at the end of its block. Not after an error: what is under way would then
-    be waited for, and the other ranks with it; the end of this process tells them, or its launcher does.
+    As a context manager, it destroys the process group at the end of its block. Not after an error: that would wait for
+    pending collectives, and so for the other ranks. They see this process end, or its launcher ends them.
 
     Args:
         ranks: this process among its peers.
         backend: auto, ccl or gloo; see ``backend.py``.
-        cpus: logical CPUs that are kept for this rank's communication.
+        cpus: logical CPUs reserved for this rank's communication.
 
     Attributes:
-        backend: what was chosen, or None with one rank.
-        interface: of this rank's network interfaces, the one that leads to the others, loopback on one node.
-        channel: the process group that collectives go through, or None for the default one.
-        hosts: of each rank.
-        last_step: the last step that this rank has finished, and so all ranks: each ends with a sum over them.
+        backend: the chosen back end, or None with one rank.
+        interface: the network interface of this rank that leads to the others; loopback on one node.
+        channel: the process group of all collectives, or None for the default group.
+        hosts: the host name of each rank.
+        last_step: the last step that all ranks have finished; each step ends with a sum over them.
 
     Raises:
-        ConfigError: ccl was asked for and cannot be had, or ranks were told different numbers of its workers.
-        KnltrainError: the ranks do not find each other.
+        ConfigError: ccl was requested and is not available, or CCL_WORKER_COUNT differs between ranks.
+        KnltrainError: the rendezvous failed.
     """
 
     def __init__(self, ranks: Ranks, backend: str = "auto", cpus: Sequence[int] = ()) -> None:
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
-        self.backend: Chosen | None = None
+        self.backend: Backend | None = None
         self.interface = ""
         self.last_step: int | None = None
         self.channel: dist.ProcessGroup | None = None
@@ -85,16 +87,16 @@ class Group:
         self._liveness: PeerLiveness | None = None
         if ranks.size == 1:
             return
-        _allow_open_files()
-        meeting = meet(ranks)
-        told = meeting.export()
-        self.interface = meeting.interface
+        _raise_open_file_limit()
+        rendezvous = find_rendezvous(ranks)
+        already_set = rendezvous.export()
+        self.interface = rendezvous.interface
         try:
-            store = open_store(meeting, ranks)
+            store = open_store(rendezvous, ranks)
             store.set_timeout(_START_TIMEOUT)
             if backend != "gloo":
-                cpus = self._as_many_on_all(cpus, store)
-            self.backend = self._agree(choose_backend(backend, ranks, cpus, told), backend, store)
+                cpus = self._equal_worker_cpus(cpus, store)
+            self.backend = self._agree_on_backend(choose_backend(backend, ranks, cpus, already_set), backend, store)
             dist.init_process_group(
                 self.backend.name,
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
@@ -104,24 +106,24 @@ class Group:
             )
         except (RuntimeError, ValueError) as error:
             raise KnltrainError(
-                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) did not find the others at "
-                f"{meeting.address or meeting.init_method}: {str(error).splitlines()[0]}"
+                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) could not connect to the others at "
+                f"{rendezvous.address or rendezvous.init_method}: {str(error).splitlines()[0]}"
             ) from None
 
-    def _tell_all(self, store: Any, name: str, *words: object) -> list[list[str]]:
-        """What each rank says; all call it at once."""
+    def _all_gather_strings(self, store: Any, name: str, *words: object) -> list[list[str]]:
+        """Returns the strings of each rank, by rank. All ranks call it at once."""
         keys = [f"{name}{rank}" for rank in range(self.world_size)]
         store.set(keys[self.rank], json.dumps([str(word) for word in words]))
         store.wait(keys, _START_TIMEOUT)
         return [json.loads(answer) for answer in store.multi_get(keys)]
 
-    def _as_many_on_all(self, cpus: Sequence[int], store: Any) -> Sequence[int]:
-        """Of the CPUs that are kept for communication, as many as every rank has.
+    def _equal_worker_cpus(self, cpus: Sequence[int], store: Any) -> Sequence[int]:
+        """Returns as many of the CPUs reserved for communication as every rank has.
 
-        oneCCL waits for ever where ranks have different numbers of workers.
+        oneCCL never returns where ranks have different numbers of workers.
         """
         exported = oneccl.exported_workers()
-        said = self._tell_all(store, "workers", socket.gethostname(), len(cpus), exported)
+        said = self._all_gather_strings(store, "workers", socket.gethostname(), len(cpus), exported)
         numbers = {number: host for host, _, number in reversed(said)}
         if len(numbers) > 1:
             each = ", ".join(f"{number or 'unset'} on {host}" for number, host in sorted(numbers.items()))
@@ -131,9 +133,9 @@ class Group:
             )
         return cpus[: min(int(kept) for _, kept, _ in said)]
 
-    def _agree(self, chosen: Chosen, asked: str, store: Any) -> Chosen:
-        """All ranks take the same ccl, or none does; each learns the others' hosts."""
-        said = self._tell_all(store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0])
+    def _agree_on_backend(self, chosen: Backend, requested: str, store: Any) -> Backend:
+        """Makes all ranks use the same ccl, or none, and collects their host names."""
+        said = self._all_gather_strings(store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0])
         self.hosts = [host for host, _, _ in said]
         self._liveness = PeerLiveness(store, self.rank, self.hosts)
         without = sorted({host for host, name, _ in said if name == "gloo"})
@@ -141,13 +143,13 @@ class Group:
         if chosen.name == "gloo" or len(libraries) == 1:
             return chosen
         if without:
-            problem, advice = f"{', '.join(without)} cannot take ccl", "install oneCCL there"
+            problem, advice = f"{', '.join(without)} cannot use ccl", "install oneCCL there"
         else:
             each = " and ".join(f"{library} on {host}" for library, host in sorted(libraries.items()))
-            problem, advice = f"ranks have different ones, {each}", "install the same on all nodes"
-        if asked == "ccl":
-            raise ConfigError(f"comm.backend ccl: {problem}; {advice}, or take gloo")
-        return gloo(f"gradients travel over gloo, which is slower than ccl: {problem}; {advice}")
+            problem, advice = f"ranks have different versions, {each}", "install the same on all nodes"
+        if requested == "ccl":
+            raise ConfigError(f"comm.backend ccl: {problem}; {advice}, or use gloo")
+        return gloo(f"gradients are all-reduced over gloo, which is slower than ccl: {problem}; {advice}")
 
     def __enter__(self) -> Group:
         return self
@@ -159,8 +161,8 @@ class Group:
         if self._liveness:
             self._liveness.end()
         if self.world_size > 1 and issubclass(error, Exception):
-            remove_own_segments()  # now: mpiexec, once told, leaves no time for it
-            atexit.register(end_the_job)
+            remove_own_segments()  # now: once abort_job has told mpiexec, there is no time left
+            atexit.register(abort_job)
 
     @property
     def is_first(self) -> bool:
@@ -168,7 +170,7 @@ class Group:
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of each value over the ranks, in double precision."""
+        """Returns the sum of each value over the ranks, in double precision. All ranks call it at once."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
@@ -184,10 +186,10 @@ class Group:
         return self.count(flag) > 0
 
     def gather(self, values: Tensor) -> Tensor:
-        """Every rank's values, one row a rank.
+        """Returns every rank's values, one row a rank. All ranks call it at once.
 
         Args:
-            values: of equal length and type on all ranks.
+            values: a vector of equal length and type on all ranks.
         """
         if self.world_size == 1:
             return values[None]
@@ -201,7 +203,7 @@ class Group:
             dist.barrier(group=self.channel)
 
     def broadcast_str(self, text: str) -> str:
-        """The first rank's text, on every rank."""
+        """Returns rank 0's text on every rank. All ranks call it at once."""
         if self.world_size == 1:
             return text
         data = list(os.fsencode(text)) if self.is_first else []
@@ -213,17 +215,17 @@ class Group:
         return os.fsdecode(bytes(message.tolist()))
 
     def require_same_on_all_ranks(self, what: str, chosen: str, remedy: str) -> None:
-        """Sees that every rank has chosen the same. All ranks call it at once.
+        """Raises on all ranks if they have chosen differently. All ranks call it at once.
 
         Args:
-            what: it is that was chosen, for people.
-            chosen: by this rank; some bytes.
-            remedy: for people.
+            what: name of the choice, for the message.
+            chosen: this rank's choice; at most 32 bytes.
+            remedy: what the user should do, for the message.
 
         Raises:
-            ConfigError: ranks have chosen differently; on all of them alike.
+            ConfigError: ranks have chosen differently; raised on all ranks.
         """
-        rows = self.gather(torch.tensor(list(chosen.encode().ljust(_LONGEST_WORD)), dtype=torch.uint8)).tolist()
+        rows = self.gather(torch.tensor(list(chosen.encode().ljust(_MAX_CHOICE_BYTES)), dtype=torch.uint8)).tolist()
         said = [bytes(row).decode().rstrip() for row in rows]
         if len(set(said)) > 1:
             each = " and ".join(
@@ -232,8 +234,8 @@ class Group:
             raise ConfigError(f"ranks have chosen different {what}s, {each}; {remedy}")
 
     @contextlib.contextmanager
-    def names_lost_ranks(self) -> Iterator[None]:
-        """Turns the transport's errors about peers that are gone into one line.
+    def report_lost_ranks(self) -> Iterator[None]:
+        """Turns the transport's errors about a lost peer into one that names the rank.
 
         Raises:
             KnltrainError: another rank has ended or does not answer.
@@ -242,9 +244,9 @@ class Group:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            if self.world_size == 1 or not any(word in reason for word in _LOST):
+            if self.world_size == 1 or not any(word in reason for word in _LOST_PEER_MESSAGES):
                 raise
-            see_mpiexec_end()  # before any rank ends the job, and this one with it
+            kill_mpiexec_later()  # before any rank ends the job, and this one with it
             step = f"; all ranks finished step {self.last_step}" if self.last_step else ""
             if named := re.search(r"rank \d+ on .* did not take part.*", reason):
                 raise KnltrainError(
@@ -261,22 +263,22 @@ class Group:
         more = len(ranks) - len(named)
         return " and ".join(named) + (f" and {more} more" if more else "")
 
-    def expect_steps(self, timeout_s: float) -> None:
-        """From now on no rank waits for another longer than this; a start takes longer than a step.
+    def set_timeout(self, timeout_s: float) -> None:
+        """Sets the time-out of all later collectives; until then the longer time-out of the start holds.
 
         All ranks call it at once.
         """
-        if self.backend is None:  # alone
+        if self.backend is None:  # one rank
             return
         timeout = timedelta(seconds=timeout_s)
         if isinstance(dist.group.WORLD, ProcessGroupCCL):
             dist.group.WORLD.set_timeout(timeout)
         else:
-            # Its connections keep the time-out that they were made with.
+            # gloo's connections keep the time-out that they were made with.
             self.channel = dist.new_group(backend=self.backend.name, timeout=timeout)
 
     def close(self) -> None:
-        """Leaves the group; what holds it beside this, such as a DistributedDataParallel, must be gone."""
+        """Destroys the process group; nothing else, such as a DistributedDataParallel, may still hold it."""
         if self._liveness:
             self._liveness.end()
         if self.world_size > 1 and dist.is_initialized():

@@ -1,4 +1,4 @@
-"""Who is still there when ranks wait for each other in vain."""
+"""Liveness check: which ranks still answer after a collective has timed out."""
 
 from __future__ import annotations
 
@@ -8,67 +8,67 @@ import threading
 import time
 from typing import Any
 
-_LOOK_S = 1.0
-_IN_VAIN, _ELSEWHERE = "waits in vain", "is at something else"
-# After this every rank that can has looked, and one that waits for the same as this one has run out of time as well.
-_PATIENCE_S = 2.5
-# Where the rank that keeps the store is the one that is gone, asking it is in vain.
-_STORE_PATIENCE_S = 5.0
+_POLL_INTERVAL_S = 1.0
+_BLOCKED, _BUSY = "blocked", "busy"
+# By then every live rank has polled the store, and the ranks blocked in the same collective have timed out as well.
+_ANSWER_TIMEOUT_S = 2.5
+# If the rank that serves the store is the lost one, a request to the store blocks.
+_STORE_TIMEOUT_S = 5.0
 
 
 class PeerLiveness:
-    """Ranks answer a call in the store over which they met, each on a thread of its own.
+    """Answers liveness checks of other ranks through the store, on a thread of its own.
 
-    So a rank that is blocked in a collective answers, and one that has ended, is stopped or cannot be reached does not.
+    So a rank that is blocked in a collective answers, and one that has ended, is stopped or is unreachable does not.
 
     Args:
-        store: where the ranks met.
+        store: the store of the rendezvous.
         rank: this process.
-        hosts: of each rank.
+        hosts: the host name of each rank.
     """
 
     def __init__(self, store: Any, rank: int, hosts: list[str]) -> None:
         self._store, self._rank, self._hosts = store.clone(), rank, hosts
-        self._noticed, self._ended = False, threading.Event()
+        self._blocked, self._ended = False, threading.Event()
         self._thread = threading.Thread(target=self._listen, name="liveness check", daemon=True)
         self._thread.start()
-        atexit.register(self.end)  # before the interpreter goes, which a thread inside the store would meet
+        atexit.register(self.end)  # before the interpreter ends, which a thread inside the store would not survive
 
     def _listen(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store has gone, and with it whoever could call
-            while not self._ended.wait(_LOOK_S):
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever could ask
+            while not self._ended.wait(_POLL_INTERVAL_S):
                 if self._store.check(["liveness check"]):
                     self._answer()
                     return
 
     def _answer(self) -> None:
-        self._store.set(f"here{self._rank}", _IN_VAIN if self._noticed else _ELSEWHERE)
+        self._store.set(f"here{self._rank}", _BLOCKED if self._blocked else _BUSY)
 
     def lost(self) -> str:
-        """Calls, and says which ranks do not answer; of all that do, which do not wait for the others as this one does.
+        """Starts a liveness check and names the ranks that do not answer; if all do, those that are not blocked.
 
         Returns:
-            Ranks and hosts, for people; empty where there is nobody to blame.
+            Ranks and hosts, for an error message; empty if no rank stands out.
         """
-        self._noticed = True
+        self._blocked = True
         said: list[str] = []
 
-        def call() -> None:
+        def check() -> None:
             with contextlib.suppress(RuntimeError):
-                said.append(self._call())
+                said.append(self._check())
 
-        caller = threading.Thread(target=call, name="liveness check", daemon=True)
-        caller.start()
-        caller.join(_PATIENCE_S + _STORE_PATIENCE_S)
+        checker = threading.Thread(target=check, name="liveness check", daemon=True)
+        checker.start()
+        checker.join(_ANSWER_TIMEOUT_S + _STORE_TIMEOUT_S)
         return said[0] if said else self._names([0])
 
-    def _call(self) -> str:
+    def _check(self) -> str:
         self._answer()
         self._store.set("liveness check", "1")
-        deadline = time.monotonic() + _PATIENCE_S
+        deadline = time.monotonic() + _ANSWER_TIMEOUT_S
         while time.monotonic() < deadline:
-            time.sleep(_PATIENCE_S / 10)
-            # Whoever is the first to know may end the store with itself: the others say the same.
+            time.sleep(_ANSWER_TIMEOUT_S / 10)
+            # The first rank that knows may end, and the store with it: the others report what it has found.
             if self._store.check(["lost"]):
                 return str(self._store.get("lost").decode())
         ranks = range(len(self._hosts))
@@ -76,7 +76,7 @@ class PeerLiveness:
             self._store.get(f"here{rank}").decode() if self._store.check([f"here{rank}"]) else "" for rank in ranks
         ]
         lost = self._names([rank for rank in ranks if not answers[rank]]) or self._names(
-            [rank for rank in ranks if answers[rank] == _ELSEWHERE]
+            [rank for rank in ranks if answers[rank] == _BUSY]
         )
         self._store.set("lost", lost)
         return lost
@@ -85,7 +85,7 @@ class PeerLiveness:
         return " and ".join(f"rank {rank} on {self._hosts[rank]}" for rank in ranks if rank != self._rank)
 
     def end(self) -> None:
-        """Answers no more."""
+        """Stops answering."""
         atexit.unregister(self.end)
         self._ended.set()
-        self._thread.join(_STORE_PATIENCE_S)
+        self._thread.join(_STORE_TIMEOUT_S)

@@ -1,4 +1,4 @@
-"""Where oneCCL is on this machine, and what it is told about it. Imports no torch."""
+"""Finding, configuring and loading oneCCL. Imports no torch."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ _LOG_LEVEL = "error"
 
 
 class UnavailableError(Exception):
-    """OneCCL cannot be used here; the message says why, and what would help."""
+    """OneCCL cannot be used here; the message says why, and what to do."""
 
 
 @functools.cache
 def find_library() -> Path:
-    """Returns the CPU library: of the oneAPI that CCL_ROOT names, of the package oneccl-devel, or on the search path.
+    """Returns the CPU library: from the oneAPI at CCL_ROOT, the package oneccl-devel, or the search path.
 
     The package also holds a library for GPUs under the same name, which does not load without Intel's SYCL runtime.
 
     Raises:
-        UnavailableError: there is none.
+        UnavailableError: it is not installed.
     """
     root = os.environ.get("CCL_ROOT")
     if root:
@@ -50,7 +50,7 @@ def find_library() -> Path:
 
 
 def _of_package(name: str, ending: str) -> Path | None:
-    """The first file of an installed package whose path ends so."""
+    """Returns the first file of an installed package whose path has this ending."""
     try:
         files = importlib.metadata.files(name) or []
     except importlib.metadata.PackageNotFoundError:
@@ -61,7 +61,7 @@ def _of_package(name: str, ending: str) -> Path | None:
 
 @functools.cache
 def load() -> Any:
-    """Opens oneCCL and returns the module that calls it. Its settings have to be in the environment before.
+    """Loads oneCCL and returns the extension module that calls it. Its settings must be in the environment before.
 
     Raises:
         UnavailableError: oneCCL or the compiled part of this package is missing or does not load.
@@ -82,9 +82,9 @@ def load() -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps oneCCL's remarks on its settings off stdout, where results go, while it starts; errors are raised anyway.
+    """Keeps oneCCL's messages about its settings off stdout, where results go, while it starts; errors are raised.
 
-    Not where the user has asked for them with ``CCL_LOG_LEVEL``, which is then not ours.
+    Does nothing if the user has set ``CCL_LOG_LEVEL``.
     """
     if os.environ.get("CCL_LOG_LEVEL") != _LOG_LEVEL:
         yield
@@ -103,12 +103,12 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What oneCCL was told, for people and for result files.
+    """OneCCL's settings, for people and for result files.
 
     Attributes:
         transport: ofi (libfabric) or mpi.
         set: variables that knltrain set.
-        kept: variables that were there already and stay as they are.
+        kept: variables that the user had set; unchanged.
     """
 
     transport: str
@@ -117,7 +117,7 @@ class Settings:
 
 
 def exported_workers(environ: Mapping[str, str] | None = None) -> str:
-    """How many threads of its own the user has told oneCCL to start; empty where it was told nothing."""
+    """Returns the number of worker threads that the user has exported for oneCCL; empty if none."""
     environ = os.environ if environ is None else environ
     return environ.get("CCL_WORKER_COUNT") or ("1" if "CCL_WORKER_AFFINITY" in environ else "")
 
@@ -127,22 +127,22 @@ def configure(
     cpus: Sequence[int] = (),
     environ: MutableMapping[str, str] | None = None,
     *,
-    told: Mapping[str, str] | None = None,
+    already_set: Mapping[str, str] | None = None,
 ) -> Settings:
-    """Sets the variables that oneCCL and libfabric read when they start. What the user has exported stays.
+    """Sets the variables that oneCCL and libfabric read when they start. User settings take precedence.
 
-    Where no cores are kept for them, oneCCL starts no threads of its own: they would take the cores that the ranks
-    compute on. The thread that waits does the work.
+    If no cores are reserved for them, oneCCL starts no worker threads, which would take the compute cores of the ranks:
+    the thread that waits for a collective drives it.
 
     Args:
         ranks: this process among its peers.
-        cpus: logical CPUs that are kept for this rank's workers, one each.
+        cpus: logical CPUs reserved for this rank's workers, one each.
         environ: the environment, by default this process's.
-        told: what knltrain has set there already: the interface.
+        already_set: variables that knltrain, not the user, has set: the interface.
 
     Raises:
-        ConfigError: ``CCL_ATL_TRANSPORT`` names no transport, or mpi where no mpiexec is.
-        UnavailableError: the library of the transport is missing.
+        ConfigError: ``CCL_ATL_TRANSPORT`` names no transport, or mpi without mpiexec.
+        UnavailableError: the transport's library is missing.
     """
     environ = os.environ if environ is None else environ
     transport = environ.get("CCL_ATL_TRANSPORT", "ofi")
@@ -156,31 +156,31 @@ def configure(
     has_workers = bool(exported_workers(environ))
     if cpus and not has_workers:
         has_workers = True
-        # oneCCL expects the CPUs of all workers of the node, rank by rank, and takes its own from their place in it.
+        # oneCCL expects the CPUs of all workers of the node, rank by rank; each rank indexes it by its local rank.
         all_cpus = ",".join(map(str, [*cpus] * ranks.local_size))
         workers = {"CCL_WORKER_COUNT": str(len(cpus)), "CCL_WORKER_AFFINITY": all_cpus}
     wanted = {
         **workers,
         "CCL_ATL_TRANSPORT": transport,
-        # Each setting of ours would be a warning.
+        # oneCCL logs a warning for each variable set here.
         "CCL_LOG_LEVEL": _LOG_LEVEL,
         "CCL_WORKER_OFFLOAD": str(int(has_workers)),
         **_libraries(transport, environ),
     }
     if transport == "ofi":
-        # Ranks of one node go through shared memory. Told by us, so that it does not matter who started them.
+        # Ranks of one node communicate through shared memory. Set here, so that any launcher will do.
         wanted |= {"CCL_ATL_SHM": "1", "CCL_PROCESS_LAUNCHER": "none",
                    "CCL_LOCAL_RANK": str(ranks.local_rank), "CCL_LOCAL_SIZE": str(ranks.local_size)}  # fmt: skip
     of_ccl = {name: value for name, value in environ.items() if name.startswith(("CCL_", "FI_"))}
-    ours = {name: value for name, value in of_ccl.items() if name in (told or {})}
-    kept = {name: value for name, value in of_ccl.items() if name not in ours}
+    set_before = {name: value for name, value in of_ccl.items() if name in (already_set or {})}
+    kept = {name: value for name, value in of_ccl.items() if name not in set_before}
     missing = {name: value for name, value in wanted.items() if name not in environ}
     environ.update(missing)
-    return Settings(transport, missing | ours, kept)
+    return Settings(transport, missing | set_before, kept)
 
 
 def _libraries(transport: str, environ: MutableMapping[str, str]) -> dict[str, str]:
-    """Where libfabric, its providers and MPI are; an oneAPI that the user has set up (I_MPI_ROOT) finds its own."""
+    """Returns the paths of libfabric, its providers and MPI; none if a oneAPI environment (I_MPI_ROOT) sets them."""
     if "I_MPI_ROOT" in environ:
         return {}
     found: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""Two short-lived ranks on this node that add up a tensor in every type that the trainer sends."""
+"""A two-rank all-reduce on this node, in every data type that the trainer communicates."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from knltrain.node.topology import read_node
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 ELEMENTS = 1_000_000
 _RANKS = 2
-# The first calls make connections and buffers.
-_WARMUP, _TIMES = 2, 5
-# A rank that is alone gives up before it is ended, and can say why.
-_GIVE_UP = 0.7
+# The first calls set up connections and buffers.
+_NUM_WARMUP, _NUM_TIMED = 2, 5
+# A rank without its peer times out before it is killed, and can say why.
+_RANK_TIMEOUT_FRACTION = 0.7
 
 
 @dataclass(frozen=True)
-class Reduced:
-    """What became of one type.
+class AllReduceResult:
+    """Result of the all-reduce in one data type.
 
     Attributes:
         dtype: fp32 or bf16.
-        seconds: of one all-reduce of ``ELEMENTS`` elements, the median; 0 where it failed.
-        reason: why it failed; empty where the sums were right.
+        seconds: median time of an all-reduce of ``ELEMENTS`` elements; 0 if it failed.
+        reason: why it failed; empty if the sums were right.
     """
 
     dtype: str
@@ -49,15 +49,15 @@ class Reduced:
     reason: str = ""
 
 
-def all_reduce_of_two(limit_s: float, backend: str = "gloo") -> list[Reduced]:
-    """Starts two ranks, as the trainer would, and ends them whatever they do.
+def run_two_rank_all_reduce(limit_s: float, backend: str = "gloo") -> list[AllReduceResult]:
+    """Starts two ranks as the trainer would, and kills them after a time limit.
 
     Args:
-        limit_s: for all of it, torch's import included.
+        limit_s: time limit in seconds, torch's import included.
         backend: gloo or ccl.
 
     Returns:
-        One for each of ``DTYPES``, in that order.
+        One result for each of ``DTYPES``, in that order.
     """
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         files = [
@@ -67,9 +67,9 @@ def all_reduce_of_two(limit_s: float, backend: str = "gloo") -> list[Reduced]:
             )
             for rank in range(_RANKS)
         ]
-        command = [sys.executable, "-m", "knltrain.comm.probe", str(Path(folder, "meet")), str(_GIVE_UP * limit_s),
-                   backend]  # fmt: skip
-        # One thread each: the ranks of this node may have taken its cores.
+        timeout_s = _RANK_TIMEOUT_FRACTION * limit_s
+        command = [sys.executable, "-m", "knltrain.comm.probe", str(Path(folder, "store")), str(timeout_s), backend]
+        # One thread each: other ranks may be using the cores of this node.
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         processes = [
             subprocess.Popen([*command, str(rank)], stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=environ)
@@ -88,11 +88,11 @@ def all_reduce_of_two(limit_s: float, backend: str = "gloo") -> list[Reduced]:
                 process.kill()
                 process.wait()
         out, err = ([_text(stream) for stream in streams] for streams in zip(*files, strict=True))
-    reason = _why(processes, late, err, limit_s)
-    # gloo and oneCCL speak on stdout too.
+    reason = _failure_reason(processes, late, err, limit_s)
+    # gloo and oneCCL write to stdout too.
     rows = [json.loads(line) for line in out[0].splitlines() if line.startswith("{")]
-    done = {row["dtype"]: Reduced(**row) for row in rows}
-    return [done.get(dtype, Reduced(dtype, 0.0, reason)) for dtype in DTYPES]
+    done = {row["dtype"]: AllReduceResult(**row) for row in rows}
+    return [done.get(dtype, AllReduceResult(dtype, 0.0, reason)) for dtype in DTYPES]
 
 
 def _text(stream: IO[str]) -> str:
@@ -100,8 +100,10 @@ def _text(stream: IO[str]) -> str:
     return stream.read()
 
 
-def _why(processes: list[subprocess.Popen[bytes]], late: list[int], errors: list[str], limit_s: float) -> str:
-    """What the ranks that did not finish said last."""
+def _failure_reason(
+    processes: list[subprocess.Popen[bytes]], late: list[int], errors: list[str], limit_s: float
+) -> str:
+    """Returns why the all-reduce failed: a time-out, or the last line that a rank wrote to stderr."""
     said = [lines[-1] for text in errors if (lines := text.strip().splitlines())]
     if late:
         return f"no answer of rank {' and '.join(map(str, late))} within {limit_s:g} s"
@@ -109,22 +111,22 @@ def _why(processes: list[subprocess.Popen[bytes]], late: list[int], errors: list
     return said[0] if said else f"a rank ended with {ended} and said nothing"
 
 
-def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
+def _rank(store_path: str, timeout_s: float, backend: str, rank: int) -> None:
     torch.set_num_threads(1)
     plan = plan_node(read_node(), _RANKS)
     with contextlib.suppress(OSError):
-        # Apart, as the trainer's ranks are: on one CPU, each would wait for the other's turn to end.
+        # On separate cores, as the trainer's ranks: on one CPU, each would wait for the other's time slice.
         os.sched_setaffinity(0, plan.ranks[rank].compute)
-    ranks = Ranks("none", rank, _RANKS, rank, _RANKS, f"file://{meet}")
-    meeting = rendezvous.meet(ranks)
-    choose_backend(backend, ranks, told=meeting.export())
+    ranks = Ranks("none", rank, _RANKS, rank, _RANKS, f"file://{store_path}")
+    found = rendezvous.find_rendezvous(ranks)
+    choose_backend(backend, ranks, already_set=found.export())
     dist.init_process_group(
-        backend, init_method=meeting.init_method, rank=rank, world_size=_RANKS, timeout=timedelta(seconds=give_up_s)
+        backend, init_method=found.init_method, rank=rank, world_size=_RANKS, timeout=timedelta(seconds=timeout_s)
     )
     expected = sum(range(1, _RANKS + 1))
     for name, dtype in DTYPES.items():
         times, right = [], True
-        for _ in range(_WARMUP + _TIMES):
+        for _ in range(_NUM_WARMUP + _NUM_TIMED):
             tensor = torch.full((ELEMENTS,), rank + 1, dtype=dtype)
             dist.barrier()
             start = time.perf_counter()
@@ -134,7 +136,7 @@ def _rank(meet: str, give_up_s: float, backend: str, rank: int) -> None:
         reason = "" if right else f"the sum of {_RANKS} ranks is wrong"
         print(
             json.dumps(
-                {"dtype": name, "seconds": statistics.median(times[_WARMUP:]) if right else 0.0, "reason": reason}
+                {"dtype": name, "seconds": statistics.median(times[_NUM_WARMUP:]) if right else 0.0, "reason": reason}
             ),
             flush=True,
         )

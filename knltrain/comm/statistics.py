@@ -1,8 +1,8 @@
-"""Batch norm's running statistics over the ranks.
+"""Batch norm's running statistics across the ranks.
 
 Training normalises with each rank's own batch, as Goyal et al. 2017 do, so every rank has running means and variances
-of its own. Evaluation and checkpoints use their mean. They borrow it: what a rank has gathered itself goes on as if
-nobody had asked, so that a run does not depend on when it is evaluated or stopped.
+of its own. Evaluation and checkpoints use their mean over the ranks, temporarily: each rank continues with its own, so
+that a run does not depend on when it is evaluated or stopped.
 """
 
 from __future__ import annotations
@@ -20,33 +20,33 @@ from knltrain.comm.group import Group
 
 @contextlib.contextmanager
 def averaged_running_statistics(model: nn.Module, group: Group) -> Iterator[None]:
-    """While entered, batch norm's running statistics are the mean over the ranks; each has its own again afterwards.
+    """Replaces batch norm's running statistics by their mean over the ranks inside the block, and restores them after.
 
     All ranks enter it at once.
     """
-    buffers = list(_running(model).values())
+    buffers = list(_running_statistics(model).values())
     if group.world_size == 1 or not buffers:
         yield
         return
     own = torch.cat([buffer.flatten() for buffer in buffers])
     mean = own.clone()
     dist.all_reduce(mean, group=group.channel)
-    _put(mean / group.world_size, buffers)
+    _copy_into(mean / group.world_size, buffers)
     try:
         yield
     finally:
-        _put(own, buffers)
+        _copy_into(own, buffers)
 
 
 def gather_running_statistics(model: nn.Module, group: Group) -> dict[str, Tensor]:
-    """Brings every rank's own running statistics to the first.
+    """Gathers every rank's own running statistics on rank 0.
 
     All ranks call it at once.
 
     Returns:
-        On the first of several ranks: by the buffer's name, a row of each rank. Nothing elsewhere.
+        On rank 0 of several ranks: by buffer name, a tensor with a row for each rank. Empty elsewhere.
     """
-    buffers = _running(model)
+    buffers = _running_statistics(model)
     if group.world_size == 1 or not buffers:
         return {}
     own = torch.cat([buffer.flatten() for buffer in buffers.values()])
@@ -58,8 +58,8 @@ def gather_running_statistics(model: nn.Module, group: Group) -> dict[str, Tenso
     return dict(zip(buffers, parts, strict=True))
 
 
-def _running(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers by name, in the order of the modules."""
+def _running_statistics(model: nn.Module) -> dict[str, Tensor]:
+    """Returns the buffers by name, in module order."""
     return {
         f"{path}.{name}" if path else name: buffer
         for path, module in model.named_modules()
@@ -69,7 +69,7 @@ def _running(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _put(flat: Tensor, buffers: list[Tensor]) -> None:
+def _copy_into(flat: Tensor, buffers: list[Tensor]) -> None:
     with torch.no_grad():
         for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -1,4 +1,4 @@
-"""The store over which the ranks of a run first hear of each other: a port of the first one, or a file on one node."""
+"""The torch.distributed store of a run: a TCP port of rank 0, or a file if all ranks are on one node."""
 
 from __future__ import annotations
 
@@ -13,43 +13,43 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
+from torch.distributed.rendezvous import rendezvous as torch_rendezvous
 
 from knltrain.errors import KnltrainError
 from knltrain.files import open_regular
-from knltrain.launch.rendezvous import START_TIMEOUT_S, Meeting
+from knltrain.launch.rendezvous import START_TIMEOUT_S, Rendezvous
 from knltrain.launch.world import Ranks
 
 _TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
-_LOOK_S = 0.05
+_POLL_INTERVAL_S = 0.05
 
 
-def open_store(meeting: Meeting, ranks: Ranks) -> Any:
-    """Where this run's ranks meet; all of them call it.
+def open_store(rendezvous: Rendezvous, ranks: Ranks) -> Any:
+    """Opens the store. All ranks call it at once.
 
     Raises:
-        KnltrainError: the place cannot be had, or the first rank does not come to it.
-        RuntimeError: torch's, where another rank does not come.
+        KnltrainError: the port or file cannot be used, or rank 0 does not create it in time.
+        RuntimeError: torch's, if another rank does not connect in time.
     """
-    if meeting.init_method.startswith("file://"):
-        place = Path(meeting.init_method.removeprefix("file://"))
+    if rendezvous.init_method.startswith("file://"):
+        pointer = Path(rendezvous.init_method.removeprefix("file://"))
         try:
-            return _found(place, ranks) if ranks.rank else _laid_out(place, ranks)
+            return _join_file_store(pointer, ranks) if ranks.rank else _create_file_store(pointer, ranks)
         except OSError as error:
             raise KnltrainError(
-                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) cannot use {place.parent} (TMPDIR), where the "
-                f"ranks of a node meet: {error.strerror}"
+                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) cannot use {pointer.parent} (TMPDIR) for "
+                f"the rendezvous of the ranks of a node: {error.strerror}"
             ) from None
-    if ranks.rank or meeting.listen is None:
-        return next(rendezvous(meeting.init_method, ranks.rank, ranks.size, timeout=_TIMEOUT))[0]
-    # Left to itself, torch listens on every interface of the first rank's node.
-    address, port = meeting.listen
+    if ranks.rank or rendezvous.listen is None:
+        return next(torch_rendezvous(rendezvous.init_method, ranks.rank, ranks.size, timeout=_TIMEOUT))[0]
+    # By default, torch listens on every interface of rank 0's node.
+    address, port = rendezvous.listen
     try:
-        listener = socket.create_server(meeting.listen, backlog=ranks.size)
+        listener = socket.create_server(rendezvous.listen, backlog=ranks.size)
     except OSError as error:
         raise KnltrainError(
-            f"rank 0 cannot listen at {address}:{port}, where the others look for it: {error.strerror}; another "
-            "MASTER_PORT may be free"
+            f"rank 0 cannot listen at {address}:{port}, where the other ranks connect: {error.strerror}; "
+            "export another MASTER_PORT"
         ) from None
     # The store closes it.
     return dist.TCPStore(  # type: ignore[attr-defined]
@@ -57,47 +57,47 @@ def open_store(meeting: Meeting, ranks: Ranks) -> Any:
     )
 
 
-# A script that starts knltrain again after a failure does so under the same launcher's process, or in the same step of
-# Slurm: a run that was killed there has left its own file at the place that all know. So each run has a store of its
-# own, and what is at the place names it only as long as the first rank holds a lock on that.
+# A script that restarts knltrain after a failure does so under the same launcher process, or in the same Slurm step: a
+# run that was killed there has left its file at the path that all ranks know. So each run has a store file of its own,
+# and the pointer file at the known path is valid only while rank 0 holds a lock on it.
 
 
-def _laid_out(place: Path, ranks: Ranks) -> Any:
-    """A new store, whose name the first rank leaves at ``place`` until all have come."""
-    descriptor, store_path = tempfile.mkstemp(prefix=f"{place.name}-", dir=place.parent)
+def _create_file_store(pointer: Path, ranks: Ranks) -> Any:
+    """Creates a store file, and keeps its name in the file ``pointer`` until all ranks have opened it."""
+    descriptor, store_path = tempfile.mkstemp(prefix=f"{pointer.name}-", dir=pointer.parent)
     os.close(descriptor)
-    descriptor, sign = tempfile.mkstemp(prefix=f"{place.name}-", dir=place.parent)
+    descriptor, aside = tempfile.mkstemp(prefix=f"{pointer.name}-", dir=pointer.parent)
     with open(descriptor, "w") as file:
         file.write(store_path)
         file.flush()
         fcntl.flock(file, fcntl.LOCK_EX)
-        os.replace(sign, place)
+        os.replace(aside, pointer)
         try:
             store = dist.FileStore(store_path, ranks.size)  # type: ignore[attr-defined]
-            store.wait([f"came{rank}" for rank in range(1, ranks.size)], _TIMEOUT)
+            store.wait([f"joined{rank}" for rank in range(1, ranks.size)], _TIMEOUT)
         finally:
-            os.unlink(place)
+            os.unlink(pointer)
     return store
 
 
-def _found(place: Path, ranks: Ranks) -> Any:
-    """The store that the first rank has laid out."""
+def _join_file_store(pointer: Path, ranks: Ranks) -> Any:
+    """Opens the store that rank 0 has created."""
     deadline = time.monotonic() + START_TIMEOUT_S
-    while not (store_path := _named_at(place)):
+    while not (store_path := _read_store_path(pointer)):
         if time.monotonic() > deadline:
             raise KnltrainError(
-                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) has looked for rank 0 at {place} for "
+                f"rank {ranks.rank} of {ranks.size} ({ranks.launcher}) has waited for rank 0 at {pointer} for "
                 f"{START_TIMEOUT_S:.0f} s: it has not started, or has another TMPDIR"
             )
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_INTERVAL_S)
     store = dist.FileStore(store_path, ranks.size)  # type: ignore[attr-defined]
-    store.set(f"came{ranks.rank}", "")
+    store.set(f"joined{ranks.rank}", "")
     return store
 
 
-def _named_at(place: Path) -> str:
-    """The store that a first rank names there; empty where there is none, or it has ended."""
-    with contextlib.suppress(FileNotFoundError), open_regular(place) as file:
+def _read_store_path(pointer: Path) -> str:
+    """Returns the path of the store; empty if there is no pointer file, or its rank 0 has ended."""
+    with contextlib.suppress(FileNotFoundError), open_regular(pointer) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:

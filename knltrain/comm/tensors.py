@@ -1,4 +1,4 @@
-"""What a collective of oneCCL is told of tensors: addresses, counts, types; and what it is refused for."""
+"""Arguments of oneCCL's collectives from tensors: addresses, counts, types; and their validation."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# ccl::datatype. What is only moved may have any type, as bytes.
+# ccl::datatype. Data that is moved but not reduced may have any type, as bytes.
 _TYPES = {torch.int8: 0, torch.uint8: 1, torch.int32: 4, torch.int64: 6,
           torch.float16: 8, torch.float32: 9, torch.float64: 10, torch.bfloat16: 11}  # fmt: skip
 _BYTE = _TYPES[torch.uint8]
-# ccl::reduction. An average is a sum of what was divided before. Of truth values, sum and product are max and min.
+# ccl::reduction. AVG is SUM of tensors divided beforehand. For bool, SUM and PRODUCT are MAX and MIN.
 _SUM, _PRODUCT, _MIN, _MAX = range(4)
 _REDUCTIONS = {"SUM": _SUM, "AVG": _SUM, "PRODUCT": _PRODUCT, "MIN": _MIN, "MAX": _MAX}
-_OF_BOOL = {_SUM: _MAX, _PRODUCT: _MIN, _MIN: _MIN, _MAX: _MAX}
+_BOOL_REDUCTIONS = {_SUM: _MAX, _PRODUCT: _MIN, _MIN: _MIN, _MAX: _MAX}
 
 
-def all_of(steps: Any) -> Callable[[], None] | None:
-    """One step made of those that are there."""
+def chain(steps: Any) -> Callable[[], None] | None:
+    """Returns a function that calls all of ``steps`` that are not None; None if there is none."""
     there = [step for step in steps if step is not None]
 
     def finish() -> None:
@@ -32,11 +32,11 @@ def all_of(steps: Any) -> Callable[[], None] | None:
 
 def _check(tensor: Tensor) -> None:
     if tensor.device.type != "cpu" or tensor.layout != torch.strided:
-        raise ValueError(f"ccl moves dense tensors in CPU memory; this one is {tensor.layout} on {tensor.device}")
+        raise ValueError(f"ccl takes dense tensors in CPU memory; this one is {tensor.layout} on {tensor.device}")
 
 
-def in_place(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
-    """A contiguous tensor for oneCCL to write, and how it gets to where it belongs if it is not the tensor itself."""
+def contiguous_out(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
+    """Returns a contiguous tensor for oneCCL to write to, and a function that copies it back, None if not needed."""
     _check(tensor)
     if tensor.is_contiguous():
         return tensor, None
@@ -48,8 +48,8 @@ def in_place(tensor: Tensor) -> tuple[Tensor, Callable[[], None] | None]:
     return flat, finish
 
 
-def moved(tensor: Tensor) -> tuple[int, int, int]:
-    """Address, count and type of what is moved and not computed with."""
+def data_args(tensor: Tensor) -> tuple[int, int, int]:
+    """Returns address, count and type of a tensor that is moved but not reduced."""
     _check(tensor)
     dtype = _TYPES.get(tensor.dtype)
     if dtype is None:
@@ -57,41 +57,41 @@ def moved(tensor: Tensor) -> tuple[int, int, int]:
     return tensor.data_ptr(), tensor.numel(), dtype
 
 
-def reduced(tensor: Tensor, op: int) -> tuple[int, int, int, int]:
-    """Address, count, type and reduction of what is computed with."""
+def reduce_args(tensor: Tensor, op: int) -> tuple[int, int, int, int]:
+    """Returns address, count, type and reduction of a tensor that is reduced."""
     _check(tensor)
     if tensor.dtype == torch.bool:
-        return tensor.data_ptr(), tensor.numel(), _BYTE, _OF_BOOL[op]
+        return tensor.data_ptr(), tensor.numel(), _BYTE, _BOOL_REDUCTIONS[op]
     return tensor.data_ptr(), tensor.numel(), _TYPES[tensor.dtype], op
 
 
 def name_of(options: Any) -> str:
-    """The name of the reduction that the options ask for."""
+    """Returns the name of the reduction in torch's options."""
     op = getattr(options, "reduceOp", dist.ReduceOp.SUM)
     return next((name for name, value in dist.ReduceOp.RedOpType.__members__.items() if op == value), str(op))
 
 
 def reduction(what: str, options: Any, tensors: list[Tensor], size: int) -> tuple[int, Callable[[Tensor], Tensor]]:
-    """OneCCL's reduction, and what is done to a tensor before.
+    """Returns oneCCL's reduction, and a function to apply to each tensor beforehand.
 
     Raises:
         ValueError: oneCCL has no such reduction, or not for these tensors.
     """
     name = name_of(options)
     if name not in _REDUCTIONS:
-        raise ValueError(f"{what}: oneCCL does not reduce by {name}; it has {', '.join(_REDUCTIONS)}")
+        raise ValueError(f"{what}: oneCCL has no reduction {name}; it has {', '.join(_REDUCTIONS)}")
     for tensor in tensors:
         if tensor.dtype not in _TYPES and tensor.dtype != torch.bool:
-            raise ValueError(f"{what}: oneCCL does not compute with {tensor.dtype}")
+            raise ValueError(f"{what}: oneCCL does not reduce {tensor.dtype}")
         if name == "AVG" and not tensor.is_floating_point():
-            raise ValueError(f"{what}: the average of {tensor.dtype} is not one; take SUM")
+            raise ValueError(f"{what}: AVG needs floating-point tensors, not {tensor.dtype}; use SUM")
     if name == "AVG":
         return _SUM, lambda tensor: tensor.div_(size)
     return _REDUCTIONS[name], lambda tensor: tensor
 
 
 def root_of(options: Any, size: int) -> int:
-    """The rank that sends to all or receives from all.
+    """Returns the root rank in torch's options.
 
     Raises:
         ValueError: there is no such rank.
@@ -103,7 +103,7 @@ def root_of(options: Any, size: int) -> int:
 
 
 def check_pieces(what: str, pieces: list[Tensor], mine: Tensor, size: int) -> None:
-    """Sees that there is a tensor for each rank, all of one size and type.
+    """Checks that there is a tensor for each rank, all of one size and type.
 
     Raises:
         ValueError: there is not.
@@ -113,12 +113,12 @@ def check_pieces(what: str, pieces: list[Tensor], mine: Tensor, size: int) -> No
     for piece in pieces:
         if piece.numel() != mine.numel() or piece.dtype != mine.dtype:
             raise ValueError(
-                f"{what}: {tuple(piece.shape)}, {piece.dtype} does not go with {tuple(mine.shape)}, {mine.dtype}"
+                f"{what}: {tuple(piece.shape)}, {piece.dtype} does not match {tuple(mine.shape)}, {mine.dtype}"
             )
 
 
 def check_whole(what: str, whole: Tensor, part: Tensor, size: int) -> None:
-    """Sees that a tensor holds as much as all ranks' parts, in one piece.
+    """Checks that a contiguous tensor has room for the parts of all ranks.
 
     Raises:
         ValueError: it does not.
@@ -132,12 +132,12 @@ def check_whole(what: str, whole: Tensor, part: Tensor, size: int) -> None:
 
 
 def split(whole: Tensor, size: int) -> tuple[Tensor, ...]:
-    """The equal parts of all ranks."""
+    """Splits a tensor into equal parts, one for each rank."""
     return whole.view(-1).chunk(size) if whole.numel() else (whole,) * size
 
 
 def check_exchange(what: str, outputs: list[Tensor], inputs: list[Tensor], size: int) -> None:
-    """Sees that there is a tensor for each rank in both directions, all of one type.
+    """Checks that there are an input and an output tensor for each rank, all of one type.
 
     Raises:
         ValueError: there is not.
@@ -145,11 +145,11 @@ def check_exchange(what: str, outputs: list[Tensor], inputs: list[Tensor], size:
     if len(outputs) != size or len(inputs) != size:
         raise ValueError(f"{what}: {len(inputs)} inputs and {len(outputs)} outputs for {size} ranks")
     if len(types := {tensor.dtype for tensor in (*outputs, *inputs)}) > 1:
-        raise ValueError(f"{what}: tensors of {' and '.join(sorted(map(str, types)))} do not go together")
+        raise ValueError(f"{what}: all tensors need one type, not {' and '.join(sorted(map(str, types)))}")
 
 
 def rows_of(tensor: Tensor, sizes: list[int], ranks: int) -> list[Tensor]:
-    """The part of each rank: the first dimension cut into sizes, or into equal parts.
+    """Splits the first dimension into the sizes given for each rank, or into equal parts.
 
     Raises:
         ValueError: the sizes do not make up the tensor.

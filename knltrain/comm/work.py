@@ -1,4 +1,4 @@
-"""Collectives under way: what a caller of the process group ``ccl`` gets, and the thread that completes it."""
+"""Work objects of the process group ``ccl``, and the thread that completes asynchronous ones."""
 
 # No "from __future__ import annotations": torch binds some of these methods by their signatures.
 
@@ -14,9 +14,9 @@ from torch import Tensor
 
 from knltrain.comm import oneccl
 
-# Nobody waits longer than this without looking up: a signal may have come, or a time-out passed.
-LOOK_UP_S = 1.0
-# What oneCCL may still write to after its group was given up.
+# Waits return this often to handle signals and check time-outs.
+POLL_INTERVAL_S = 1.0
+# Keeps alive the memory that oneCCL may still write to after a group was abandoned.
 _abandoned: list["Work"] = []
 
 
@@ -24,20 +24,20 @@ class Owner(Protocol):
     """The process group of a collective."""
 
     def overdue(self, work: "Work") -> RuntimeError | None:
-        """Looks at one that is not done; past its time, returns the error with which it ends."""
+        """Checks a pending collective; after its time-out, returns the error to fail it with."""
 
 
 class Work(dist.Work):
-    """A collective under way, or done.
+    """A collective or point-to-point operation, pending or done.
 
     Args:
-        owner: its group.
-        what: its name, for people.
-        mark: names it among the group's collectives, the same on all ranks.
-        peer: the other rank, of what goes between two.
+        owner: its process group.
+        what: its name, for messages.
+        mark: its key among the group's collectives, the same on all ranks.
+        peer: the other rank of a point-to-point operation; None for a collective.
         result: the tensors of the future.
-        keep: what oneCCL reads and writes.
-        finish: what is left to do when oneCCL is done, such as copying a result to where it was asked for.
+        keep: the memory that oneCCL reads and writes, kept alive until it is done.
+        finish: called when oneCCL is done, to copy a result to the caller's tensor.
     """
 
     def __init__(
@@ -57,26 +57,26 @@ class Work(dist.Work):
         self.started, self.noticed = time.monotonic(), False
         self._result, self._keep, self._finish = result, keep, finish
         self._error: RuntimeError | None = None
-        self._settled = threading.Event()
+        self._done_event = threading.Event()
         self._future: torch.futures.Future[list[Tensor]] | None = None
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        """Drives it to its end on this thread.
+        """Waits for it on this thread.
 
         Raises:
-            RuntimeError: oneCCL failed, or a rank did not come in time.
+            RuntimeError: oneCCL failed, or a rank did not take part before the time-out.
         """
         for request in self.requests:
-            while not request.wait(LOOK_UP_S):
+            while not request.wait(POLL_INTERVAL_S):
                 if error := self.owner.overdue(self):
-                    self.give_up(error)
+                    self.fail(error)
                     raise error
-        self.settle()
+        self.complete()
         self.wait()
 
-    def settle(self) -> None:
-        """Completes it, now that its requests are done."""
+    def complete(self) -> None:
+        """Completes the work once its requests are done."""
         failed = next((request.error for request in self.requests if request.error), "")
         error = RuntimeError(f"{self.what}: {failed}") if failed else None
         if error is None and self._finish is not None:
@@ -87,39 +87,39 @@ class Work(dist.Work):
         self._keep = self._finish = None
         self._end(error)
 
-    def give_up(self, error: RuntimeError) -> None:
-        """Ends it with an error while oneCCL may still be at it."""
+    def fail(self, error: RuntimeError) -> None:
+        """Completes the work with an error while oneCCL may still be running it."""
         _abandoned.append(self)
         self._end(error)
 
     def _end(self, error: RuntimeError | None) -> None:
         with self._lock:
             self._error = error
-            self._settled.set()
+            self._done_event.set()
             future = self._future
         if future is not None:
-            self._complete(future)
+            self._complete_future(future)
 
-    def _complete(self, future: "torch.futures.Future[list[Tensor]]") -> None:
+    def _complete_future(self, future: "torch.futures.Future[list[Tensor]]") -> None:
         if self._error is None:
             future.set_result(self._result)
         else:
             future.set_exception(self._error)  # type: ignore[arg-type]
 
-    # What follows is torch's interface.
+    # torch.distributed.Work's interface.
 
     def is_completed(self) -> bool:
-        return self._settled.is_set()
+        return self._done_event.is_set()
 
     def is_success(self) -> bool:
-        return self._settled.is_set() and self._error is None
+        return self._done_event.is_set() and self._error is None
 
     def exception(self) -> BaseException | None:
         return self._error
 
     def wait(self, timeout: timedelta = timedelta(0)) -> bool:
-        # Its owner's time-out ends it in any case.
-        if not self._settled.wait(timeout.total_seconds() or None):
+        # The owner's time-out ends it in any case.
+        if not self._done_event.wait(timeout.total_seconds() or None):
             raise RuntimeError(f"{self.what} is not done after {timeout.total_seconds():g} s")
         if self._error is not None:
             raise self._error
@@ -136,14 +136,14 @@ class Work(dist.Work):
             if self._future is not None:
                 return self._future
             self._future = torch.futures.Future()
-            settled = self._settled.is_set()
-        if settled:
-            self._complete(self._future)
+            done = self._done_event.is_set()
+        if done:
+            self._complete_future(self._future)
         return self._future
 
 
 class Waiter:
-    """The thread that waits for what no caller waits for at once; it is there while a group is."""
+    """The thread that completes asynchronous work; it runs as long as there is a process group."""
 
     def __init__(self) -> None:
         self._groups = 0
@@ -152,7 +152,7 @@ class Waiter:
         self._thread: threading.Thread | None = None
 
     def join(self) -> None:
-        """A group has come."""
+        """Registers a group; with the first one, the thread starts."""
         with self._lock:
             self._groups += 1
             if self._thread is None:
@@ -161,7 +161,7 @@ class Waiter:
                 self._thread.start()
 
     def leave(self) -> None:
-        """A group has gone; with the last one, the thread ends."""
+        """Unregisters a group; with the last one, the thread ends."""
         with self._lock:
             self._groups -= 1
             if self._groups > 0 or self._thread is None:
@@ -172,44 +172,44 @@ class Waiter:
             thread.join()
 
     def start(self, work: Work, requests: Callable[[], list[Any]]) -> None:
-        """Makes the requests of a collective, and completes it when they are done."""
-        with self._lock:  # lest one be done before it is known whose it is
+        """Starts the requests of a collective, and completes it when they are done."""
+        with self._lock:  # a request must not finish before it is registered
             work.requests = requests()
             self._works.update({request.number: work for request in work.requests})
         if not work.requests:
-            work.settle()
+            work.complete()
 
     def outstanding(self, owner: Owner) -> list[Work]:
-        """What a group still has under way."""
+        """Returns a group's pending work."""
         with self._lock:
             return [work for work in dict.fromkeys(self._works.values()) if work.owner is owner]
 
     def _run(self) -> None:
         shim = oneccl.load()
         while True:
-            request = shim.next(LOOK_UP_S)
+            request = shim.next(POLL_INTERVAL_S)
             if request is not None:
                 self._done(request.number)
             elif self._thread is not threading.current_thread():
                 return
-            self._look_at_the_clock()
+            self._check_timeouts()
 
     def _done(self, number: int) -> None:
         with self._lock:
             work = self._works.pop(number, None)
             if work is None or any(request.number in self._works for request in work.requests):
                 return
-        work.settle()
+        work.complete()
 
-    def _look_at_the_clock(self) -> None:
+    def _check_timeouts(self) -> None:
         with self._lock:
             works = list(dict.fromkeys(self._works.values()))
         for work in works:
-            if time.monotonic() - work.started >= LOOK_UP_S and (error := work.owner.overdue(work)):
+            if time.monotonic() - work.started >= POLL_INTERVAL_S and (error := work.owner.overdue(work)):
                 with self._lock:
                     for request in work.requests:
                         self._works.pop(request.number, None)
-                work.give_up(error)
+                work.fail(error)
 
 
 waiter = Waiter()

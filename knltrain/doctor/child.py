@@ -1,4 +1,4 @@
-"""The checks that need torch, in a process that may hang or die without taking the others with it."""
+"""Checks with torch, in a child process that may hang or crash without affecting the other checks."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from knltrain.doctor.finding import Finding, run_check
 from knltrain.errors import KnltrainError
 from knltrain.launch.placement import RankPlacement, bind_rank
 
-# torch comes from a parallel file system at times; the others are done in a few seconds where all is well.
-_LIMITS_S = {"torch": 120.0, "kernels": 10.0, "engines": 30.0, "openmp": 10.0, "all-reduce": 60.0,
+# Loading torch from a parallel file system may be slow; the other checks normally take a few seconds.
+_TIMEOUTS_S = {"torch": 120.0, "kernels": 10.0, "engines": 30.0, "openmp": 10.0, "all-reduce": 60.0,
              "oneccl": 60.0, "data": 45.0}  # fmt: skip
-# What keeps the interpreter's lock keeps the check's own limit from being noticed.
+# A check that holds the GIL delays its own time-out.
 _GRACE_S = 5.0
-_GOODBYE_S = 2.0
+_EXIT_TIMEOUT_S = 2.0
 
 
-def try_out(names: Sequence[str], data: Path | None, command: Sequence[str] | None = None) -> list[Finding]:
-    """Loads torch and runs checks by name; after one that ends the process, the others run in a new one.
+def run_torch_checks(names: Sequence[str], data: Path | None, command: Sequence[str] | None = None) -> list[Finding]:
+    """Loads torch and runs checks by name; after a check that ends the process, the others run in a new one.
 
     Args:
-        names: of ``computing.CHECKS``.
-        data: the folder of the check of that name.
-        command: what is run in the place of this module.
+        names: names of checks, from ``torch_checks.checks_of``.
+        data: the folder for the check ``data``.
+        command: a command to run instead of this module.
 
     Returns:
-        ``torch``, and where it loads one for each name.
+        The finding ``torch``, and if torch loads, one for each name.
     """
     findings: list[Finding] = []
     left = list(names)
@@ -52,51 +52,51 @@ def try_out(names: Sequence[str], data: Path | None, command: Sequence[str] | No
 
 
 def _run(names: Sequence[str], data: Path | None, command: Sequence[str]) -> list[Finding]:
-    """The findings of one process: of all names, or up to the one that ended it, or of torch that does not load."""
+    """Returns the findings of one process, up to the check that ended it, or only ``torch`` if it does not load."""
     findings: list[Finding] = []
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         process = subprocess.Popen(
             [*command, str(data or ""), *names],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
-            stderr=said,
+            stderr=stderr,
             text=True,
             start_new_session=True,
         )
         assert process.stdout is not None
         lines: queue.Queue[str] = queue.Queue()
-        reader = threading.Thread(target=_pump, args=(process.stdout, lines), daemon=True)
+        reader = threading.Thread(target=_queue_lines, args=(process.stdout, lines), daemon=True)
         reader.start()
         try:
             for name in names:
-                findings.append(_answer(name, lines, process, said))
+                findings.append(_read_finding(name, lines, process, stderr))
                 if findings[-1].severity == "error" and (name == "torch" or process.poll() is not None):
                     break
         finally:
-            # With those that it has started. What hangs in the kernel is left behind, and ends when that lets it.
+            # With its children. A process that hangs in the kernel cannot be waited for.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_GOODBYE_S)
-            reader.join(_GOODBYE_S)
+                process.wait(_EXIT_TIMEOUT_S)
+            reader.join(_EXIT_TIMEOUT_S)
             if not reader.is_alive():
                 process.stdout.close()
     return findings
 
 
-def _pump(stream: IO[str], lines: queue.Queue[str]) -> None:
+def _queue_lines(stream: IO[str], lines: queue.Queue[str]) -> None:
     for line in stream:
         lines.put(line)
     lines.put("")
 
 
-def _answer(name: str, lines: queue.Queue[str], process: subprocess.Popen[str], said: IO[str]) -> Finding:
-    limit_s = _LIMITS_S[name] + _GRACE_S
+def _read_finding(name: str, lines: queue.Queue[str], process: subprocess.Popen[str], stderr: IO[str]) -> Finding:
+    limit_s = _TIMEOUTS_S[name] + _GRACE_S
     try:
         line = lines.get(timeout=limit_s)
     except queue.Empty:
         process.kill()
-        process.wait(_GOODBYE_S)
+        process.wait(_EXIT_TIMEOUT_S)
         return Finding(
             name,
             "error",
@@ -107,34 +107,34 @@ def _answer(name: str, lines: queue.Queue[str], process: subprocess.Popen[str], 
         )
     if line:
         return Finding(**json.loads(line))
-    code = process.wait(_GOODBYE_S)
+    code = process.wait(_EXIT_TIMEOUT_S)
     end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-    said.seek(0)
-    last = (said.read().strip().splitlines() or ["it said nothing"])[-1]
+    stderr.seek(0)
+    last = (stderr.read().strip().splitlines() or ["no message"])[-1]
     remedy = "install torch and knltrain again, one at a time, and see which one it is"
     if code == -signal.SIGILL:
-        remedy = "a torch built for this processor; KNLTRAIN_ISA=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 to find who it is"
+        remedy = "a torch built for this processor; KNLTRAIN_ISA=avx2 and ONEDNN_MAX_CPU_ISA=AVX2 narrow it down"
     elif code == -signal.SIGKILL:
-        remedy = "was there memory enough?"
+        remedy = "check for lack of memory (dmesg)"
     return Finding(name, "error", f"the process {end} ({last})", "training ends in the same way", remedy)
 
 
 def _main(data: str, names: Sequence[str]) -> None:
-    # What libraries print is not for those who read the answers.
+    # Messages of libraries must not mix with the findings on stdout.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    # Before torch is loaded, as training does. What is wrong with it is the finding of another check.
+    # Before torch is loaded, as in training. Errors of binding are reported by another check.
     place: RankPlacement | None = None
     with contextlib.suppress(KnltrainError):
         place = bind_rank(strict=False)
 
-    def say(finding: Finding) -> None:
+    def report(finding: Finding) -> None:
         print(json.dumps(dataclasses.asdict(finding)), file=answers, flush=True)
 
     try:
-        computing = importlib.import_module("knltrain.doctor.torch_checks")
-    except Exception as error:  # a library that is missing, versions that do not fit
-        say(
+        torch_checks = importlib.import_module("knltrain.doctor.torch_checks")
+    except Exception as error:  # a missing library, or versions that do not match
+        report(
             Finding(
                 "torch",
                 "error",
@@ -144,10 +144,10 @@ def _main(data: str, names: Sequence[str]) -> None:
             )
         )
     else:
-        checks = computing.checks_of(place, Path(data))
+        checks = torch_checks.checks_of(place, Path(data))
         for name in names:
-            say(run_check(name, checks[name], _LIMITS_S[name], computing.LATE.get(name)))
-    # Threads of checks that hang are not waited for.
+            report(run_check(name, checks[name], _TIMEOUTS_S[name], torch_checks.ON_TIMEOUT.get(name)))
+    # Do not wait for threads of checks that hang.
     os._exit(0)
 
 

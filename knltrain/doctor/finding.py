@@ -1,4 +1,4 @@
-"""What a check of ``knltrain doctor`` found, and checks that may fail or hang without taking the others with them."""
+"""Findings of ``knltrain doctor``, and running checks so that errors and hangs do not affect other checks."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ Severity = Literal["error", "warning", "note", "ok"]
 SEVERITIES: tuple[Severity, ...] = typing.get_args(Severity)
 
 _WIDTH = 80
-_LABELS = 24  # columns of severity and name
+_LABEL_WIDTH = 24  # columns of severity and name
 
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """The answer of one check.
+    """The result of one check.
 
     Attributes:
-        name: of the check.
+        name: name of the check.
         severity: error: training fails or is useless here; warning: it runs, with a cost or a risk; note: worth
             knowing; ok.
-        cause: what was found, with figures.
-        symptom: what a user sees of it; empty where all is well.
-        remedy: a command or a setting; empty where all is well.
-        seconds: the check took.
+        cause: what the check found, with figures.
+        symptom: what a user would see; empty if ok.
+        remedy: a command or a setting; empty if ok.
+        seconds: duration of the check.
     """
 
     name: str
@@ -40,58 +40,60 @@ class Finding:
     seconds: float = 0.0
 
 
-def run_check(name: str, check: Callable[[], Finding], limit_s: float, late: Finding | None = None) -> Finding:
-    """Runs a check on a thread of its own; one that raises or takes too long is a finding as well.
+def run_check(name: str, check: Callable[[], Finding], limit_s: float, on_timeout: Finding | None = None) -> Finding:
+    """Runs a check on a thread of its own; an exception or a time-out becomes a finding.
 
-    A check that hangs, in a system call on a file server that is gone perhaps, cannot be ended: its thread is left
-    behind and ends with the process.
+    A check that hangs, for example in a system call on a dead file server, cannot be ended: its thread ends with the
+    process.
 
     Args:
-        name: of the check.
-        check: what is run.
-        limit_s: how long it may take.
-        late: what it means that it took longer; by default, that this could not be examined.
+        name: name of the check.
+        check: the check.
+        limit_s: time-out, seconds.
+        on_timeout: the finding after a time-out; by default, that this could not be examined.
     """
     answer: list[Finding] = []
 
-    def ask() -> None:
+    def run() -> None:
         try:
             answer.append(check())
-        except Exception as error:  # whatever it is, the other checks go on
+        except Exception as error:  # any error, so that the other checks run
             answer.append(unanswered(name, f"the check failed: {type(error).__name__}: {error}"))
 
     started = time.monotonic()
-    thread = threading.Thread(target=ask, name=f"doctor-{name}", daemon=True)
+    thread = threading.Thread(target=run, name=f"doctor-{name}", daemon=True)
     thread.start()
     thread.join(limit_s)
-    found = answer[0] if answer else late or unanswered(name, f"no answer within {limit_s:g} s")
+    found = answer[0] if answer else on_timeout or unanswered(name, f"no answer within {limit_s:g} s")
     return dataclasses.replace(found, seconds=round(time.monotonic() - started, 3))
 
 
 def unanswered(name: str, cause: str) -> Finding:
-    """The finding of a check that gave none."""
+    """Returns the finding for a check that failed or timed out."""
     return Finding(name, "warning", cause, "this could not be examined", "look for what the cause names; report it")
 
 
 def worst_first(findings: Iterable[Finding]) -> list[Finding]:
-    """Sorts by severity; what is equally bad stays in order."""
+    """Sorts by severity, stably."""
     return sorted(findings, key=lambda finding: SEVERITIES.index(finding.severity))
 
 
 def worst(findings: Iterable[Finding]) -> Severity:
-    """The worst severity there is; ok without findings."""
+    """Returns the worst severity; ok without findings."""
     return min((finding.severity for finding in findings), key=SEVERITIES.index, default="ok")
 
 
 def as_row(finding: Finding) -> str:
-    """A finding's lines of the table, 80 columns wide: severity, name, and beside them what there is to say."""
+    """Returns a finding's lines in the table, 80 columns wide: severity, name, and text."""
     said = [finding.symptom, f"cause: {finding.cause}" if finding.symptom else finding.cause]
     said += [f"remedy: {finding.remedy}"] if finding.remedy else []
     lines = [line for text in said if text for line in _wrapped(text)]
     labels = f"{finding.severity:<8} {finding.name}"
-    return "\n".join(f"{labels if index == 0 else '':<{_LABELS}}{line}" for index, line in enumerate(lines))
+    return "\n".join(f"{labels if index == 0 else '':<{_LABEL_WIDTH}}{line}" for index, line in enumerate(lines))
 
 
 def _wrapped(text: str) -> list[str]:
-    # Paths and commands stay whole, to be copied, if need be beyond the last column.
-    return textwrap.wrap(text, _WIDTH - _LABELS, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    # Paths and commands are not broken, so that they can be copied, even beyond the last column.
+    return textwrap.wrap(
+        text, _WIDTH - _LABEL_WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )

@@ -1,4 +1,4 @@
-"""What can be seen of a machine without torch, check by check: pure functions of a folder and an environment.
+"""Checks of a machine without torch: pure functions of a file tree and an environment.
 
 Each takes a :class:`Machine` and returns a :class:`~knltrain.doctor.finding.Finding`.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from knltrain.doctor.finding import Finding
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.launch.placement import before_pinning, beyond_allocation, plan_placement
+from knltrain.launch.placement import node_before_pinning, plan_placement, unconfined_warning
 from knltrain.launch.world import discover
 from knltrain.node.affinity import asked_threads, plan_node
 from knltrain.node.amx import knows_amx
@@ -24,24 +24,24 @@ from knltrain.node.topology import Node, onednn_restriction, read_node
 
 # Peak of ResNet-50 with a local batch of 32, docs/tuning.md; it grows with the batch.
 _STEP_MB = {"bf16": 2923, "fp32": 5538}
-# What Docker gives where nobody asks for more; oneCCL and Intel MPI want more between ranks of a node.
-_LITTLE_SHARED_MB = 64
-_SHARED_A_RANK_MB = 256
-# Some for each of a thousand ranks.
-_FEW_OPEN_FILES = 4096
-_MUCH_SWAP_MB = 256
-_ANCESTORS = 32
+# Docker's default; oneCCL and Intel MPI need more between ranks of a node.
+_MIN_SHARED_MB = 64
+_SHARED_MB_PER_RANK = 256
+# A few for each of a thousand ranks.
+_MIN_OPEN_FILES = 4096
+_WARN_SWAP_MB = 256
+_MAX_ANCESTORS = 32
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What the checks look at.
+    """Input of the checks.
 
     Attributes:
-        root: where ``sys``, ``proc`` and ``dev`` are.
+        root: the folder of ``sys``, ``proc`` and ``dev``.
         environ: the environment.
-        node: what this process may use.
-        whole: what its control group leaves.
+        node: the part of the node that this process may use.
+        whole: the part that its control group allows.
     """
 
     root: Path
@@ -53,7 +53,7 @@ class Machine:
 def read_machine(
     root: Path | str = "/", environ: Mapping[str, str] | None = None, allowed: Set[int] | None = None
 ) -> Machine:
-    """Reads the node once for all checks; ``allowed`` as of :func:`~knltrain.node.topology.read_node`."""
+    """Reads the node once for all checks; ``allowed`` as for :func:`~knltrain.node.topology.read_node`."""
     node = read_node(root, allowed)
     pinned = len(node.cpus) < len(node.group_cpus)
     whole = read_node(root, set(node.group_cpus)) if pinned else node
@@ -61,10 +61,10 @@ def read_machine(
 
 
 def isa(machine: Machine) -> Finding:
-    """Instruction sets, and whether the kernel grants AMX."""
+    """Checks instruction sets, and whether the kernel allows AMX."""
     node, release = machine.node, read_text(machine.root / "proc/sys/kernel/osrelease")
     found = f"{node.cpu_model}: {node.isa}"
-    if narrowed := _narrowed(machine.environ):
+    if narrowed := _isa_restrictions(machine.environ):
         return Finding(
             "isa",
             "warning",
@@ -74,7 +74,7 @@ def isa(machine: Machine) -> Finding:
         )
     if node.amx_refused:
         old = not knows_amx(release)
-        remedy = "a kernel from 5.16 on" if old else "allow arch_prctl in the sandbox, or AMX in the hypervisor"
+        remedy = "kernel 5.16 or later" if old else "allow arch_prctl in the sandbox, or AMX in the hypervisor"
         return Finding(
             "isa",
             "warning",
@@ -101,17 +101,17 @@ def isa(machine: Machine) -> Finding:
     return Finding("isa", "ok", found)
 
 
-def _narrowed(environ: Mapping[str, str]) -> list[str]:
-    """What keeps oneDNN and PyTorch's own code from instructions, as NAME=VALUE."""
+def _isa_restrictions(environ: Mapping[str, str]) -> list[str]:
+    """Returns the variables, as NAME=VALUE, that restrict the instruction sets of oneDNN and PyTorch."""
     aten = environ.get("ATEN_CPU_CAPABILITY")
     return [
         *filter(None, [onednn_restriction(environ)]),
-        *([f"ATEN_CPU_CAPABILITY={aten}"] if aten in ("default", "avx2") else []),  # it knows no capitals
+        *([f"ATEN_CPU_CAPABILITY={aten}"] if aten in ("default", "avx2") else []),  # case-sensitive
     ]
 
 
 def bf16(machine: Machine) -> Finding:
-    """Whether the processor multiplies bf16 itself."""
+    """Checks whether the processor has bf16 instructions."""
     node = machine.node
     if node.computes_bf16:
         bits = " and ".join(bit for bit in ("avx512_bf16", "amx_bf16") if bit in node.flags)
@@ -121,7 +121,7 @@ def bf16(machine: Machine) -> Finding:
                 "warning",
                 f"{bits}, on cores that are made for AMX, and AMX is hidden",
                 "bf16 runs at half of fp32's rate; --precision auto trains in fp32",
-                "a virtual machine or container that is given AMX (amx_tile, amx_bf16), on a kernel from 5.16 on",
+                "a virtual machine or container with AMX (amx_tile, amx_bf16), on kernel 5.16 or later",
             )
         return Finding("bf16", "ok", f"in hardware: {bits}")
     restriction = onednn_restriction(machine.environ)
@@ -130,12 +130,12 @@ def bf16(machine: Machine) -> Finding:
         "note",
         f"{node.isa}, neither AVX512_BF16 nor AMX{f' with {restriction}' * bool(restriction)}: bf16 would be emulated",
         "--precision auto trains in fp32, and bf16 is refused",
-        "none needed; gradients can travel in bf16 all the same: --comm.dtype bf16",
+        "none needed; gradients can still be all-reduced in bf16: --comm.dtype bf16",
     )
 
 
 def affinity(machine: Machine) -> Finding:
-    """The CPUs inherited, against what the plan has for this process; and who took the others."""
+    """Compares the inherited CPU mask with the plan, and finds the process that restricted it."""
     node, whole = machine.node, machine.whole
     try:
         ranks = discover(machine.environ)
@@ -148,9 +148,9 @@ def affinity(machine: Machine) -> Finding:
             "one launcher: torchrun, mpiexec or srun",
         )
     try:
-        # Of a copy of another node nobody can say what a launcher there had.
-        together = before_pinning(ranks, node) if machine.root == Path("/") else whole
-        place = plan_placement(ranks, node, together, environ={})
+        # The mask of a launcher is known only on this machine, not for a copy of another node.
+        shared = node_before_pinning(ranks, node) if machine.root == Path("/") else whole
+        place = plan_placement(ranks, node, shared, environ={})
     except KnltrainError as error:
         cause, _, remedy = str(error).partition("; ")
         return Finding("affinity", "error", cause, "training refuses to start on fewer cores than planned", remedy)
@@ -159,12 +159,12 @@ def affinity(machine: Machine) -> Finding:
         return Finding(
             "affinity",
             "warning",
-            f"this process may run on {have}, and the control group leaves {len(whole.cpus)}{_who_pinned(machine)}",
+            f"this process may run on {have}, and the control group leaves {len(whole.cpus)}{_pinned_by(machine)}",
             f"training uses {len(node.cores)} of {len(whole.cores)} cores",
             "start without taskset, numactl -C or the launcher's binding, or ask the batch system for all "
             "of the node (Slurm: --exclusive, srun --cpus-per-task)",
         )
-    if beyond := beyond_allocation(node, machine.environ):
+    if beyond := unconfined_warning(node, machine.environ):
         cause, _, remedy = beyond.partition("; ")
         return Finding("affinity", "warning", cause, "jobs on this node take each other's cores", remedy)
     pinned = [warning for warning in place.warnings if ranks.launcher in warning]
@@ -176,10 +176,10 @@ def affinity(machine: Machine) -> Finding:
     return Finding("affinity", "ok", f"{have}{limits}; {mine}, computes on {format_cpu_list(place.plan.compute)}")
 
 
-def _who_pinned(machine: Machine) -> str:
-    """The oldest ancestor that has this process's mask, and its parent, which has a wider one."""
+def _pinned_by(machine: Machine) -> str:
+    """Names the oldest ancestor with this process's mask, and its parent, which has a wider one."""
     mine, pid, oldest = set(machine.node.cpus), "self", ""
-    for _ in range(_ANCESTORS):
+    for _ in range(_MAX_ANCESTORS):
         status = dict(re.findall(r"^(\w+):\s*(.+)$", read_text(machine.root / f"proc/{pid}/status"), re.MULTILINE))
         try:
             wider = set(parse_cpu_list(status["Cpus_allowed_list"])) > mine
@@ -187,7 +187,9 @@ def _who_pinned(machine: Machine) -> str:
             break
         if wider:
             return (
-                f"; so it is since {oldest}, which {status.get('Name', '?')} (process {pid}) started" if oldest else ""
+                f"; restricted since {oldest}, which {status.get('Name', '?')} (process {pid}) started"
+                if oldest
+                else ""
             )
         oldest = f"{status.get('Name', '?')} ({'this process' if pid == 'self' else f'process {pid}'})"
         pid = status.get("PPid", "0")
@@ -195,7 +197,7 @@ def _who_pinned(machine: Machine) -> str:
 
 
 def threads(machine: Machine) -> Finding:
-    """OMP_NUM_THREADS and the variables that bind threads, against the plan."""
+    """Compares OMP_NUM_THREADS and variables that bind threads with the plan."""
     planned = plan_node(machine.node, environ={}).ranks[0]
     try:
         asked = asked_threads(machine.environ)
@@ -205,7 +207,7 @@ def threads(machine: Machine) -> Finding:
         few = asked < planned.threads
         cause = f"OMP_NUM_THREADS={asked} in the environment; the plan has {planned.threads} threads a rank"
         symptom = (
-            f"{planned.threads - asked} of {planned.threads} cores of a rank compute nothing"
+            f"{planned.threads - asked} of {planned.threads} cores of a rank are idle"
             if few
             else "threads wait for each other"
         )
@@ -221,8 +223,8 @@ def threads(machine: Machine) -> Finding:
             "threads",
             "note",
             f"{' '.join(binding)} in the environment: OpenMP binds the threads itself",
-            "threads that moved away from their cores are not noticed",
-            f"unset {' '.join(pair.split('=')[0] for pair in binding)}, unless it is meant",
+            "knltrain does not notice if threads leave their cores",
+            f"unset {' '.join(pair.split('=')[0] for pair in binding)}, unless this is intended",
         )
     return Finding(
         "threads",
@@ -232,7 +234,7 @@ def threads(machine: Machine) -> Finding:
 
 
 def cpu_limit(machine: Machine) -> Finding:
-    """The CPU quota of the control group."""
+    """Checks the CPU quota of the control group."""
     quota, cores = machine.node.cpu_quota, len(machine.node.cores)
     if quota is None or quota >= cores:
         return Finding(
@@ -249,7 +251,7 @@ def cpu_limit(machine: Machine) -> Finding:
 
 
 def memory(machine: Machine) -> Finding:
-    """Memory that is free and allowed, against a training step of ResNet-50."""
+    """Compares free and allowed memory with the needs of a training step of ResNet-50."""
     node = machine.node
     free = _meminfo_mb(machine.root, "MemAvailable")
     known = [part for part in (free, node.memory_limit_mb) if part is not None]
@@ -261,7 +263,7 @@ def memory(machine: Machine) -> Finding:
     there, need = min(known), _STEP_MB[precision]
     limit = f", the control group's limit {node.memory_limit_mb:,.0f}" if node.memory_limit_mb else ""
     cause = (
-        f"{there:,.0f} MiB to be had (free: {'unknown' if free is None else f'{free:,.0f}'}{limit}); ResNet-50 at "
+        f"{there:,.0f} MiB available (free: {'unknown' if free is None else f'{free:,.0f}'}{limit}); ResNet-50 at "
         f"local batch 32 takes {need:,} a rank in {precision}"
     )
     if there >= need * ranks:
@@ -284,22 +286,22 @@ def _meminfo_mb(root: Path, name: str) -> float | None:
 
 
 def swap(machine: Machine) -> Finding:
-    """Swap in use."""
+    """Checks swap in use."""
     total, left = _meminfo_mb(machine.root, "SwapTotal") or 0.0, _meminfo_mb(machine.root, "SwapFree") or 0.0
     used = total - left
-    if used <= _MUCH_SWAP_MB:
+    if used <= _WARN_SWAP_MB:
         return Finding("swap", "ok", f"{used:,.0f} of {total:,.0f} MiB in use" if total else "none")
     return Finding(
         "swap",
         "warning",
         f"{used:,.0f} of {total:,.0f} MiB of swap are in use",
         "single steps take many times as long as others",
-        "end what else runs here, or: swapoff -a",
+        "end other processes here, or: swapoff -a",
     )
 
 
 def numa_balancing(machine: Machine) -> Finding:
-    """The kernel's moving of pages and threads between domains."""
+    """Checks automatic NUMA balancing, which moves pages and threads between domains."""
     on, domains = read_number(machine.root / "proc/sys/kernel/numa_balancing"), len(machine.whole.domains)
     if not on or domains == 1:
         return Finding("numa-balancing", "ok", "off" if not on else "one NUMA domain: nothing to balance")
@@ -307,16 +309,16 @@ def numa_balancing(machine: Machine) -> Finding:
         "numa-balancing",
         "note",
         f"kernel.numa_balancing={on} over {domains} domains: it unmaps pages to "
-        "see who touches them, while the plan has placed both",
+        "trace accesses, although the plan has placed threads and memory",
         "step times vary more than they need",
         "sysctl kernel.numa_balancing=0",
     )
 
 
 def huge_pages(machine: Machine) -> Finding:
-    """Transparent huge pages."""
+    """Checks transparent huge pages."""
     folder = machine.root / "sys/kernel/mm/transparent_hugepage"
-    enabled, defrag = (_chosen(read_text(folder / name)) for name in ("enabled", "defrag"))
+    enabled, defrag = (_bracketed(read_text(folder / name)) for name in ("enabled", "defrag"))
     if enabled == "always" and defrag == "always":
         return Finding(
             "huge-pages",
@@ -328,14 +330,14 @@ def huge_pages(machine: Machine) -> Finding:
     return Finding("huge-pages", "ok", f"transparent huge pages: {enabled or 'unknown to this kernel'}")
 
 
-def _chosen(text: str) -> str:
-    """The word in brackets, which is how sysfs shows a choice."""
+def _bracketed(text: str) -> str:
+    """Returns the word in brackets, sysfs's format of a choice."""
     match = re.search(r"\[(\S+)\]", text)
     return match[1] if match else text
 
 
 def malloc(machine: Machine) -> Finding:
-    """Which allocator, and who tuned it."""
+    """Checks the allocator and its settings."""
     missing = [
         path
         for path in re.split(r"[: ]+", machine.environ.get("LD_PRELOAD", ""))
@@ -355,15 +357,15 @@ def malloc(machine: Machine) -> Finding:
         return Finding(
             "malloc",
             "note",
-            f"GLIBC_TUNABLES={machine.environ['GLIBC_TUNABLES']}: knltrain leaves malloc as it is told to be",
-            "a third of the speed is lost where it gives memory back after each step",
+            f"GLIBC_TUNABLES={machine.environ['GLIBC_TUNABLES']}: knltrain does not tune malloc",
+            "a third of the speed is lost if it returns memory to the system after each step",
             "unset GLIBC_TUNABLES, unless it was measured to be faster",
         )
     if by == "nobody":
         return Finding(
             "malloc",
             "warning",
-            "the C library is not glibc, and malloc cannot be told to keep memory",
+            "the C library is not glibc, whose malloc can be set to keep memory",
             "memory is unmapped and faulted in again at every step",
             "LD_PRELOAD=/path/to/libtcmalloc.so.4",
         )
@@ -376,11 +378,11 @@ def malloc(machine: Machine) -> Finding:
             "the allocator meant is not in use",
             "give its full path in LD_PRELOAD",
         )
-    return Finding("malloc", "ok", f"{allocator}, {'preloaded' if by == 'LD_PRELOAD' else 'told to keep its memory'}")
+    return Finding("malloc", "ok", f"{allocator}, {'preloaded' if by == 'LD_PRELOAD' else 'set to keep its memory'}")
 
 
 def shared_memory(machine: Machine) -> Finding:
-    """/dev/shm, over which ranks of one node talk to each other."""
+    """Checks /dev/shm, through which ranks of one node communicate."""
     folder, ranks = machine.root / "dev/shm", max(2, len(machine.node.domains))
     remedy = "a larger /dev/shm: mount -o remount,size=8G /dev/shm; docker --shm-size=8g or --ipc=host"
     symptom = "several ranks on this node end with SIGBUS, or oneCCL and MPI refuse to start"
@@ -392,23 +394,23 @@ def shared_memory(machine: Machine) -> Finding:
     cause = f"/dev/shm: {free:,.0f} of {total:,.0f} MiB free"
     if not os.access(folder, os.W_OK):
         return Finding("shared-memory", "warning", "/dev/shm cannot be written", symptom, "chmod 1777 /dev/shm")
-    if total <= _LITTLE_SHARED_MB:
+    if total <= _MIN_SHARED_MB:
         return Finding("shared-memory", "warning", cause, symptom, remedy)
-    if free < _SHARED_A_RANK_MB * ranks:
+    if free < _SHARED_MB_PER_RANK * ranks:
         return Finding(
             "shared-memory",
             "warning",
             f"{cause}, for {ranks} ranks",
             symptom,
-            f"remove what jobs have left there (ls -l /dev/shm); or {remedy}",
+            f"remove files that jobs have left (ls -l /dev/shm); or {remedy}",
         )
     return Finding("shared-memory", "ok", cause)
 
 
 def open_files(machine: Machine) -> Finding:
-    """How many files a process may have open: each rank has connections to all others, and rank 0 twice as many."""
+    """Checks the limit of open files: each rank has a connection to each other one, and rank 0 has two."""
     match = re.search(r"^Max open files +\S+ +(\d+)", read_text(machine.root / "proc/self/limits"), re.MULTILINE)
-    if match and int(match[1]) < _FEW_OPEN_FILES:
+    if match and int(match[1]) < _MIN_OPEN_FILES:
         return Finding(
             "open-files",
             "warning",
@@ -420,7 +422,7 @@ def open_files(machine: Machine) -> Finding:
 
 
 def clock(machine: Machine) -> Finding:
-    """What governs the processors' frequency."""
+    """Checks the processors' frequency settings."""
     governors: dict[str, int] = {}
     for cpu in machine.node.cpus:
         if governor := read_text(machine.root / f"sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_governor"):
@@ -436,12 +438,12 @@ def clock(machine: Machine) -> Finding:
             "clock",
             "warning",
             f"{allowed / 1e6:.1f} GHz allowed of {most / 1e6:.1f}; governor {shown}",
-            "all is slow in proportion",
+            "everything is slower in proportion",
             f"cpupower frequency-set --max {most}",
         )
-    # Drivers in which the processor chooses run at full speed under load in powersave too.
-    chooses_itself = driver in ("intel_pstate", "amd-pstate-epp")
-    if "powersave" in governors and not chooses_itself:
+    # With drivers that leave the choice to the processor, powersave runs at full speed under load too.
+    hardware_managed = driver in ("intel_pstate", "amd-pstate-epp")
+    if "powersave" in governors and not hardware_managed:
         return Finding(
             "clock",
             "warning",

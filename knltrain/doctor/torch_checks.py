@@ -1,4 +1,4 @@
-"""What has to be tried with torch loaded: kernels, engines, OpenMP, two ranks, a data folder."""
+"""Checks with torch: kernels, engines, OpenMP, two ranks, a data folder."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from knltrain.comm.backend import choose_backend
-from knltrain.comm.probe import DTYPES, ELEMENTS, all_reduce_of_two
+from knltrain.comm.probe import DTYPES, ELEMENTS, run_two_rank_all_reduce
 from knltrain.config import EngineName, RunConfig
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import DecodeError
@@ -25,7 +25,7 @@ from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.doctor.finding import Finding
 from knltrain.errors import ConfigError
-from knltrain.launch.placement import RankPlacement, drift
+from knltrain.launch.placement import RankPlacement, binding_drift
 from knltrain.launch.world import Ranks
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.mounts import file_system, is_network
@@ -34,30 +34,30 @@ from knltrain.node.tuning_cache import measured_rates
 from knltrain.ops import native
 from knltrain.training.engine import choose_precision, refuse_missing_parts
 
-_PROBE_LIMIT_S = 45.0
-# Read one by one, through which the rate of one core is measured.
-_READ, _DECODED = 64, 192
-# What of the cores' time decoding may take before it is what a step waits for.
-_SOME, _MUCH = 0.1, 0.5
+_PROBE_TIMEOUT_S = 45.0
+# Images read one by one, and images decoded to measure the rate of one core.
+_NUM_READ, _NUM_DECODED = 64, 192
+# Fractions of the cores' decoding rate that a model consumes, above which the finding is a note or a warning.
+_NOTE_FRACTION, _WARN_FRACTION = 0.1, 0.5
 
-# What it means that a check took too long, where that says something about the machine.
-LATE = {
+# Findings for time-outs of checks that say something about the machine.
+ON_TIMEOUT = {
     "data": Finding(
         "data",
         "error",
-        "the folder could not be opened, and a few hundred images be read and decoded, in the time for it",
-        "training waits as long before its first step, and for every step",
+        "time-out while opening the folder, and reading and decoding a few hundred images",
+        "training waits as long before its first step, and in every step",
         "see whether the file server answers (ls, df); knltrain prepare packs many small files into few",
     )
 }
 
 
 def checks_of(place: RankPlacement | None, data: Path) -> dict[str, Callable[[], Finding]]:
-    """The checks by name.
+    """Returns the checks by name.
 
     Args:
-        place: where this process was put before torch was loaded; None where it has none.
-        data: the folder to be tried.
+        place: this process's placement before torch was loaded; None if there is none.
+        data: the folder to check.
     """
     return {
         "torch": functools.partial(torch_itself, place),
@@ -71,15 +71,15 @@ def checks_of(place: RankPlacement | None, data: Path) -> dict[str, Callable[[],
 
 
 def torch_itself(place: RankPlacement | None) -> Finding:
-    """Version, threads, and whether loading it moved this process."""
+    """Checks version and threads, and whether loading torch changed the CPU mask."""
     found = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
     if place is None:
         return Finding("torch", "ok", found)
-    if moved := drift(place):
+    if moved := binding_drift(place):
         return Finding(
             "torch",
             "warning",
-            f"{moved}: importing torch moved it",
+            f"{moved}: importing torch changed it",
             "threads share fewer cores than planned",
             "unset what binds threads (KMP_AFFINITY, GOMP_CPU_AFFINITY), or the package that brings another "
             "OpenMP runtime",
@@ -96,7 +96,7 @@ def torch_itself(place: RankPlacement | None) -> Finding:
 
 
 def kernels() -> Finding:
-    """Whether the native kernels run, and in which variant."""
+    """Checks whether the native kernels run, and in which variant."""
     if reason := native.load_error():
         cause, _, remedy = reason.partition("; ")
         return Finding(
@@ -104,7 +104,7 @@ def kernels() -> Finding:
             "warning",
             cause,
             "training runs without knltrain's kernels, more slowly",
-            f"{remedy or 'another node'}; until then --engine auto takes eager",
+            f"{remedy or 'another node'}; until then --engine auto uses eager",
         )
     try:
         variant = native.isa()
@@ -131,7 +131,7 @@ def kernels() -> Finding:
 
 
 def engines() -> Finding:
-    """Which engines run, and what the others lack."""
+    """Checks which engines run, and what is missing for the others."""
     runs, lacking = [], {}
     for name in typing.get_args(EngineName):
         if name != "auto":
@@ -164,17 +164,17 @@ def _preloaded() -> str:
 
 
 def openmp(maps: str, preloaded: str) -> Finding:
-    """Which OpenMP runtimes a process has loaded.
+    """Checks for several OpenMP runtimes in a process.
 
     Args:
-        maps: its /proc/PID/maps.
+        maps: contents of its /proc/PID/maps.
         preloaded: its LD_PRELOAD.
     """
     paths = dict.fromkeys(re.findall(r"(/\S*/(lib(?:gomp|iomp5|omp)(?:-[\w.]+)?\.so[\d.]*))$", maps, re.MULTILINE))
     shown = ", ".join(path for path, _ in paths) or "none"
     if len(paths) < 2 or any(name.split(".so")[0] in preloaded for _, name in paths):
-        # A preloaded one stands before the others, which are then loaded and not used.
-        return Finding("openmp", "ok", shown + (" (one is preloaded and serves all)" if len(paths) > 1 else ""))
+        # A preloaded runtime takes precedence: the others are loaded and not used.
+        return Finding("openmp", "ok", shown + (" (one is preloaded and used by all)" if len(paths) > 1 else ""))
     return Finding(
         "openmp",
         "warning",
@@ -185,8 +185,8 @@ def openmp(maps: str, preloaded: str) -> Finding:
 
 
 def all_reduce() -> Finding:
-    """Two ranks of this node, over gloo, in every type that gradients travel in."""
-    results = all_reduce_of_two(_PROBE_LIMIT_S)
+    """Checks an all-reduce of two ranks on this node over gloo, in every data type of gradients."""
+    results = run_two_rank_all_reduce(_PROBE_TIMEOUT_S)
     failed = [one for one in results if one.reason]
     shown = ", ".join(f"{one.dtype} {1e3 * one.seconds:.1f} ms" for one in results if not one.reason)
     if not failed:
@@ -206,24 +206,24 @@ def all_reduce() -> Finding:
         "error",
         cause,
         f"no run with several ranks starts ({' and '.join(DTYPES)})",
-        "unset GLOO_SOCKET_IFNAME or name another interface; a line in /etc/hosts for this host; see to "
-        "firewalls on loopback",
+        "unset GLOO_SOCKET_IFNAME or name another interface; a line in /etc/hosts for this host; check "
+        "for firewalls on loopback",
     )
 
 
 def oneccl() -> Finding:
-    """Whether training with several ranks takes oneCCL, what it goes over, and two ranks of this node over it."""
+    """Checks whether oneCCL is available, its transport, and an all-reduce of two ranks on this node."""
     chosen = choose_backend("auto", Ranks("none", 0, 2, 0, 2))
     if chosen.name != "ccl":
         return Finding(
             "oneccl",
             "note",
             chosen.note,
-            "several ranks wait longer for each other",
+            "communication between ranks is slower",
             "pip install 'knltrain[ccl]', or CCL_ROOT for a oneCCL of your site",
         )
     about = f"{chosen.version} over {chosen.transport}{f'; {chosen.note}' if chosen.note else ''}"
-    results = all_reduce_of_two(_PROBE_LIMIT_S, "ccl")
+    results = run_two_rank_all_reduce(_PROBE_TIMEOUT_S, "ccl")
     failed = [one for one in results if one.reason]
     if failed:
         return Finding(
@@ -238,21 +238,21 @@ def oneccl() -> Finding:
 
 
 def data_folder(folder: Path) -> Finding:
-    """How fast a data folder opens, reads and decodes, against what models were measured to take here."""
+    """Compares how fast a data folder is read and decoded with the measured training rates of models."""
     system = file_system(folder.resolve())
     try:
         start = time.perf_counter()
         dataset = open_folder(folder, "train")
         open_s = time.perf_counter() - start
-        read_s = _seconds_an_image(dataset)
-        rate = rate_per_core(dataset, RunConfig(), _DECODED)
+        read_s = _seconds_per_image(dataset)
+        rate = rate_per_core(dataset, RunConfig(), _NUM_DECODED)
     except (DataError, OSError) as error:
         return Finding(
             "data",
             "error",
             str(error),
             "training refuses this folder, or stops at this image",
-            "what the cause names; --on-bad skip goes on without single images",
+            "see the cause; --on-bad skip skips single images",
         )
     node = read_node()
     cores = len(node.cores)
@@ -264,36 +264,36 @@ def data_folder(folder: Path) -> Finding:
         return Finding(
             "data",
             "warning",
-            f"{cause}; every image is a file of its own on {system}, a network file system",
-            "steps wait for the file server, the more nodes the longer",
+            f"{cause}; every image is a separate file on {system}, a network file system",
+            "steps wait for the file server, longer with more nodes",
             f"knltrain prepare {folder} DST --format tar, then --data DST, with --stage DIR for a copy on each node",
         )
     threads = threads_per_rank(node, local_size=1, environ={})
-    eaten = measured_rates(choose_precision("auto", node, force=False), node, threads)
-    if not eaten:
+    rates = measured_rates(choose_precision("auto", node, force=False), node, threads)
+    if not rates:
         return Finding("data", "ok", f"{cause}; no model was measured here (knltrain tune --model M)")
-    model = max(eaten, key=eaten.__getitem__)
-    share = eaten[model] / (rate * cores)
-    cause += f"; {model} takes {eaten[model]:,.0f} img/s here, {share:.0%} of what {cores} cores decode"
-    if share <= _SOME:
+    model = max(rates, key=rates.__getitem__)
+    share = rates[model] / (rate * cores)
+    cause += f"; {model} trains on {rates[model]:,.0f} img/s here, {share:.0%} of what {cores} cores decode"
+    if share <= _NOTE_FRACTION:
         return Finding("data", "ok", cause)
     return Finding(
         "data",
-        "warning" if share > _MUCH else "note",
+        "warning" if share > _WARN_FRACTION else "note",
         cause,
-        "decoding takes its share of the cores from training; steps wait for images",
+        "decoding competes with training for cores; steps wait for images",
         f"knltrain prepare {folder} DST, then --data DST",
     )
 
 
-def _seconds_an_image(dataset: Folder | Packed | Tar) -> float:
-    """How long it takes to read one image after the other, spread over the data set; from memory what is there."""
-    spread = np.unique(np.linspace(0, len(dataset) - 1, _READ).astype(int)).tolist()
+def _seconds_per_image(dataset: Folder | Packed | Tar) -> float:
+    """Returns the time to read an image, sequentially and spread over the data set; cached pages are fast."""
+    spread = np.unique(np.linspace(0, len(dataset) - 1, _NUM_READ).astype(int)).tolist()
     start = time.perf_counter()
     for index in spread:
         try:
             image = dataset.image(index)
-            if isinstance(dataset, Packed):  # mapped: read when it is touched
+            if isinstance(dataset, Packed):  # mapped: pages are read on access
                 image.pixels()
         except (DecodeError, OSError) as error:
             raise dataset.bad(index, error) from None

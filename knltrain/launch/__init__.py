@@ -1,1 +1,1 @@
-"""How ranks are started, which one this process is, where they meet, and which cores it takes. Imports no torch."""
+"""Launchers, rank discovery, rendezvous and CPU binding. Imports no torch."""

@@ -1,7 +1,7 @@
-"""The mpiexec there is, and the line that starts ranks with it.
+"""Finding mpiexec, and the command line that starts ranks with it.
 
-Ranks are left unpinned: each node looks at itself and its ranks place themselves (``binding.py``), so nodes may differ
-from the one that starts them.
+mpiexec is told not to pin ranks: they bind themselves by the topology of their own node (``placement.py``), so nodes
+may differ from the one that starts them.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from typing import Literal
 
 from knltrain.errors import ConfigError, KnltrainError
 
-# What Open MPI should hand to ranks on other nodes; Hydra hands over everything.
-_HANDED_OVER = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "TMPDIR")
-_HANDED_OVER_PREFIXES = ("KNLTRAIN_", "OMP_", "KMP_", "CCL_", "FI_", "GLOO_", "ONEDNN_", "TORCH_")
+# Variables that Open MPI should export to ranks on other nodes; Hydra exports all.
+_EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "TMPDIR")
+_EXPORTED_PREFIXES = ("KNLTRAIN_", "OMP_", "KMP_", "CCL_", "FI_", "GLOO_", "ONEDNN_", "TORCH_")
 
 
 @dataclass(frozen=True)
 class Mpiexec:
-    """A launcher.
+    """An mpiexec.
 
     Attributes:
-        path: of the program.
-        kind: whose it is; each has arguments of its own.
-        environment: variables that it needs beside those that are set.
+        path: the program.
+        kind: its MPI implementation, which decides its arguments.
+        environment: additional variables that it needs.
     """
 
     path: Path
@@ -38,13 +38,13 @@ class Mpiexec:
 
 
 def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
-    """Finds mpiexec in the Python environment, where impi-rt puts it, or else on the PATH, and asks whose it is.
+    """Finds mpiexec in the Python environment, where impi-rt installs it, or else on the PATH, and identifies it.
 
     Args:
         environ: the environment, by default this process's.
 
     Raises:
-        KnltrainError: there is none, or it is none of Intel MPI's, MPICH's and Open MPI's.
+        KnltrainError: there is none, or it is not from Intel MPI, MPICH or Open MPI.
     """
     environ = os.environ if environ is None else environ
     beside = Path(sys.executable).parent / "mpiexec"
@@ -55,7 +55,7 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
             "extra `intel` has, or load your site's MPI module"
         )
     path = Path(found)
-    environment = _of_a_python_environment(path, environ)
+    environment = _impi_rt_environment(path, environ)
     try:
         answer = subprocess.run(
             [found, "--version"], capture_output=True, text=True, timeout=60, env={**environ, **environment}
@@ -63,7 +63,7 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KnltrainError(f"{path} --version: {error}") from None
     if "Intel(R) MPI" in answer.stdout:
-        return Mpiexec(path, "intel", {**environment, **_of_a_slurm_job(environ)})
+        return Mpiexec(path, "intel", {**environment, **_slurm_environment(environ)})
     if "HYDRA" in answer.stdout:
         return Mpiexec(path, "mpich", {})
     if "OpenRTE" in answer.stdout or "Open MPI" in answer.stdout:
@@ -75,13 +75,13 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
     )
 
 
-def _of_a_python_environment(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    """What Intel MPI from the package impi-rt has to be told: its libraries are in the environment's lib folder."""
+def _impi_rt_environment(path: Path, environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variables that Intel MPI from the package impi-rt needs: its libraries are in the lib folder."""
     prefix = path.parent.parent
     library = prefix / "lib"
     if not (library / "libmpi.so.12").exists() or not (prefix / "opt/mpi").is_dir():
         return {}
-    # Last: the folder has other libraries too, which must not stand in for the system's.
+    # Last: the folder's other libraries must not replace the system's.
     search = [*filter(None, environ.get("LD_LIBRARY_PATH", "").split(":")), str(library)]
     wanted = {"I_MPI_ROOT": str(prefix), "FI_PROVIDER_PATH": str(library)}
     return {name: value for name, value in wanted.items() if not environ.get(name)} | {
@@ -89,23 +89,23 @@ def _of_a_python_environment(path: Path, environ: Mapping[str, str]) -> dict[str
     }
 
 
-def _of_a_slurm_job(environ: Mapping[str, str]) -> dict[str, str]:
-    """What Intel MPI has to be told in a Slurm job, whose tasks per node it otherwise may take for what -ppn says."""
+def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variable without which Intel MPI may use a Slurm job's tasks per node instead of -ppn."""
     name = "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT"
     return {name: "0"} if "SLURM_JOB_ID" in environ and not environ.get(name) else {}
 
 
 def count_ranks(ranks: int | None, per_node: int | None, num_nodes: int, planned_per_node: int) -> tuple[int, int]:
-    """Completes how many ranks there are, and how many on each node.
+    """Returns the number of ranks, and of ranks per node, from what the user has given.
 
     Args:
-        ranks: in all, or None.
-        per_node: on each node, or None.
-        num_nodes: nodes.
-        planned_per_node: what the plan has for a node like this one.
+        ranks: total number, or None.
+        per_node: ranks per node, or None.
+        num_nodes: number of nodes.
+        planned_per_node: ranks per node in the plan for this node.
 
     Raises:
-        ConfigError: more ranks than fit the nodes.
+        ConfigError: more ranks than the nodes have room for.
     """
     if per_node is None:
         per_node = planned_per_node if ranks is None else -(-ranks // num_nodes)
@@ -117,7 +117,7 @@ def count_ranks(ranks: int | None, per_node: int | None, num_nodes: int, planned
 
 
 def openmpi_arguments(ranks_per_node: int) -> list[str]:
-    """Arguments of Open MPI's mpiexec: ranks per node, unbound, so that each places itself."""
+    """Returns arguments for Open MPI's mpiexec: ranks per node, and no binding, because each rank binds itself."""
     return ["--map-by", f"ppr:{ranks_per_node}:node", "--bind-to", "none"]
 
 
@@ -125,21 +125,21 @@ def command_line(
     mpiexec: Mpiexec, ranks: int, per_node: int, hosts: Sequence[str], program: Sequence[str],
     environ: Mapping[str, str],
 ) -> list[str]:  # fmt: skip
-    """Returns the arguments that start the ranks.
+    """Returns the command line that starts the ranks.
 
     Args:
-        mpiexec: which launcher.
-        ranks: in all.
-        per_node: on each node.
-        hosts: names of the nodes; none for this one, or those of the job that this is part of.
-        program: what each rank runs.
-        environ: what of it Open MPI hands over is named.
+        mpiexec: the launcher.
+        ranks: total number of ranks.
+        per_node: ranks per node.
+        hosts: names of the nodes; empty for this node, or for those of the batch job.
+        program: the command that each rank runs.
+        environ: the environment, from which variables are exported by name with Open MPI.
     """
     line = [str(mpiexec.path), "-n", str(ranks)]
     if mpiexec.kind == "openmpi":
         line += openmpi_arguments(per_node)
         line += ["--host", ",".join(f"{host}:{per_node}" for host in hosts)] if hosts else []
-        names = [n for n in environ if n in _HANDED_OVER or n.startswith(_HANDED_OVER_PREFIXES)]
+        names = [n for n in environ if n in _EXPORTED or n.startswith(_EXPORTED_PREFIXES)]
         line += [word for name in sorted(names) for word in ("-x", name)]
     else:
         line += ["-ppn", str(per_node)]

@@ -1,7 +1,7 @@
-"""Ranks under Open MPI tell each other where they are, through MPI itself.
+"""Exchange of addresses between ranks under Open MPI, through MPI itself.
 
-Its process managers (ORTE, PRRTE) speak PMIx, whose library's structures change; MPI_Allgather does not. It runs in a
-process of its own, so that the rank is not one with MPI's threads and handlers in it.
+Open MPI's process managers (ORTE, PRRTE) use PMIx, whose structures differ between versions; MPI_Allgather does not. It
+runs in a subprocess, which keeps MPI's threads and signal handlers out of the rank.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from knltrain.errors import KnltrainError
 
-# The same for Open MPI 1.10 to 5: MPI's C symbols of versions 4 and 5 share it.
+# The same for Open MPI 1.10 to 5: MPI's C symbols of versions 4 and 5 all_gather it.
 _LIBRARY = "libmpi.so.40"
-_LENGTH = 2048
+_MAX_BYTES = 2048
 
 
 class OpenMpi:
@@ -38,23 +38,23 @@ class OpenMpi:
     def _world(self) -> ctypes.c_void_p:
         return ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self._library, "ompi_mpi_comm_world")))
 
-    def share(self, rank: int, text: str) -> Callable[[int], str]:
-        """Gives a text to the other ranks and returns a function from a rank to its text. All ranks call it."""
+    def all_gather(self, rank: int, text: str) -> Callable[[int], str]:
+        """Sends a text to all ranks; returns a function from a rank to its text. All ranks call it at once."""
         byte = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self._library, "ompi_mpi_byte")))
-        mine = ctypes.create_string_buffer(text.encode()[: _LENGTH - 1], _LENGTH)
-        everybodys = ctypes.create_string_buffer(self._size * _LENGTH)
-        if self._library.MPI_Allgather(mine, _LENGTH, byte, everybodys, _LENGTH, byte, self._world):
+        mine = ctypes.create_string_buffer(text.encode()[: _MAX_BYTES - 1], _MAX_BYTES)
+        all_texts = ctypes.create_string_buffer(self._size * _MAX_BYTES)
+        if self._library.MPI_Allgather(mine, _MAX_BYTES, byte, all_texts, _MAX_BYTES, byte, self._world):
             raise KnltrainError("Open MPI's MPI_Allgather failed; export MASTER_ADDR and MASTER_PORT instead")
-        raw = everybodys.raw
-        return lambda other: raw[other * _LENGTH : (other + 1) * _LENGTH].split(b"\0")[0].decode()
+        raw = all_texts.raw
+        return lambda other: raw[other * _MAX_BYTES : (other + 1) * _MAX_BYTES].split(b"\0")[0].decode()
 
     def close(self) -> None:
-        """Ends MPI in this process."""
+        """Finalizes MPI in this process."""
         self._library.MPI_Finalize()
 
 
 def _load() -> ctypes.CDLL:
-    for path in (_LIBRARY, *_beside_the_launcher()):
+    for path in (_LIBRARY, *_daemon_libraries()):
         try:
             return ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
         except OSError:
@@ -64,11 +64,11 @@ def _load() -> ctypes.CDLL:
     )
 
 
-def _beside_the_launcher() -> Iterator[str]:
-    """Where the daemon that started this rank has its own libraries from."""
+def _daemon_libraries() -> Iterator[str]:
+    """Yields paths of the library beside those that the daemon which started this rank has loaded."""
     process = os.getppid()
     try:
-        # This process's parent is the rank, whose parent is the daemon.
+        # The parent of this process is the rank, and the rank's parent is the daemon.
         status = Path(f"/proc/{process}/status").read_text()
         daemon = int(re.findall(r"^PPid:\s*(\d+)", status, re.MULTILINE)[0])
         maps = Path(f"/proc/{daemon}/maps").read_text()

@@ -1,9 +1,9 @@
-"""Every rank takes its place: its CPUs, its threads, its memory, before any OpenMP library is loaded.
+"""Placement and binding of a rank: its CPUs, threads and memory, before any OpenMP runtime is loaded.
 
-OMP_PROC_BIND and OMP_PLACES are left alone on purpose. With them GNU's runtime binds the first thread to a single CPU
-as it is loaded, and every thread made by it afterwards (decoders, gloo's, oneCCL's) would inherit that one CPU; with
-as many CPUs in the process's mask as compute threads, one a core, there is little left for them to decide. Intel's
-runtime keeps to the mask as well. Who sets these variables, or KMP_AFFINITY or GOMP_CPU_AFFINITY, is obeyed.
+OMP_PROC_BIND and OMP_PLACES are not set, on purpose. With them GNU's runtime binds the first thread to a single CPU
+when it is loaded, and every thread that it creates afterwards (decoders, gloo's, oneCCL's) would inherit that one CPU.
+With as many CPUs in the process's mask as compute threads, one a core, they would change little. Intel's runtime
+respects the mask as well. If the user sets these variables, or KMP_AFFINITY or GOMP_CPU_AFFINITY, they take precedence.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from knltrain.errors import KnltrainError
-from knltrain.launch.world import Ranks, cpus_of_launcher, discover
+from knltrain.launch.world import Ranks, discover, launcher_cpus
 from knltrain.node.affinity import Plan, RankPlan, plan_node
 from knltrain.node.binding import BINDING_VARIABLES, prefer_memory
 from knltrain.node.cpulist import format_cpu_list
@@ -35,10 +35,10 @@ class RankPlacement:
     """Where this rank runs.
 
     Attributes:
-        node: what this process could use when it started.
+        node: the CPUs and memory that this process could use when it started.
         ranks: this process among its peers.
         plan: this rank's part of the node.
-        warnings: what a person should know, a sentence each.
+        warnings: for the user, one sentence each.
     """
 
     node: Node
@@ -47,68 +47,70 @@ class RankPlacement:
     warnings: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """The rank's part, as JSON types, for the run's config.json."""
+        """Returns the rank's plan as JSON types, for the run's config.json."""
         return dataclasses.asdict(self.plan)
 
 
 def bind_rank(*, strict: bool = True) -> RankPlacement:
-    """Finds this rank's part of the node and moves this process there.
+    """Finds this rank's part of the node and binds this process to it.
 
-    Call it before torch is imported: OpenMP reads its variables once, and threads inherit the CPUs of the thread that
-    makes them.
+    Call it before torch is imported: OpenMP reads its variables once, and threads inherit the CPU mask of the thread
+    that creates them.
 
     Args:
         strict: refuse to run on fewer cores than planned.
 
     Raises:
-        ConfigError: the launcher's variables contradict each other, or ``OMP_NUM_THREADS`` is no positive number.
-        KnltrainError: fewer cores are left than planned, and ``strict``.
+        ConfigError: the launcher's variables contradict each other, or ``OMP_NUM_THREADS`` is not a positive number.
+        KnltrainError: fewer cores than planned are available, and ``strict``.
     """
-    place = find_placement(strict=strict)
-    plan, warnings = place.plan, list(place.warnings)
+    placement = find_placement(strict=strict)
+    plan, warnings = placement.plan, list(placement.warnings)
     wanted = frozenset(plan.compute)
     try:
         os.sched_setaffinity(0, wanted)
     except OSError as error:
-        warnings.append(f"CPUs {format_cpu_list(wanted)} cannot be taken: {error.strerror}; threads run where they are")
+        warnings.append(
+            f"cannot bind to CPUs {format_cpu_list(wanted)}: {error.strerror}; threads stay on the CPUs that they have"
+        )
     got = frozenset(os.sched_getaffinity(0))
     if len(got & wanted) < len(wanted):
         problem = (
-            f"rank {place.ranks.rank} was to compute on CPUs {format_cpu_list(wanted)} and got "
+            f"rank {placement.ranks.rank} should compute on CPUs {format_cpu_list(wanted)} and got "
             f"{format_cpu_list(got)}: the control group (cpuset) or another process has taken the rest"
         )
         if strict:
             raise KnltrainError(f"{problem}; --no-strict-affinity runs on what is left")
         warnings.append(problem)
     if plan.memory.mode == "prefer" and (problem := prefer_memory(plan.memory.nodes)):
-        warnings.append(f"the kernel does not let memory be placed ({problem}): first touch places it")
+        warnings.append(f"the kernel does not allow a memory policy ({problem}): first touch decides where memory is")
     if "torch" not in sys.modules:
         os.environ["OMP_NUM_THREADS"] = str(plan.threads)
-    return dataclasses.replace(place, warnings=tuple(warnings))
+    return dataclasses.replace(placement, warnings=tuple(warnings))
 
 
 def find_placement(*, strict: bool = True) -> RankPlacement:
-    """Finds this rank's part of the node, and touches nothing. As :func:`bind_rank` otherwise."""
+    """Finds this rank's part of the node as :func:`bind_rank` does, without binding the process."""
     node, ranks = read_node(), discover()
-    whole = before_pinning(ranks, node)
+    whole = node_before_pinning(ranks, node)
     environ = tuned_threads(whole, ranks.local_size, os.environ)
     return plan_placement(ranks, node, whole, strict=strict, environ=environ)
 
 
-def before_pinning(ranks: Ranks, node: Node) -> Node:
-    """Returns what the ranks of this node have together, before their launcher pins any of them.
+def node_before_pinning(ranks: Ranks, node: Node) -> Node:
+    """Returns the part of the node that its ranks share, before the launcher pins any of them.
 
-    mpiexec hands down the mask that it was started with (taskset, numactl, systemd), which is then no pinning of its
-    own. One with fewer cores than ranks was hardly meant for them: a batch system's, of one core for one proxy.
+    mpiexec passes on the mask that it was started with (taskset, numactl, systemd), which is not a pinning of its own.
+    A mask with fewer cores than ranks was not meant for them: batch systems start the proxy on a single core.
 
     Args:
         ranks: this process among its peers.
-        node: what this process may use.
+        node: the part of the node that this process may use.
     """
     allowed = frozenset(node.group_cpus)
     if len(node.cpus) >= len(allowed):
         return node
-    inherited = cpus_of_launcher(ranks) & allowed if ranks.launcher in ("hydra", "openmpi") else frozenset()
+    inherited = launcher_cpus(ranks) & allowed if ranks.launcher in ("hydra", "openmpi") else frozenset()
     if inherited >= frozenset(node.cpus):
         shared = read_node(allowed=inherited)
         if len(shared.cores) >= ranks.local_size:
@@ -121,59 +123,61 @@ def plan_placement(
 ) -> RankPlacement:
     """Chooses a rank's part of its node.
 
-    A rank that its launcher pinned keeps to what it was given. The others divide what the launcher had; a process that
-    is alone, and ranks under torchrun, which pins nothing, what they may run on.
+    A rank that its launcher pinned keeps its mask. Other ranks divide the launcher's mask between them; a single
+    process, and ranks under torchrun, which does not pin, divide their own mask.
 
     Args:
         ranks: the process among its peers.
-        node: what the process may use.
-        whole: what the ranks of the node have together, of :func:`before_pinning`.
+        node: the part of the node that the process may use.
+        whole: the part that the ranks of the node share, from :func:`node_before_pinning`.
         strict: refuse fewer cores than planned.
         environ: the environment, by default this process's.
 
     Raises:
-        ConfigError: ``OMP_NUM_THREADS`` is no positive number.
-        KnltrainError: the launcher left the rank fewer cores than its share, and ``strict``.
+        ConfigError: ``OMP_NUM_THREADS`` is not a positive number.
+        KnltrainError: the launcher pinned the rank to fewer cores than planned, and ``strict``.
     """
     environ = os.environ if environ is None else environ
     if ranks.launcher not in _UNPINNED or node.cpus == whole.cpus:
         plan = plan_node(node, ranks.local_size, world_size=ranks.size, environ=environ)
-        beyond = beyond_allocation(node, environ)
-        warnings = (*_worth_a_warning(plan), *([beyond] if beyond else []))
+        beyond = unconfined_warning(node, environ)
+        warnings = (*_warnings(plan), *([beyond] if beyond else []))
         return RankPlacement(node, ranks, plan.ranks[ranks.local_rank], warnings)
     planned = plan_node(whole, ranks.local_size, world_size=ranks.size, environ=environ)
-    share = planned.ranks[ranks.local_rank]
-    # Of a part of a node, the control group may well have the whole.
-    of_job = min(_cpus_of_job(environ), default=len(whole.cpus))
-    its_part = ranks.launcher == "slurm" and len(node.cpus) >= max(1, of_job // ranks.local_size)
-    together = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > share.cores
-    if together and share.cpus <= set(node.cpus):
-        # Pinned with others, to a package perhaps, which holds what the plan has for this rank.
-        return RankPlacement(node, ranks, share, _worth_a_warning(planned))
+    planned_rank = planned.ranks[ranks.local_rank]
+    # For a job on a part of a node, the control group may still have the whole node.
+    job_cpus = min(_slurm_job_cpus(environ), default=len(whole.cpus))
+    is_its_part = ranks.launcher == "slurm" and len(node.cpus) >= max(1, job_cpus // ranks.local_size)
+    shared_mask = len(node.cpus) * ranks.local_size > len(whole.cpus) and len(node.cores) > planned_rank.cores
+    if shared_mask and planned_rank.cpus <= set(node.cpus):
+        # Pinned together with others, to a socket perhaps, which contains this rank's CPUs in the plan.
+        return RankPlacement(node, ranks, planned_rank, _warnings(planned))
     given = (
         f"{ranks.launcher} pinned rank {ranks.rank} to {_cores(len(node.cores))} (CPUs {format_cpu_list(node.cpus)})"
     )
     problem = ""
-    if together:
-        problem = f"{given} together with other ranks, and its share of this node is {format_cpu_list(share.compute)}"
-    elif len(node.cores) < share.cores and not its_part:
-        problem = f"{given}, and its share of this node is {_cores(share.cores)}"
-    enough = not together and len(node.cores) >= min(rank.cores for rank in planned.ranks)
-    remedy = f"start with {_UNPINNED[ranks.launcher]}, so that ranks place themselves"
+    if shared_mask:
+        problem = (
+            f"{given} together with other ranks, and its share of this node is {format_cpu_list(planned_rank.compute)}"
+        )
+    elif len(node.cores) < planned_rank.cores and not is_its_part:
+        problem = f"{given}, and its share of this node is {_cores(planned_rank.cores)}"
+    enough = not shared_mask and len(node.cores) >= min(rank.cores for rank in planned.ranks)
+    remedy = f"start with {_UNPINNED[ranks.launcher]}, so that ranks bind themselves"
     if problem and strict and not enough:
-        raise KnltrainError(f"{problem}; {remedy}, or keep to these cores with --no-strict-affinity")
+        raise KnltrainError(f"{problem}; {remedy}, or use these cores with --no-strict-affinity")
     own = plan_node(node, 1, world_size=ranks.size, environ=environ).ranks[0]
     own = dataclasses.replace(own, local_rank=ranks.local_rank)
     return RankPlacement(node, ranks, own, (f"{problem}; {remedy}",) if problem else ())
 
 
-def beyond_allocation(node: Node, environ: Mapping[str, str]) -> str:
-    """Says that Slurm does not confine a job to its part of the node, with a remedy; empty where that is not so.
+def unconfined_warning(node: Node, environ: Mapping[str, str]) -> str:
+    """Returns a warning if Slurm does not confine a job to its part of the node; otherwise an empty string.
 
-    Slurm counts cores or hardware threads, and the nodes of a job may differ: only what is too little by any count is
-    taken for a part.
+    Slurm counts cores or hardware threads, and the nodes of a job may differ: the job has a part of this node only if
+    its CPUs are too few by either count and on every node.
     """
-    given = max(_cpus_of_job(environ), default=len(node.cores))
+    given = max(_slurm_job_cpus(environ), default=len(node.cores))
     if given >= len(node.cores):
         return ""
     return (
@@ -183,13 +187,13 @@ def beyond_allocation(node: Node, environ: Mapping[str, str]) -> str:
     )
 
 
-def _cpus_of_job(environ: Mapping[str, str]) -> list[int]:
-    """How many CPUs a job of Slurm's has on its nodes, those of equal nodes once; nothing where that is not said."""
+def _slurm_job_cpus(environ: Mapping[str, str]) -> list[int]:
+    """Returns the CPUs that a Slurm job has on each kind of its nodes; empty if the variable is not set."""
     numbers = re.sub(r"\(x\d+\)", "", environ.get("SLURM_JOB_CPUS_PER_NODE", "")).split(",")
     return [int(number) for number in numbers] if all(map(str.isdecimal, numbers)) else []
 
 
-def _worth_a_warning(plan: Plan) -> tuple[str, ...]:
+def _warnings(plan: Plan) -> tuple[str, ...]:
     return tuple(note for note in plan.notes if "control group" in note or "this process may" in note or "slow" in note)
 
 
@@ -197,12 +201,14 @@ def _cores(count: int) -> str:
     return f"{count} core{'' if count == 1 else 's'}"
 
 
-def drift(place: RankPlacement) -> str:
-    """Says where the compute threads are if that is not where they were put; empty as long as all is well.
+def binding_drift(placement: RankPlacement) -> str:
+    """Returns a warning if compute threads are no longer bound to their CPUs; otherwise an empty string.
 
-    Libraries change what they find: an OpenMP runtime that binds its first thread, a package that sets its own mask.
+    Libraries change the mask: an OpenMP runtime that binds its first thread, a package that sets its own.
     """
-    wanted, got = set(place.plan.compute), os.sched_getaffinity(0)
+    wanted, got = set(placement.plan.compute), os.sched_getaffinity(0)
     if wanted <= got or any(name in os.environ for name in BINDING_VARIABLES):
         return ""
-    return f"rank {place.ranks.rank} was put on CPUs {format_cpu_list(wanted)} and is on {format_cpu_list(got)} now"
+    return (
+        f"rank {placement.ranks.rank} was bound to CPUs {format_cpu_list(wanted)} and is on {format_cpu_list(got)} now"
+    )

@@ -1,7 +1,7 @@
-"""The little of PMI-1 that lets ranks under Hydra tell each other where they are.
+"""A client of PMI-1, for the exchange of addresses between ranks under Hydra (MPICH, Intel MPI).
 
-The protocol is lines of ``key=value`` over a descriptor that mpiexec's proxy leaves in PMI_FD; it works on any number
-of nodes, with no network but Hydra's own and no shared folder.
+The protocol is lines of ``key=value`` over the descriptor PMI_FD, which mpiexec's proxy opens. It works on any number
+of nodes, and needs no network beside Hydra's own and no shared folder.
 https://flux-framework.readthedocs.io/projects/flux-rfc/en/latest/spec_13.html describes it.
 """
 
@@ -26,8 +26,8 @@ class Pmi:
     """A connection to the process manager.
 
     Args:
-        fd: the descriptor, which stays open: an MPI library in this process may talk over it later.
-        timeout: seconds that an answer may take; the last rank's arrival is waited for.
+        fd: the descriptor. It stays open: an MPI library in this process may use it later.
+        timeout: for an answer, in seconds; barriers wait for the last rank to start.
 
     Raises:
         KnltrainError: the process manager does not speak PMI-1.
@@ -38,55 +38,55 @@ class Pmi:
             self._socket = socket.socket(fileno=os.dup(fd))
         except OSError as error:
             raise KnltrainError(f"PMI_FD={fd}: {error.strerror}; mpiexec's connection is gone") from None
-        # A time-out of the socket's own would keep it from blocking, and with it the descriptor that an MPI library in
-        # this process talks over: both are one open file.
+        # settimeout() would make the socket non-blocking, and with it the descriptor of an MPI library in this
+        # process: both are one open file description.
         self._timeout = timeout
         self._readable = select.poll()
         self._readable.register(self._socket, select.POLLIN)
         self._pending = b""
         self._phase = 0
         try:
-            self._ask("cmd=init pmi_version=1 pmi_subversion=1", "response_to_init")
-            self._name = self._ask("cmd=get_my_kvsname", "my_kvsname")["kvsname"]
+            self._request("cmd=init pmi_version=1 pmi_subversion=1", "response_to_init")
+            self._name = self._request("cmd=get_my_kvsname", "my_kvsname")["kvsname"]
         except BaseException:
             self.close()
             raise
 
     def close(self) -> None:
-        """Closes this end; the process manager does not notice."""
+        """Closes the connection without finalizing it."""
         self._socket.close()
 
-    def share(self, rank: int, text: str) -> Callable[[int], str]:
-        """Gives a text to the other ranks, and returns a function from a rank to its text. All ranks call it at once.
+    def all_gather(self, rank: int, text: str) -> Callable[[int], str]:
+        """Sends a text to all ranks; returns a function from a rank to its text. All ranks call it at once.
 
         Args:
             rank: this rank.
-            text: some hundred bytes.
+            text: at most some hundred bytes, the limit of a PMI-1 value.
         """
         self._phase += 1
         key = f"knltrain-{self._phase}-"
-        self._ask(f"cmd=put kvsname={self._name} key={key}{rank} value={quote(text, safe='')}", "put_result")
-        self._ask("cmd=barrier_in", "barrier_out")
+        self._request(f"cmd=put kvsname={self._name} key={key}{rank} value={quote(text, safe='')}", "put_result")
+        self._request("cmd=barrier_in", "barrier_out")
 
         def of(other: int) -> str:
-            return unquote(self._ask(f"cmd=get kvsname={self._name} key={key}{other}", "get_result")["value"])
+            return unquote(self._request(f"cmd=get kvsname={self._name} key={key}{other}", "get_result")["value"])
 
         return of
 
-    def leave_at_exit(self) -> None:
-        """Takes leave when the process ends as it should; ending without, it takes the job down.
+    def finalize_at_exit(self) -> None:
+        """Sends ``finalize`` when this process ends normally; without it, mpiexec ends the job.
 
-        An MPI library that was started in this process takes leave itself, and only one may.
+        An MPI library that was initialized in this process sends it itself, and it may be sent only once.
         """
-        atexit.register(self._leave)
+        atexit.register(self._finalize)
 
-    def _leave(self) -> None:
-        if not _mpi_was_started() and not _ending:
+    def _finalize(self) -> None:
+        if not _mpi_initialized() and not _abort_sent:
             with contextlib.suppress(KnltrainError):
-                self._ask("cmd=finalize", "finalize_ack")
+                self._request("cmd=finalize", "finalize_ack")
         self.close()
 
-    def _ask(self, question: str, answer: str) -> dict[str, str]:
+    def _request(self, question: str, answer: str) -> dict[str, str]:
         try:
             self._socket.sendall(question.encode() + b"\n")
             while b"\n" not in self._pending:
@@ -105,56 +105,56 @@ class Pmi:
         return fields
 
 
-_ending = False
-# For what was said to be on its way before mpiexec ends whoever passes it on.
-_SAID_S = 0.5
-_CLEANUP_S = 15
-_SEE_TO_IT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
+_abort_sent = False
+# For the output of this rank to be forwarded before mpiexec ends its proxies.
+_OUTPUT_DELAY_S = 0.5
+_MPIEXEC_EXIT_TIMEOUT_S = 15
+_KILL_AFTER_TIMEOUT = 'for i in $(seq "$2"); do sleep 1; kill -0 "$1" || exit 0; done; kill -9 "$1"'
 
 
-def end_the_job(code: int = 1) -> None:
-    """Has Hydra's mpiexec, if that started this rank, end all ranks of the job.
+def abort_job(code: int = 1) -> None:
+    """Makes Hydra's mpiexec, if it started this rank, end all ranks of the job.
 
-    By itself it waits for a rank that is stopped, and for those that wait for this one.
+    Otherwise mpiexec would wait for a stopped rank, and for the ranks that wait for this one.
 
     Args:
-        code: that mpiexec exits with.
+        code: exit code of mpiexec.
     """
-    global _ending
-    if _ending:
+    global _abort_sent
+    if _abort_sent:
         return
     with contextlib.suppress(KeyError, ValueError, OSError):
         fd = int(os.environ["PMI_FD"])
         sys.stdout.flush()
         sys.stderr.flush()
-        time.sleep(_SAID_S)
+        time.sleep(_OUTPUT_DELAY_S)
         os.write(fd, f"cmd=abort exitcode={code}\n".encode())
-        _ending = True
+        _abort_sent = True
 
 
-def see_mpiexec_end() -> None:
-    """Leaves a process behind that ends Hydra's mpiexec in a while, if that is on this host and has not ended by then.
+def kill_mpiexec_later() -> None:
+    """Starts a process that kills Hydra's mpiexec after a time-out, if it runs on this host and has not ended by then.
 
-    A rank calls it when it has lost another. mpiexec then ends the job on every host, but does not end itself before
-    each host has said so, which one that cannot be reached never does.
+    A rank calls it when it has lost another. mpiexec then ends the job on every host, but exits only after each host
+    has confirmed it, which an unreachable one never does.
     """
     with contextlib.suppress(OSError):
-        if "PMI_FD" in os.environ and (mpiexec := _mpiexec()):
+        if "PMI_FD" in os.environ and (mpiexec := _local_mpiexec()):
             subprocess.Popen(
-                ["sh", "-c", _SEE_TO_IT, "sh", str(mpiexec), str(_CLEANUP_S)],
+                ["sh", "-c", _KILL_AFTER_TIMEOUT, "sh", str(mpiexec), str(_MPIEXEC_EXIT_TIMEOUT_S)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
 
-def _mpiexec() -> int:
-    """The process id of mpiexec, where it is this rank's proxy's parent; 0 on the other hosts."""
+def _local_mpiexec() -> int:
+    """Returns the process id of mpiexec, the parent of this rank's proxy; 0 on the other hosts."""
     with open(f"/proc/{os.getppid()}/stat") as stat:
         parent = int(stat.read().rpartition(")")[2].split()[1])
     with open(f"/proc/{parent}/comm") as comm:
         return parent if comm.read().startswith("mpiexec") else 0
 
 
-def _mpi_was_started() -> bool:
+def _mpi_initialized() -> bool:
     with open("/proc/self/maps") as maps:
         paths = {line.split(maxsplit=5)[5].strip() for line in maps if "/libmpi" in line}
     for path in paths:

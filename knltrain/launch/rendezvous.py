@@ -1,10 +1,10 @@
-"""How ranks on several nodes find the first of them, and which network they find it over.
+"""Rendezvous: the address of rank 0, and the network interface that leads to it.
 
-MASTER_ADDR and MASTER_PORT win where they are set. Under srun the node list names the first rank's node. Under Hydra
-and Open MPI the first rank tells the others its addresses, in the launcher's own way, and each takes the first that
-answers: a name that resolves to loopback, or a bridge that every node has with the same address, does not. IPv4 only.
+MASTER_ADDR and MASTER_PORT take precedence. Under srun the node list names rank 0's node. Under Hydra and Open MPI,
+rank 0 sends its addresses through the launcher, and each rank uses the first that it can connect to: a name that
+resolves to loopback, or a bridge that every node has with the same address, is not reachable. IPv4 only.
 
-What the first rank then listens at is the one address that the others come by, loopback where all are on one node.
+Rank 0 then listens at the one address that the other ranks use: loopback if all are on one node.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from knltrain.launch.world import Ranks, discover
 START_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 3.0
 _SIOCGIFADDR = 0x8915
-ANYWHERE = "198.51.100.1"  # of a network for documentation, which the default route leads to (RFC 5737)
-_MOST_ADDRESSES = 24  # what fits into a kilobyte, the shortest value that PMI-1 allows
+OUTSIDE_ADDRESS = "198.51.100.1"  # reserved for documentation (RFC 5737): the default route leads there
+_MAX_ADDRESSES = 24  # fits into a kilobyte, the shortest value limit that PMI-1 allows
 
 
 @dataclasses.dataclass(frozen=True)
-class Meeting:
-    """Where the process group meets.
+class Rendezvous:
+    """How the ranks of a process group connect to rank 0.
 
     Attributes:
-        init_method: as torch.distributed takes it.
-        address: the first rank's, as this rank reaches it; empty on one node.
-        interface: of this rank's, the one that leads to the others, loopback on one node; empty where it is unknown.
-        listen: of the first rank, address and port to listen at; None where it opens no port, which a file and
-            torchrun's own agent spare it, and where the others may come by more than one address: then on all.
+        init_method: as for ``torch.distributed.init_process_group``.
+        address: rank 0's, as this rank reaches it; empty on one node.
+        interface: this rank's network interface that leads to the others; loopback on one node; empty if unknown.
+        listen: on rank 0, the address and port to listen at. None on other ranks, if no port is opened (a file, or
+            torchrun's agent), and if other ranks use more than one address: rank 0 then listens on all.
     """
 
     init_method: str
@@ -55,100 +55,104 @@ class Meeting:
     listen: tuple[str, int] | None = None
 
     def export(self) -> dict[str, str]:
-        """Tells gloo, oneCCL and libfabric the interface, unless the user has; returns what was set."""
+        """Exports the interface for gloo, oneCCL and libfabric, unless the user has; returns the variables set."""
         names = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE") if self.interface else ()
-        told = {name: self.interface for name in names if name not in os.environ}
-        os.environ.update(told)
-        return told
+        exported = {name: self.interface for name in names if name not in os.environ}
+        os.environ.update(exported)
+        return exported
 
 
 class Exchange(Protocol):
-    """A way to give every rank a text of every other."""
+    """A launcher's all-gather of short texts."""
 
-    def share(self, rank: int, text: str) -> Callable[[int], str]:
-        """Gives a text to the other ranks and returns a function from a rank to its text. All ranks call it."""
+    def all_gather(self, rank: int, text: str) -> Callable[[int], str]:
+        """Sends a text to all ranks; returns a function from a rank to its text. All ranks call it at once."""
 
 
-def meet(ranks: Ranks, environ: Mapping[str, str] | None = None) -> Meeting:
-    """Finds where the process group meets. On several nodes all ranks call it, once.
+def find_rendezvous(ranks: Ranks, environ: Mapping[str, str] | None = None) -> Rendezvous:
+    """Finds rank 0's address from the launcher's variables. On several nodes all ranks call it, once.
 
     Args:
         ranks: this process among its peers.
         environ: the environment, by default this process's.
 
     Raises:
-        ConfigError: MASTER_ADDR is loopback, or nothing says where the first rank is.
-        KnltrainError: the ranks do not find each other.
+        ConfigError: MASTER_ADDR is loopback, or no variable tells where rank 0 is.
+        KnltrainError: the ranks cannot reach each other.
     """
     environ = os.environ if environ is None else environ
     if not ranks.on_several_nodes:
-        return Meeting(ranks.init_method, interface=loopback(), listen=_at_own_address(ranks, environ))
+        return Rendezvous(ranks.init_method, interface=loopback(), listen=_listen_address(ranks, environ))
     if ranks.init_method:
-        return dataclasses.replace(_at_master(environ["MASTER_ADDR"], ranks), listen=_at_own_address(ranks, environ))
+        return dataclasses.replace(
+            _from_master_addr(environ["MASTER_ADDR"], ranks), listen=_listen_address(ranks, environ)
+        )
     if ranks.launcher == "slurm":
-        return _by_node_list(ranks, environ)
+        return _from_slurm_node_list(ranks, environ)
     if ranks.launcher == "openmpi":
-        return _in_a_process_of_its_own()
+        return _in_subprocess()
     if "PMI_FD" not in environ:
         raise ConfigError(
-            f"{ranks.launcher} started {ranks.size} ranks on several nodes and left no PMI_FD to find each other by; "
-            "export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT, a free port there"
+            f"{ranks.launcher} started {ranks.size} ranks on several nodes and did not set PMI_FD for their "
+            "rendezvous; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT, a free port there"
         )
     pmi = Pmi(int(environ["PMI_FD"]), START_TIMEOUT_S)
     try:
-        meeting = agree(pmi, ranks)
+        rendezvous = agree_on_address(pmi, ranks)
     except BaseException:
         pmi.close()
         raise
-    pmi.leave_at_exit()
-    return meeting
+    pmi.finalize_at_exit()
+    return rendezvous
 
 
-def agree(exchange: Exchange, ranks: Ranks) -> Meeting:
-    """Lets the first rank tell its addresses, and every other take the first that answers.
+def agree_on_address(exchange: Exchange, ranks: Ranks) -> Rendezvous:
+    """Sends rank 0's addresses to all ranks; each uses the first that it can connect to.
 
     Raises:
-        KnltrainError: none answers a rank.
+        KnltrainError: this rank can connect to none.
     """
     with contextlib.ExitStack() as until_chosen:
         offer = ""
         if ranks.rank == 0:
-            port = until_chosen.enter_context(_answering())  # until the others have tried
+            port = until_chosen.enter_context(_accept_connections())  # until the others have tried
             addresses = [address for _, address in own_addresses()]
             named = [address for address in _resolve(socket.gethostname()) if address in addresses]
-            first = list(dict.fromkeys([*named, *addresses]))[:_MOST_ADDRESSES]
-            offer = json.dumps([socket.gethostname()[:64], _stack(), port, first])
-        host, stack, port, offered = json.loads(exchange.share(ranks.rank, offer)(0))
-        # Ranks of one network stack reach the first over loopback, and have no interface to tell.
-        together = stack == _stack()
-        address = "127.0.0.1" if together else _first_that_answers(offered, port)
-        # Nobody leaves before all have tried: who found nothing says so after the others know.
-        choices = exchange.share(ranks.rank, address)
-    # And nobody goes on to the port before it is free: a connection to this listener would be reset.
-    exchange.share(ranks.rank, "")
+            first = list(dict.fromkeys([*named, *addresses]))[:_MAX_ADDRESSES]
+            offer = json.dumps([socket.gethostname()[:64], _network_namespace(), port, first])
+        host, namespace, port, offered = json.loads(exchange.all_gather(ranks.rank, offer)(0))
+        # Ranks in rank 0's network namespace reach it over loopback.
+        same_node = namespace == _network_namespace()
+        address = "127.0.0.1" if same_node else _first_reachable(offered, port)
+        # All ranks try before any raises: the others must know that one found no address.
+        choices = exchange.all_gather(ranks.rank, address)
+    # A barrier until rank 0 has closed its listener, whose port is used again: a connection to it would be reset.
+    exchange.all_gather(ranks.rank, "")
     if not address:
         raise KnltrainError(
             f"rank {ranks.rank} on {socket.gethostname()} reaches none of the addresses of rank 0 on {host} "
             f"({', '.join(offered) or 'none'}), port {port}: a firewall, or no common network; export MASTER_ADDR and "
             "MASTER_PORT to name an address"
         )
-    towards, listen = address, None
-    if together:  # what the ranks elsewhere reach this node by
+    route_to, listen = address, None
+    if same_node:  # the addresses by which ranks on other nodes reach this one
         chosen = {one: None for one in map(choices, range(1, ranks.size)) if one != "127.0.0.1"}
-        towards = next(iter(chosen), "")
-        if len(chosen) < 2:  # one that reached nothing has chosen "", and ends
-            address = towards or address
+        route_to = next(iter(chosen), "")
+        if len(chosen) < 2:  # a rank that reached none has chosen "", and raises
+            address = route_to or address
             listen = (address, port)
-    return Meeting(f"tcp://{address}:{port}", address, interface_towards(towards) if towards else loopback(), listen)
+    return Rendezvous(
+        f"tcp://{address}:{port}", address, interface_towards(route_to) if route_to else loopback(), listen
+    )
 
 
 @contextlib.contextmanager
-def _answering() -> Iterator[int]:
-    """Holds a port on all interfaces that takes whoever connects, and closes the connection at once."""
+def _accept_connections() -> Iterator[int]:
+    """Listens on all interfaces, and accepts and closes every connection; yields the port."""
     with socket.create_server(("", 0), backlog=1024) as listener:
 
         def take() -> None:
-            # Left in the queue, connections fill it: some kernels hold 129, and whoever comes after finds nobody.
+            # Without accept() the backlog fills (129 on some kernels), and later ranks could not connect.
             with contextlib.suppress(OSError):
                 while True:
                     listener.accept()[0].close()
@@ -163,12 +167,12 @@ def _answering() -> Iterator[int]:
 
 
 def own_addresses() -> list[tuple[str, str]]:
-    """Names and IPv4 addresses of the interfaces that are up, loopback left out."""
+    """Returns names and IPv4 addresses of the interfaces that are up, without loopback."""
     return [(name, address) for name, address in _addresses() if not ipaddress.ip_address(address).is_loopback]
 
 
 def loopback() -> str:
-    """The name of the loopback interface; empty where it is down."""
+    """Returns the name of the loopback interface; empty if it is down."""
     return next((name for name, address in _addresses() if ipaddress.ip_address(address).is_loopback), "")
 
 
@@ -181,86 +185,88 @@ def _addresses() -> Iterator[tuple[str, str]]:
 
 
 def interface_towards(address: str) -> str:
-    """The interface that the kernel's routes take to an address, or that has it; empty for loopback and no route."""
+    """Returns the interface of the route to an address, or that has it; empty for loopback and without a route."""
     own = {ip: name for name, ip in own_addresses()}
     return own[address] if address in own else own.get(_source_towards(address), "")
 
 
 def _source_towards(address: str) -> str:
-    """This node's address on the way to another; empty where no route leads there."""
+    """Returns this node's source address for a destination; empty without a route."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as one:
         try:
-            one.connect((address, 9))  # sends nothing: the route alone is looked up
+            one.connect((address, 9))  # sends nothing: the kernel only looks up the route
             return str(one.getsockname()[0])
         except OSError:
             return ""
 
 
-def _stack() -> str:
-    """What two processes have in common if they share all network interfaces: kernel and network namespace."""
+def _network_namespace() -> str:
+    """Returns an id of kernel and network namespace: processes with the same id share all network interfaces."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
 
 
 def _resolve(host: str) -> list[str]:
-    """The IPv4 addresses of a name, loopback left out; none where it has none."""
-    return [address for address in _resolve_all(host) if not ipaddress.ip_address(address).is_loopback]
+    """Returns the IPv4 addresses of a name, without loopback; empty if it does not resolve."""
+    return [address for address in _resolve_any(host) if not ipaddress.ip_address(address).is_loopback]
 
 
-def _resolve_all(host: str) -> list[str]:
+def _resolve_any(host: str) -> list[str]:
     try:
         found = [str(info[4][0]) for info in socket.getaddrinfo(host, None, socket.AF_INET, socket.SOCK_STREAM)]
-    except (OSError, UnicodeError):  # UnicodeError: of a name that no host can have
+    except (OSError, UnicodeError):  # UnicodeError: not a valid host name
         return []
     return list(dict.fromkeys(found))
 
 
-def _at_own_address(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int] | None:
-    """Where the first rank listens if the user, or torchrun, names the place: at an address that only it can be.
+def _listen_address(ranks: Ranks, environ: Mapping[str, str]) -> tuple[str, int] | None:
+    """Returns the address at which rank 0 listens if MASTER_ADDR is set; None to listen on all interfaces.
 
-    A name that is loopback's here may be another elsewhere, one with several addresses is reached by any of them, and
-    one that is none of this node's is behind a translation: None.
+    None if the name resolves to loopback here, because it may not elsewhere; if it has several addresses, because each
+    may be used; if its address is not one of this node's, because of address translation; and if torchrun listens.
 
     Raises:
-        ConfigError: MASTER_PORT is no port.
+        ConfigError: MASTER_PORT is not a port.
     """
     if ranks.rank or ranks.init_method != "env://":
         return None
     host, port = environ["MASTER_ADDR"], environ["MASTER_PORT"]
     if not (port.isdecimal() and port.isascii() and 0 < int(port[:6]) < 1 << 16):
-        raise ConfigError(f"MASTER_PORT={port} is no port; give a number from 1 to 65535 that is free on rank 0's node")
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun listens itself
+        raise ConfigError(
+            f"MASTER_PORT={port} is not a port; give a number from 1 to 65535 that is free on rank 0's node"
+        )
+    if environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun's agent listens
         return None
-    found = _resolve_all(host)
+    found = _resolve_any(host)
     own = {address for _, address in (own_addresses() if ranks.on_several_nodes else _addresses())}
     return (found[0], int(port)) if len(found) == 1 and found[0] in own else None
 
 
-def _first_that_answers(addresses: list[str], port: int) -> str:
+def _first_reachable(addresses: list[str], port: int) -> str:
     own = {address for _, address in own_addresses()}
     for address in addresses:
-        # A bridge that every node has with the same address (docker0) leads to this node itself.
+        # An address that every node has, such as docker0's, leads to this node itself.
         if address not in own:
             with contextlib.suppress(OSError), socket.create_connection((address, port), timeout=_PROBE_TIMEOUT_S):
                 return address
     return ""
 
 
-def _at_master(host: str, ranks: Ranks) -> Meeting:
+def _from_master_addr(host: str, ranks: Ranks) -> Rendezvous:
     addresses = _resolve(host)
-    # On its own node a name may well be loopback's; then the route to anywhere tells the interface.
+    # On its own node a name may resolve to loopback; then the default route gives the interface.
     named = not host.replace(".", "").isdigit() and host != "localhost"
     if not addresses and named and ranks.rank == ranks.local_rank:
-        return Meeting(ranks.init_method, host, interface_towards(ANYWHERE))
+        return Rendezvous(ranks.init_method, host, interface_towards(OUTSIDE_ADDRESS))
     if not addresses:
         raise ConfigError(
-            f"MASTER_ADDR={host} is no address that other nodes can reach (unknown, or loopback), and the "
+            f"MASTER_ADDR={host} is not an address that other nodes can reach (unknown, or loopback), and the "
             f"{ranks.size} ranks are on several; give the address of rank 0's node"
         )
-    return Meeting(ranks.init_method, addresses[0], interface_towards(addresses[0]))
+    return Rendezvous(ranks.init_method, addresses[0], interface_towards(addresses[0]))
 
 
-def _by_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Meeting:
+def _from_slurm_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvous:
     if len(ranks.hosts) < 2:
         raise ConfigError(
             f"srun started {ranks.size} ranks on several nodes, and SLURM_STEP_NODELIST does not name them; "
@@ -268,27 +274,27 @@ def _by_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Meeting:
         )
     head = ranks.hosts[0]
     here = int(environ.get("SLURM_NODEID", "0")) == 0
-    # On the first node its own name may well be loopback's: the way to the second node is what counts there.
+    # On rank 0's node its own name may resolve to loopback: use the route to the second node.
     addresses = _resolve(ranks.hosts[1] if here else head)
     if not addresses:
         name = ranks.hosts[1] if here else head
         raise KnltrainError(
-            f"node {name} of the job has no address that {socket.gethostname()} could reach: its name is unknown or "
+            f"node {name} of the job has no address that {socket.gethostname()} can reach: its name is unknown or "
             "resolves to loopback; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT"
         )
-    # All ranks come to the same port without a word: one that differs from job to job and from step to step.
+    # All ranks derive the same port from the ids of job and step, so that jobs on shared nodes use different ones.
     port = 20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 31 + int(environ.get("SLURM_STEP_ID", "0"))) % 12000
     interface = interface_towards(addresses[0])
     if not here:
-        return Meeting(f"tcp://{addresses[0]}:{port}", addresses[0], interface)
-    # The others come by this node's name, as they resolve it, which is what it is here too unless that is loopback.
+        return Rendezvous(f"tcp://{addresses[0]}:{port}", addresses[0], interface)
+    # Other ranks resolve this node's name: to the same address as here, unless it is loopback here.
     named = _resolve(head) or [_source_towards(addresses[0])]
     listen = named[0] if len(named) == 1 and named[0] in {own for _, own in own_addresses()} else ""
     address = listen or "127.0.0.1"
-    return Meeting(f"tcp://{address}:{port}", address, interface, (listen, port) if listen else None)
+    return Rendezvous(f"tcp://{address}:{port}", address, interface, (listen, port) if listen else None)
 
 
-def _in_a_process_of_its_own() -> Meeting:
+def _in_subprocess() -> Rendezvous:
     try:
         result = subprocess.run(
             [sys.executable, "-m", "knltrain.launch.rendezvous"],
@@ -298,22 +304,22 @@ def _in_a_process_of_its_own() -> Meeting:
         )
     except subprocess.TimeoutExpired:
         raise KnltrainError(
-            f"the ranks under Open MPI did not find each other in {START_TIMEOUT_S:.0f} s: one has not started"
+            f"no rendezvous under Open MPI within {START_TIMEOUT_S:.0f} s: a rank has not started"
         ) from None
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise KnltrainError(f"ranks under Open MPI did not find each other: {last}")
+        raise KnltrainError(f"no rendezvous under Open MPI: {last}")
     found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
-    return Meeting(**found)
+    return Rendezvous(**found)
 
 
 def _main() -> None:
     mpi = OpenMpi()
     try:
-        meeting = agree(mpi, discover())
+        rendezvous = agree_on_address(mpi, discover())
     finally:
         mpi.close()
-    print(json.dumps(dataclasses.asdict(meeting)))
+    print(json.dumps(dataclasses.asdict(rendezvous)))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Who this process is: rank and world size, as told by whichever launcher started it.
+"""Rank and world size, from the variables of the launcher that started this process.
 
-Launchers are asked innermost first: torchrun, Open MPI, Hydra (MPICH, Intel MPI), srun. Torchrun may run under srun,
-mpiexec inside a batch script whose variables linger, and both start their helpers on other nodes through srun.
+Launchers are tried innermost first: torchrun, Open MPI, Hydra (MPICH, Intel MPI), srun. torchrun may run under srun,
+mpiexec inside a batch script whose variables are still set, and both start their daemons on other nodes with srun.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 
 from knltrain.errors import ConfigError
 
-# Of a list that is damaged, expanding would fill the memory.
-_MOST_NODES = 1_000_000
+# Expanding a damaged node list must not fill the memory.
+_MAX_NODES = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -23,13 +23,13 @@ class Ranks:
 
     Attributes:
         launcher: torchrun, openmpi, hydra (MPICH, Intel MPI), slurm, or none.
-        rank: this process.
-        size: all processes.
-        local_rank: this process among those of its node.
-        local_size: those.
-        init_method: where the process group meets, as torch.distributed takes it; empty when alone, and where ranks
-            are on several nodes and have yet to find each other (:func:`knltrain.launch.rendezvous.meet`).
-        hosts: names of the nodes, the first rank's first, where the launcher tells them.
+        rank: global rank of this process.
+        size: world size.
+        local_rank: rank of this process on its node.
+        local_size: number of ranks on its node.
+        init_method: as for ``torch.distributed.init_process_group``; empty with one rank, and if
+            :func:`knltrain.launch.rendezvous.find_rendezvous` has yet to find rank 0 on another node.
+        hosts: names of the nodes, rank 0's first; empty if the launcher does not list them.
     """
 
     launcher: str
@@ -42,7 +42,7 @@ class Ranks:
 
     @property
     def on_several_nodes(self) -> bool:
-        """Whether some rank runs elsewhere."""
+        """Whether a rank runs on another node."""
         return self.local_size < self.size
 
 
@@ -66,13 +66,13 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     """Reads the launcher's variables, in the order torchrun, Open MPI, Hydra (MPICH, Intel MPI), Slurm.
 
     Raises:
-        ConfigError: the launchers contradict each other (each of several processes has started a launcher of its
-            own), a variable is no number, the launcher is unknown, or nothing says how many ranks are on this node
-            or where they meet.
+        ConfigError: launchers contradict each other (each of several processes has started a launcher of its own), a
+            variable is not a number, the launcher is unknown, or no variable gives the ranks of this node or their
+            rendezvous.
     """
     environ = os.environ if environ is None else environ
     found = [_read(environ, *keys) for keys in _LAUNCHERS if keys[1] in environ and keys[2] in environ]
-    # With --mpi=pmi2, srun sets PMI_RANK and PMI_SIZE as well, but not what Hydra says of a node.
+    # With --mpi=pmi2, srun sets PMI_RANK and PMI_SIZE as well, but not Hydra's variables of a node.
     if len(found) > 1 and found[0].launcher == "hydra" and "MPI_LOCALNRANKS" not in environ:
         found.pop(0)
     if not found:
@@ -91,7 +91,7 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
     if inner.size == 1:
         return Ranks(inner.launcher, 0, 1, 0, 1)
     if inner.launcher == "torchrun" and not {"LOCAL_RANK", "LOCAL_WORLD_SIZE"} <= environ.keys():
-        # A script between the launcher and knltrain has exported what it says, but not of the node.
+        # A script between launcher and knltrain has exported RANK and WORLD_SIZE, but not the local ones.
         repeated = [outer for outer in found[1:] if (outer.rank, outer.size) == (inner.rank, inner.size)]
         if not repeated:
             raise ConfigError(
@@ -104,13 +104,13 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
             f"a launcher that is none of torchrun, Open MPI, Hydra and srun started {inner.size} processes (PMI_SIZE); "
             "export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT for each"
         )
-    return replace(inner, init_method=_meeting_point(environ, inner))
+    return replace(inner, init_method=_init_method(environ, inner))
 
 
-def rank_as_told(environ: Mapping[str, str] | None = None) -> str:
-    """Which rank the innermost launcher says this process is, whatever else it says; empty where there is none.
+def launcher_rank(environ: Mapping[str, str] | None = None) -> str:
+    """Returns the rank in the innermost launcher's variables, unchecked; empty without a launcher.
 
-    A single task of Slurm's is none: a job that takes no ranks is started so too.
+    A single Slurm task does not count as a rank: commands that are not parallel are started so too.
     """
     environ = os.environ if environ is None else environ
     for name, rank, size, *_ in _LAUNCHERS:
@@ -122,7 +122,7 @@ def rank_as_told(environ: Mapping[str, str] | None = None) -> str:
 def _read(
     environ: Mapping[str, str], name: str, rank_key: str, size_key: str, local_rank_key: str, local_size_key: str
 ) -> Ranks:
-    """What one launcher says."""
+    """Reads one launcher's variables."""
     rank, size = _number(environ, rank_key), _number(environ, size_key)
     if not 0 <= rank < size:
         raise ConfigError(f"{rank_key}={rank} does not fit {size_key}={size}; start through {name} or unset both")
@@ -147,10 +147,10 @@ def _number(environ: Mapping[str, str], key: str) -> int:
     try:
         return int(environ[key])
     except ValueError:
-        raise ConfigError(f"{key}={environ[key]} is no number; the launcher's variables are damaged") from None
+        raise ConfigError(f"{key}={environ[key]} is not a number; the launcher's variables are damaged") from None
 
 
-def _meeting_point(environ: Mapping[str, str], ranks: Ranks) -> str:
+def _init_method(environ: Mapping[str, str], ranks: Ranks) -> str:
     given = [name for name in ("MASTER_ADDR", "MASTER_PORT") if environ.get(name)]
     if len(given) == 2:
         return "env://"
@@ -163,49 +163,48 @@ def _meeting_point(environ: Mapping[str, str], ranks: Ranks) -> str:
             )
         return ""
     folder = environ.get("TMPDIR", "/tmp")
-    return f"file://{folder}/knltrain-{os.getuid()}-{_name_of_job(environ, ranks)}"
+    return f"file://{folder}/knltrain-{os.getuid()}-{_job_id(environ, ranks)}"
 
 
-def _name_of_job(environ: Mapping[str, str], ranks: Ranks) -> str:
-    """What all ranks of one node have in common, with no other job there and no earlier one."""
-    if _says_rank(environ, ranks, "slurm") and "SLURM_JOB_ID" in environ:
+def _job_id(environ: Mapping[str, str], ranks: Ranks) -> str:
+    """Returns an id that the ranks of a run on this node share, and no other run does, concurrent or earlier."""
+    if _has_rank_variables(environ, ranks, "slurm") and "SLURM_JOB_ID" in environ:
         return "-".join(environ.get(f"SLURM_{name}", "0") for name in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     try:
-        process = _process_of_launcher(ranks)
-        # Its start time sets it apart from an earlier one of the same number.
+        process = _launcher_process(ranks)
+        # The start time tells it from an earlier process with the same id.
         return f"{process}-{_fields_of(process)[19]}"
     except OSError:
         raise ConfigError(
-            f"rank {ranks.rank} of {ranks.size} does not see the process of {ranks.launcher} that started it, as in a "
+            f"rank {ranks.rank} of {ranks.size} cannot see the process of {ranks.launcher} that started it, as in a "
             "container of its own; export MASTER_ADDR=127.0.0.1 and MASTER_PORT, a free port, for all ranks"
         ) from None
 
 
-def cpus_of_launcher(ranks: Ranks) -> frozenset[int]:
-    """What the launcher's process on this node may run on, and hands down unless it pins; none where it is not seen."""
+def launcher_cpus(ranks: Ranks) -> frozenset[int]:
+    """Returns the CPU mask of the launcher's process on this node, which ranks inherit; empty if it is not visible."""
     try:
-        return frozenset(os.sched_getaffinity(_process_of_launcher(ranks)))
+        return frozenset(os.sched_getaffinity(_launcher_process(ranks)))
     except OSError:
         return frozenset()
 
 
-def _process_of_launcher(ranks: Ranks) -> int:
-    """The launcher's process on this node: of mpiexec, its proxy.
+def _launcher_process(ranks: Ranks) -> int:
+    """Returns the id of the launcher's process on this node; for mpiexec, of its proxy.
 
-    It is above what may stand between it and this rank: a shell, numactl, a container's runtime, each with this rank's
-    variables.
+    It is the first ancestor without this rank's variables: a shell, numactl or a container runtime in between has them.
 
     Raises:
-        OSError: it is not seen from here.
+        OSError: it is not visible from here.
     """
     process = os.getppid()
-    while _says_rank(_environment_of(process), ranks):
+    while _has_rank_variables(_environment_of(process), ranks):
         process = int(_fields_of(process)[1])
     return process
 
 
-def _says_rank(environ: Mapping[str, str], ranks: Ranks, *launchers: str) -> bool:
-    """Whether variables of one of these launchers, by default of any, give a process the rank and size of this one."""
+def _has_rank_variables(environ: Mapping[str, str], ranks: Ranks, *launchers: str) -> bool:
+    """Whether variables of one of these launchers, by default of any, have the rank and size of this process."""
     return any(
         (environ.get(rank), environ.get(size)) == (str(ranks.rank), str(ranks.size))
         for name, rank, size, *_ in _LAUNCHERS
@@ -214,14 +213,14 @@ def _says_rank(environ: Mapping[str, str], ranks: Ranks, *launchers: str) -> boo
 
 
 def _environment_of(process: int) -> dict[str, str]:
-    """The variables that a process was started with."""
+    """Returns the environment that a process was started with."""
     with open(f"/proc/{process}/environ", encoding="utf-8", errors="replace") as file:
         entries = (entry.partition("=") for entry in file.read().split("\0"))
         return {name: value for name, _, value in entries}
 
 
 def _fields_of(process: int) -> list[str]:
-    """What /proc says of a process after its name, which may hold anything: its state, its parent, and so on."""
+    """Returns the fields of /proc/PID/stat after the name, which may contain anything: state, parent, and so on."""
     with open(f"/proc/{process}/stat") as stat:
         return stat.read().rpartition(")")[2].split()
 
@@ -230,13 +229,13 @@ def expand_counts(text: str) -> list[int]:
     """Expands Slurm's ``2(x3),1`` to a number for each node.
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: it is not such a list.
     """
     counts: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:\(x(\d{1,6})\))?", part.strip())
-        if not match or len(counts) > _MOST_NODES:
-            raise ConfigError(f"{text[:200]!r} is no list of tasks per node; Slurm's variables are damaged")
+        if not match or len(counts) > _MAX_NODES:
+            raise ConfigError(f"{text[:200]!r} is not a list of tasks per node; Slurm's variables are damaged")
         counts += [int(match[1])] * int(match[2] or 1)
     return counts
 
@@ -245,20 +244,20 @@ def expand_hosts(text: str) -> tuple[str, ...]:
     """Expands Slurm's ``node[001-003,7],gpu-a`` to names, leading zeros kept.
 
     Raises:
-        ConfigError: it is no such list.
+        ConfigError: it is not such a list.
     """
     names: list[str] = []
-    # Commas inside brackets do not part names.
+    # Commas inside brackets do not separate names.
     for pattern in re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", text):
         expanded = [""]
         for literal, ranges in re.findall(r"([^\[\]]+)|\[([^\]]*)\]", pattern):
             choices = [literal] if literal else _expand_ranges(ranges, text)
-            if len(expanded) * len(choices) + len(names) > _MOST_NODES:
-                raise ConfigError(f"{text[:200]!r} are more nodes than there can be; Slurm's variables are damaged")
+            if len(expanded) * len(choices) + len(names) > _MAX_NODES:
+                raise ConfigError(f"{text[:200]!r} has too many nodes; Slurm's variables are damaged")
             expanded = [prefix + choice for prefix in expanded for choice in choices]
         names += expanded
     if re.sub(r"\[[\d,-]+\]", "", text).count("[") or not names:
-        raise ConfigError(f"{text[:200]!r} is no list of nodes; Slurm's variables are damaged")
+        raise ConfigError(f"{text[:200]!r} is not a list of nodes; Slurm's variables are damaged")
     return tuple(names)
 
 
@@ -266,8 +265,8 @@ def _expand_ranges(ranges: str, text: str) -> list[str]:
     numbers: list[str] = []
     for part in ranges.split(","):
         match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part.strip())
-        if not match or (match[2] and not 0 <= int(match[2]) - int(match[1]) < _MOST_NODES):
-            raise ConfigError(f"{text[:200]!r} is no list of nodes; Slurm's variables are damaged")
+        if not match or (match[2] and not 0 <= int(match[2]) - int(match[1]) < _MAX_NODES):
+            raise ConfigError(f"{text[:200]!r} is not a list of nodes; Slurm's variables are damaged")
         first, last = match[1], match[2] or match[1]
         numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
     return numbers

@@ -131,7 +131,7 @@ def evaluate_checkpoint(
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     with running_on(place.plan.comm):
         group = Group(ranks, cpus=place.plan.comm)
-    with group, group.names_lost_ranks():
+    with group, group.report_lost_ranks():
         path = _agreed(path, group, console)
         of_a_file = path.is_file()
         if of_a_file and group.world_size > 1:  # alone there is nothing to compare

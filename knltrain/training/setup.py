@@ -149,7 +149,7 @@ def join_group(config: RunConfig, compute: Compute, placement: RankPlacement, cl
     """
     with running_on(placement.plan.comm):  # where the threads that it makes then stay
         group = cleanup.enter_context(Group(placement.ranks, config.comm.backend, placement.plan.comm))
-    cleanup.enter_context(group.names_lost_ranks())
+    cleanup.enter_context(group.report_lost_ranks())
     # With auto, each node chooses what is best there.
     group.require_same_on_all_ranks("precision", compute.precision, "give one that all can have: --precision fp32")
     group.require_same_on_all_ranks("engine", compute.engine, "give one that all can have: --engine NAME")

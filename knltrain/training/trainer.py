@@ -13,7 +13,7 @@ from knltrain.comm.statistics import averaged_running_statistics, gather_running
 from knltrain.config import RunConfig
 from knltrain.data.loader import replaced
 from knltrain.errors import ConfigError, KnltrainError, SharedError
-from knltrain.launch.placement import RankPlacement, drift, find_placement
+from knltrain.launch.placement import RankPlacement, binding_drift, find_placement
 from knltrain.node.binding import running_on
 from knltrain.node.contention import CpuContention
 from knltrain.runlog.console import Console
@@ -139,7 +139,7 @@ def train_steps(run: Run, log: RunLog) -> None:
             if step == first_step:
                 # The first step takes longer than others: only from now on is a time-out a sign of a lost rank.
                 with running_on(run.placement.plan.comm):
-                    run.group.expect_steps(run.config.comm.timeout_s)
+                    run.group.set_timeout(run.config.comm.timeout_s)
 
 
 def finish_step(run: Run, log: RunLog, *, elapsed_s: float, interrupted: bool) -> None:
@@ -192,7 +192,7 @@ def evaluate_epoch(run: Run, log: RunLog) -> None:
     state.evaluations.add(state.step, accuracy.top1)
     log.evaluation({"step": state.step, "epoch": run.epoch(state.step), "top1": accuracy.top1, "top5": accuracy.top5,
                     "val_loss": accuracy.loss, "eval_s": time.perf_counter() - start})  # fmt: skip
-    for problem in (drift(run.placement), run.train_loader.moved(), run.val_loader.moved()):
+    for problem in (binding_drift(run.placement), run.train_loader.moved(), run.val_loader.moved()):
         if problem:
             warnings.warn(f"{problem}: a library has changed it", stacklevel=1)
 

@@ -62,7 +62,7 @@ def test_ranks_over_mpi_are_one_too(alone, image_folder, tmp_path):
     result = start(mpiexec(2), image_folder, tmp_path / "run", "--comm.backend", "ccl", CCL_ATL_TRANSPORT="mpi")
     assert result.returncode == 0, result.stderr
     assert_same_training(tmp_path / "run", alone)
-    assert "oneCCL obeys what was exported: CCL_ATL_TRANSPORT=mpi" in result.stdout
+    assert "oneCCL uses exported variables: CCL_ATL_TRANSPORT=mpi" in result.stdout
 
 
 # A rate so low that a rank alone sees all images with the same weights, and no batch norm: what an image's gradient is

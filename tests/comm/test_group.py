@@ -22,7 +22,7 @@ os.environ.update(json.loads(exported) if ranks.rank else {})
 said = {}
 try:
     with Group(ranks, backend, range(ranks.rank + int(kept))) as group:
-        group.expect_steps(60)
+        group.set_timeout(60)
         said = {"sum": group.sum(ranks.rank + 1.0), "count": group.count(ranks.rank < 1),
                 "any": [group.any(ranks.rank == 1), group.any(False)], "backend": group.backend.name,
                 "note": group.backend.note, "workers": group.backend.settings.get("set", {}).get("CCL_WORKER_COUNT")}

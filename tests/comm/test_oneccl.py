@@ -179,7 +179,9 @@ def test_what_the_user_exported_stays():
     assert oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
     # What knltrain itself has exported before is no wish of the user's.
     told = {"CCL_KVS_IFACE": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
-    settings = oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi", "FI_PROVIDER": "tcp", **told}, told=told)
+    settings = oneccl.configure(
+        RANKS, environ={"I_MPI_ROOT": "/opt/mpi", "FI_PROVIDER": "tcp", **told}, already_set=told
+    )
     assert (settings.kept, settings.set["CCL_KVS_IFACE"]) == ({"FI_PROVIDER": "tcp"}, "ib0")
 
 
@@ -206,7 +208,7 @@ def test_ccl_that_is_not_there_is_an_error_or_gloo_aloud(monkeypatch):
         raise oneccl.UnavailableError("oneCCL is not installed; pip install it")
 
     monkeypatch.setattr(oneccl, "load", missing)
-    monkeypatch.setattr(oneccl, "configure", lambda ranks, cpus, *, told: None)
+    monkeypatch.setattr(oneccl, "configure", lambda ranks, cpus, *, already_set: None)
     with pytest.raises(ConfigError, match=r"comm\.backend ccl: oneCCL is not installed; pip install it"):
         choose_backend("ccl", RANKS)
     chosen = choose_backend("auto", RANKS)
@@ -233,5 +235,5 @@ def test_intels_own_binding_that_does_not_load_is_left_out_aloud(tmp_path, monke
     (tmp_path / "oneccl_bindings_for_pytorch.py").write_text("raise OSError('undefined symbol: of another torch')\n")
     monkeypatch.syspath_prepend(tmp_path)
     chosen = choose_backend("auto", RANKS)
-    assert "oneccl_bindings_for_pytorch does not load and is left out: undefined symbol" in chosen.note
+    assert "oneccl_bindings_for_pytorch does not load and is ignored: undefined symbol" in chosen.note
     assert not chosen.version.startswith("oneccl_bindings"), "knltrain's own, or gloo"

@@ -52,7 +52,7 @@ def test_a_gradient_of_low_rank_comes_back_whole(memory_format, dtype):
         weight = low_rank(32, 9 * 16, 2, 0).view(32, 3, 3, 16).permute(0, 3, 1, 2).to(dtype)
     bias, norm = torch.randn(32).to(dtype), torch.randn(4, 4).to(dtype)
     bucket = Bucket(["weight", "bias", "small"], [weight, bias, norm])
-    future = alone(2).take(bucket)
+    future = alone(2).all_reduce(bucket)
     assert future.done()
     assert future.value() is bucket.buffer()
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
@@ -68,7 +68,7 @@ def test_what_is_left_out_of_a_step_comes_later():
     misses = []
     for step in range(1, 121):
         bucket = Bucket(["weight"], [gradient])
-        power.take(bucket)
+        power.all_reduce(bucket)
         passed += bucket.gradients()[0]
         misses.append(float((passed / step - gradient).norm() / gradient.norm()))
     assert misses[0] > 0.7
@@ -80,18 +80,18 @@ def test_buckets_wait_for_the_last():
     power = alone(1)
     first = Bucket(["a"], [low_rank(20, 20, 1, 1)], last=False)
     last = Bucket(["b"], [low_rank(20, 20, 1, 2)])
-    waiting = power.take(first)
+    waiting = power.all_reduce(first)
     assert not waiting.done()
-    power.take(last)
+    power.all_reduce(last)
     assert waiting.value() is first.buffer()
     torch.testing.assert_close(first.gradients()[0], low_rank(20, 20, 1, 1), rtol=1e-4, atol=1e-4)
 
 
 def test_what_was_left_out_can_be_forgotten():
     power, first, second = alone(1), torch.randn(30, 30), low_rank(30, 30, 1, 5)
-    power.take(Bucket(["weight"], [first]))
-    power.forget()
-    power.take(bucket := Bucket(["weight"], [second]))
+    power.all_reduce(Bucket(["weight"], [first]))
+    power.reset()
+    power.all_reduce(bucket := Bucket(["weight"], [second]))
     torch.testing.assert_close(bucket.gradients()[0], second, rtol=1e-4, atol=1e-4)
 
 
@@ -99,9 +99,9 @@ def test_a_number_that_is_none_is_seen_by_all_and_gone_with_the_step():
     power, good = alone(1), low_rank(20, 20, 1, 3)
     spoiled = good.clone()
     spoiled[3, 4] = float("nan")
-    power.take(bucket := Bucket(["weight"], [spoiled]))
+    power.all_reduce(bucket := Bucket(["weight"], [spoiled]))
     assert not bucket.gradients()[0].isfinite().all()
-    power.take(bucket := Bucket(["weight"], [good]))
+    power.all_reduce(bucket := Bucket(["weight"], [good]))
     torch.testing.assert_close(bucket.gradients()[0], good, rtol=1e-4, atol=1e-4)
 
 
@@ -132,7 +132,7 @@ for step in range(4):
     travel = clock.pop_step()
     steps.append({"gradients": [p.grad.flatten().tolist() for p in model.parameters()],
                   "exposed": 0 < travel.exposed <= travel.on_wire})
-    group.expect_steps(60) if step == 0 else None
+    group.set_timeout(60) if step == 0 else None
 Path(sys.argv[1], f"rank{ranks.rank}.json").write_text(json.dumps(steps))
 parallel = None
 group.close()

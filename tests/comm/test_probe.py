@@ -7,7 +7,7 @@ import pytest
 
 from knltrain.comm import probe
 from knltrain.comm.backend import choose_backend
-from knltrain.comm.probe import DTYPES, all_reduce_of_two
+from knltrain.comm.probe import DTYPES, run_two_rank_all_reduce
 from knltrain.launch.world import Ranks
 
 
@@ -29,7 +29,7 @@ def started(monkeypatch):
 
 
 def test_every_type_is_added_up(started):
-    results = all_reduce_of_two(120)
+    results = run_two_rank_all_reduce(120)
     assert [one.dtype for one in results] == list(DTYPES) == ["fp32", "bf16"]
     assert [one.reason for one in results] == ["", ""]
     assert all(one.seconds > 0 for one in results)
@@ -37,20 +37,20 @@ def test_every_type_is_added_up(started):
 
 def test_every_type_is_added_up_over_oneccl(started):
     if choose_backend("auto", Ranks("none", 0, 2, 0, 2)).name != "ccl":
-        started += [subprocess.CompletedProcess(["", "", "", "/nowhere/meet"], 0)] * 2
+        started += [subprocess.CompletedProcess(["", "", "", "/nowhere/store"], 0)] * 2
         pytest.skip("oneCCL is not installed")
-    results = all_reduce_of_two(120, "ccl")
+    results = run_two_rank_all_reduce(120, "ccl")
     assert [(one.dtype, one.reason) for one in results] == [("fp32", ""), ("bf16", "")]
     assert all(one.seconds > 0 for one in results)
 
 
 def test_an_interface_that_is_not_there_is_the_reason(started, monkeypatch):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
-    for one in all_reduce_of_two(120):
+    for one in run_two_rank_all_reduce(120):
         assert "nowhere0" in one.reason
         assert one.seconds == 0
 
 
 def test_ranks_that_are_late_are_ended_and_named(started):
-    for one in all_reduce_of_two(0.05):
+    for one in run_two_rank_all_reduce(0.05):
         assert one.reason == "no answer of rank 0 and 1 within 0.05 s"

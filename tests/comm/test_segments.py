@@ -21,13 +21,13 @@ import torch.distributed as dist
 from knltrain.comm.group import Group
 from knltrain.launch.world import Ranks
 folder, way, rank = Path(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
-with Group(Ranks("torchrun", rank, 2, rank, 2, f"file://{folder}/meet"), "ccl") as group:
+with Group(Ranks("torchrun", rank, 2, rank, 2, f"file://{folder}/store"), "ccl") as group:
     group.barrier()
     (folder / f"joined{group.rank}").write_text(str(os.getpid()))
     if way == "stay":
         time.sleep(600)
     if way == "fail" and rank == 0:
-        group.expect_steps(1.0)
+        group.set_timeout(1.0)
         try:
             group.barrier()
         finally:

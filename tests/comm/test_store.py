@@ -1,4 +1,4 @@
-"""Where the ranks of one node meet, also after a run that was killed there."""
+"""The store of the ranks of one node, also after a run that was killed there."""
 
 import os
 import signal
@@ -81,6 +81,6 @@ def test_a_folder_that_cannot_be_used_is_said_by_the_first_rank(tmp_path):
     kill(processes[1:])
     (said,) = results(tmp_path / "run", 2)
     assert said == (
-        f"rank 0 of 2 (torchrun) cannot use {tmp_path / 'missing'} (TMPDIR), where the ranks of a node meet: "
-        "No such file or directory"
+        f"rank 0 of 2 (torchrun) cannot use {tmp_path / 'missing'} (TMPDIR) for the rendezvous of the ranks of a "
+        "node: No such file or directory"
     )

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from knltrain.doctor import child
-from knltrain.doctor.child import try_out
+from knltrain.doctor.child import run_torch_checks
 
 # Answers "ok" for each name that it is given, but for those whose name says what it does instead.
 CHILD = """
@@ -38,7 +38,7 @@ def run(tmp_path, monkeypatch):
     def start(names=NAMES, data=None, **environ):
         for name, value in environ.items():
             monkeypatch.setenv(name, str(value))
-        return try_out(names, data, (sys.executable, str(script)))
+        return run_torch_checks(names, data, (sys.executable, str(script)))
 
     return start
 
@@ -74,7 +74,7 @@ def test_the_checks_after_one_that_dies_are_made_in_a_new_process(run, end, caus
 
 
 def test_one_that_hangs_is_ended(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(child, "_LIMITS_S", {**child._LIMITS_S, "openmp": 0.1})
+    monkeypatch.setattr(child, "_TIMEOUTS_S", {**child._TIMEOUTS_S, "openmp": 0.1})
     monkeypatch.setattr(child, "_GRACE_S", 2.0)
     pids = tmp_path / "pids"
     findings = run(HANGS="openmp", PIDS=pids)
@@ -98,7 +98,7 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path, monkeypatch):
         "print('hello')\nraise ImportError('libgomp.so.1: cannot open shared object file')"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    (finding,) = try_out(("kernels",), None)
+    (finding,) = run_torch_checks(("kernels",), None)
     assert (finding.name, finding.severity) == ("torch", "error")
     assert "libgomp.so.1: cannot open" in finding.cause
 
@@ -106,7 +106,7 @@ def test_a_torch_that_cannot_be_imported_is_a_finding(tmp_path, monkeypatch):
 def test_the_launchers_variables_may_be_damaged(monkeypatch):
     """What is wrong with them is another check's finding, and torch is tried all the same."""
     monkeypatch.setenv("OMP_NUM_THREADS", "many")
-    findings = try_out(("openmp",), None)
+    findings = run_torch_checks(("openmp",), None)
     assert severities(findings).keys() == {"torch", "openmp"}
     assert findings[0].severity == "ok"
     assert json.dumps([finding.cause for finding in findings])

@@ -59,7 +59,7 @@ def test_a_check_that_raises_takes_none_with_it(monkeypatch):
         raise OSError("sysfs is gone")
 
     monkeypatch.setitem(checks.CHECKS, "swap", fail)
-    monkeypatch.setattr(knltrain.doctor, "try_out", lambda names, data: [])
+    monkeypatch.setattr(knltrain.doctor, "run_torch_checks", lambda names, data: [])
     found = {finding.name: finding for finding in examine()}
     assert "OSError: sysfs is gone" in found["swap"].cause
     assert found.keys() == {*checks.CHECKS, "interface", "libfabric"}
@@ -68,7 +68,7 @@ def test_a_check_that_raises_takes_none_with_it(monkeypatch):
 def test_without_torch_it_says_what_it_can(monkeypatch):
     """As on a login node."""
     monkeypatch.setattr(knltrain.doctor.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(knltrain.doctor, "try_out", lambda names, data: pytest.fail("tried torch"))
+    monkeypatch.setattr(knltrain.doctor, "run_torch_checks", lambda names, data: pytest.fail("tried torch"))
     found = {finding.name: finding for finding in examine()}
     assert found["torch"].severity == "warning"
     assert "all-reduce" in found["torch"].cause

@@ -102,7 +102,7 @@ def test_cpus_that_were_taken_and_who_took_them(tmp_path):
         status(root, pid, name, parent, cpus)
     finding = found("affinity", root, allowed={0, 1, 2, 3})
     assert finding.severity == "warning"
-    assert "so it is since bash (process 30), which slurmstepd (process 20) started" in finding.cause
+    assert "restricted since bash (process 30), which slurmstepd (process 20) started" in finding.cause
     assert finding.symptom == "training uses 4 of 56 cores"
     status(root, 20, "slurmstepd", 30, "0-3")  # a circle, and damage
     assert "since" not in found("affinity", root, allowed={0, 1, 2, 3}).cause
@@ -144,7 +144,7 @@ def test_launchers_that_contradict_each_other(small):
 
 def test_threads(small):
     idle = found("threads", small, {"OMP_NUM_THREADS": "1"})
-    assert (idle.severity, idle.symptom) == ("warning", "1 of 2 cores of a rank compute nothing")
+    assert (idle.severity, idle.symptom) == ("warning", "1 of 2 cores of a rank are idle")
     assert found("threads", small, {"OMP_NUM_THREADS": "8"}).symptom == "threads wait for each other"
     assert kind("threads", small, {"OMP_NUM_THREADS": "2"}) == "ok"
     assert kind("threads", small, {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}) == "ok"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from knltrain.comm.backend import Chosen
-from knltrain.comm.probe import Reduced
+from knltrain.comm.backend import Backend
+from knltrain.comm.probe import AllReduceResult
 from knltrain.doctor import torch_checks
 from knltrain.errors import ConfigError
 from knltrain.launch.placement import RankPlacement
@@ -134,10 +134,10 @@ def test_an_ipex_beside_another_torch_is_a_warning(monkeypatch):
 )
 def test_all_reduce(monkeypatch, reasons, severity, words):
     results = [
-        Reduced(dtype, 0.0 if reason else 0.004, reason)
+        AllReduceResult(dtype, 0.0 if reason else 0.004, reason)
         for dtype, reason in zip(("fp32", "bf16"), reasons, strict=True)
     ]
-    monkeypatch.setattr(torch_checks, "all_reduce_of_two", lambda limit_s: results)
+    monkeypatch.setattr(torch_checks, "run_two_rank_all_reduce", lambda limit_s: results)
     finding = torch_checks.all_reduce()
     assert finding.severity == severity
     assert words in finding.cause
@@ -145,19 +145,23 @@ def test_all_reduce(monkeypatch, reasons, severity, words):
 
 
 def test_oneccl(monkeypatch):
-    monkeypatch.setattr(torch_checks, "choose_backend", lambda *_: Chosen("gloo", "torch", "tcp", note="not installed"))
+    monkeypatch.setattr(
+        torch_checks, "choose_backend", lambda *_: Backend("gloo", "torch", "tcp", note="not installed")
+    )
     assert (torch_checks.oneccl().severity, torch_checks.oneccl().cause) == ("note", "not installed")
     monkeypatch.setattr(
-        torch_checks, "choose_backend", lambda *_: Chosen("ccl", "oneCCL 2021.13", "ofi", note="kept X")
+        torch_checks, "choose_backend", lambda *_: Backend("ccl", "oneCCL 2021.13", "ofi", note="kept X")
     )
     asked = []
-    answers = [Reduced("fp32", 0.004), Reduced("bf16", 0.003)]
-    monkeypatch.setattr(torch_checks, "all_reduce_of_two", lambda limit_s, backend: asked.append(backend) or answers)
+    answers = [AllReduceResult("fp32", 0.004), AllReduceResult("bf16", 0.003)]
+    monkeypatch.setattr(
+        torch_checks, "run_two_rank_all_reduce", lambda limit_s, backend: asked.append(backend) or answers
+    )
     finding = torch_checks.oneccl()
     assert finding.severity == "ok"
     assert finding.cause.startswith("oneCCL 2021.13 over ofi; kept X, 2 ranks")
     assert "fp32 4.0 ms, bf16 3.0 ms" in finding.cause
-    answers[1] = Reduced("bf16", 0.0, "no provider")
+    answers[1] = AllReduceResult("bf16", 0.0, "no provider")
     finding = torch_checks.oneccl()
     assert (finding.severity, asked[-1]) == ("error", "ccl")
     assert "bf16: no provider" in finding.cause

@@ -11,7 +11,7 @@ from node import trees
 
 from knltrain.errors import KnltrainError
 from knltrain.launch import placement
-from knltrain.launch.placement import RankPlacement, drift, plan_placement
+from knltrain.launch.placement import RankPlacement, binding_drift, plan_placement
 from knltrain.launch.world import Ranks
 from knltrain.node.binding import running_on
 from knltrain.node.topology import read_node
@@ -139,9 +139,9 @@ def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeo
     monkeypatch.setattr(placement, "read_node", functools.partial(read_node, xeon))
 
     def compute(mine, launchers, local_rank, local_size=2):
-        monkeypatch.setattr(placement, "cpus_of_launcher", lambda _: frozenset(launchers))
+        monkeypatch.setattr(placement, "launcher_cpus", lambda _: frozenset(launchers))
         ranks, node = rank(launcher, local_rank, local_size), read_node(xeon, allowed=set(mine))
-        return plan_placement(ranks, node, placement.before_pinning(ranks, node), environ={})
+        return plan_placement(ranks, node, placement.node_before_pinning(ranks, node), environ={})
 
     mask = (*range(16), *range(28, 44))
     both = [compute(mask, mask, local_rank).plan for local_rank in (0, 1)]
@@ -182,7 +182,7 @@ def test_cpus_that_the_kernel_does_not_give_are_missed(monkeypatch, xeon):
     asked = []
     monkeypatch.setattr(os, "sched_setaffinity", lambda thread, cpus: asked.append(cpus))
     monkeypatch.setattr(os, "sched_getaffinity", lambda thread: {0, 1})
-    with pytest.raises(KnltrainError, match=r"to compute on CPUs 0-55 and got 0-1: the control group"):
+    with pytest.raises(KnltrainError, match=r"should compute on CPUs 0-55 and got 0-1: the control group"):
         placement.bind_rank()
     assert asked == [set(range(56))]
     (warning,) = placement.bind_rank(strict=False).warnings
@@ -196,11 +196,11 @@ def test_threads_that_were_moved_are_noticed(monkeypatch):
     node = read_node()
     here = RankPlacement(node, Ranks("none", 0, 1, 0, 1), placement.plan_node(node, 1, environ={}).ranks[0])
     os.sched_setaffinity(0, here.plan.compute)
-    assert drift(here) == ""
+    assert binding_drift(here) == ""
     os.sched_setaffinity(0, {min(mine)})
-    assert f"and is on {min(mine)} now" in drift(here)
+    assert f"and is on {min(mine)} now" in binding_drift(here)
     monkeypatch.setenv("OMP_PROC_BIND", "close")
-    assert drift(here) == "", "this user binds threads by other means"
+    assert binding_drift(here) == "", "this user binds threads by other means"
 
 
 def test_threads_are_born_where_their_maker_is_for_a_while():

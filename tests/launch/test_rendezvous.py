@@ -17,7 +17,7 @@ import pytest
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.launch import rendezvous
 from knltrain.launch.pmi import Pmi
-from knltrain.launch.rendezvous import Meeting, agree, interface_towards, meet, own_addresses
+from knltrain.launch.rendezvous import Rendezvous, agree_on_address, find_rendezvous, interface_towards, own_addresses
 from knltrain.launch.world import Ranks
 
 
@@ -83,8 +83,8 @@ def test_texts_go_round(manager):
 
     def rank(number):
         with contextlib.closing(Pmi(made.clients[number].fileno(), 20)) as pmi:
-            first = pmi.share(number, f"first = {number} %\n")
-            second = pmi.share(number, f"second {number}")
+            first = pmi.all_gather(number, f"first = {number} %\n")
+            second = pmi.all_gather(number, f"second {number}")
             return [first(other) for other in range(3)] + [second(2)]
 
     with ThreadPoolExecutor(3) as pool:
@@ -108,7 +108,7 @@ def test_a_manager_that_is_silent_or_gone_or_speaks_otherwise_is_an_error(manage
         Pmi(987, 20)
     made = manager(1)
     with contextlib.closing(Pmi(made.clients[0].fileno(), 20)) as pmi:
-        of = pmi.share(0, "x")
+        of = pmi.all_gather(0, "x")
         with pytest.raises(KnltrainError, match="key_not_found"):
             of(1)
 
@@ -133,20 +133,20 @@ def two_nodes(monkeypatch):
         return threading.current_thread().name == "node-1"
 
     interfaces = {False: [], True: []}
-    monkeypatch.setattr(rendezvous, "_stack", lambda: f"stack-{elsewhere()}")
+    monkeypatch.setattr(rendezvous, "_network_namespace", lambda: f"stack-{elsewhere()}")
     monkeypatch.setattr(rendezvous, "own_addresses", lambda: interfaces[elsewhere()])
     monkeypatch.setattr(rendezvous, "_PROBE_TIMEOUT_S", 0.2)
     return interfaces
 
 
 def run(made, nodes):
-    """Lets as many ranks agree as there are entries in nodes; returns what each found, or its error."""
+    """Lets as many ranks agree_on_address as there are entries in nodes; returns what each found, or its error."""
     found = {}
 
     def one(rank):
         try:
             with contextlib.closing(Pmi(made.clients[rank].fileno(), 20)) as pmi:
-                found[rank] = agree(pmi, Ranks("hydra", rank, len(nodes), 0, 1))
+                found[rank] = agree_on_address(pmi, Ranks("hydra", rank, len(nodes), 0, 1))
         except KnltrainError as error:
             found[rank] = error
 
@@ -174,7 +174,7 @@ def test_ranks_that_come_by_several_addresses_find_the_first_at_all_of_them(mana
     two_nodes[False] = [("ib0", "127.0.0.2"), ("ib1", "127.0.0.3")]
     two_nodes[True] = []
     answers = iter(["127.0.0.2", "127.0.0.3"])
-    monkeypatch.setattr(rendezvous, "_first_that_answers", lambda offered, port: next(answers))
+    monkeypatch.setattr(rendezvous, "_first_reachable", lambda offered, port: next(answers))
     first, *others = run(manager(3), [0, 1, 1])
     assert {one.address for one in others} == {"127.0.0.2", "127.0.0.3"}
     assert (first.address, first.listen) == ("127.0.0.1", None)
@@ -218,13 +218,13 @@ def test_srun_names_the_first_node(monkeypatch):
     monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
     monkeypatch.setattr(rendezvous, "_source_towards", lambda address: "10.0.0.1")
     monkeypatch.setattr(rendezvous, "own_addresses", lambda: [("eth0", "10.0.0.1")])
-    first, second = (meet(*slurm(node, ("n1", "n2"))) for node in (0, 1))
+    first, second = (find_rendezvous(*slurm(node, ("n1", "n2"))) for node in (0, 1))
     port = 20000 + 17 * 31
-    assert first == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.2", ("10.0.0.1", port))
-    assert second == Meeting(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.1")
+    assert first == Rendezvous(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.2", ("10.0.0.1", port))
+    assert second == Rendezvous(f"tcp://10.0.0.1:{port}", "10.0.0.1", "to-10.0.0.1")
     # Steps of one job may run beside each other, and so may jobs.
     ports = {
-        meet(ranks, {**environ, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).listen[1]
+        find_rendezvous(ranks, {**environ, "SLURM_JOB_ID": job, "SLURM_STEP_ID": step}).listen[1]
         for ranks, environ in [slurm(0, ("n1", "n2"))]
         for job, step in (("17", "0"), ("17", "1"), ("17", "2"), ("18", "0"))
     }
@@ -234,13 +234,13 @@ def test_srun_names_the_first_node(monkeypatch):
     # or with one that is none of this node's, to all of them.
     for found, listen in (([], ("10.0.0.1", port)), (["10.0.0.1", "10.1.0.1"], None), (["192.0.2.7"], None)):
         known["n1"] = found
-        first = meet(*slurm(0, ("n1", "n2")))
+        first = find_rendezvous(*slurm(0, ("n1", "n2")))
         assert first.listen == listen
         assert first.address == (listen[0] if listen else "127.0.0.1")
     with pytest.raises(KnltrainError, match="node n3 of the job has no address"):
-        meet(*slurm(1, ("n3", "n1")))
+        find_rendezvous(*slurm(1, ("n3", "n1")))
     with pytest.raises(ConfigError, match="SLURM_STEP_NODELIST"):
-        meet(*slurm(1, ()))
+        find_rendezvous(*slurm(1, ()))
 
 
 def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
@@ -248,58 +248,60 @@ def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
     monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
     for launcher in ("torchrun", "hydra", "slurm", "openmpi"):
         ranks = Ranks(launcher, 3, 4, 1, 2, "env://", hosts=("elsewhere", "n2"))
-        assert meet(ranks, {"MASTER_ADDR": "n1"}) == Meeting("env://", "10.0.0.1", "to-10.0.0.1")
+        assert find_rendezvous(ranks, {"MASTER_ADDR": "n1"}) == Rendezvous("env://", "10.0.0.1", "to-10.0.0.1")
         for loopback in ("127.0.0.1", "localhost", "nowhere"):
-            with pytest.raises(ConfigError, match=f"MASTER_ADDR={loopback} is no address that other nodes"):
-                meet(ranks, {"MASTER_ADDR": loopback})
+            with pytest.raises(ConfigError, match=f"MASTER_ADDR={loopback} is not an address that other nodes"):
+                find_rendezvous(ranks, {"MASTER_ADDR": loopback})
     # On the first node itself its name may be loopback's.
-    assert meet(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "me"}).init_method == "env://"
+    assert find_rendezvous(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "me"}).init_method == "env://"
 
 
 def test_the_first_rank_listens_where_the_user_says_and_nowhere_else(monkeypatch):
     monkeypatch.setattr(rendezvous, "own_addresses", lambda: [("eth0", "10.0.0.1"), ("ib0", "10.1.0.1")])
     known = {"n1": ["10.0.0.1"], "both": ["10.0.0.1", "10.1.0.1"], "behind": ["192.0.2.7"], "me": ["127.0.1.1"]}
-    monkeypatch.setattr(rendezvous, "_resolve_all", lambda host: known[host])
+    monkeypatch.setattr(rendezvous, "_resolve_any", lambda host: known[host])
     first = Ranks("torchrun", 0, 4, 0, 2, "env://")
     port = {"MASTER_PORT": "29500"}
-    assert meet(first, {"MASTER_ADDR": "n1", **port}).listen == ("10.0.0.1", 29500)
+    assert find_rendezvous(first, {"MASTER_ADDR": "n1", **port}).listen == ("10.0.0.1", 29500)
     for host in ("both", "behind", "me"):  # where the others look for it cannot be known here
-        assert meet(first, {"MASTER_ADDR": host, **port}).listen is None
-    assert meet(first, {"MASTER_ADDR": "n1", **port, "TORCHELASTIC_USE_AGENT_STORE": "True"}).listen is None
-    assert meet(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "n1", **port}).listen is None
+        assert find_rendezvous(first, {"MASTER_ADDR": host, **port}).listen is None
+    assert find_rendezvous(first, {"MASTER_ADDR": "n1", **port, "TORCHELASTIC_USE_AGENT_STORE": "True"}).listen is None
+    assert find_rendezvous(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "n1", **port}).listen is None
     for wrong in ("0", "65536", "-1", "many", "9" * 5000, "\u0662"):
-        with pytest.raises(ConfigError, match="is no port"):
-            meet(first, {"MASTER_ADDR": "n1", "MASTER_PORT": wrong})
+        with pytest.raises(ConfigError, match="is not a port"):
+            find_rendezvous(first, {"MASTER_ADDR": "n1", "MASTER_PORT": wrong})
     monkeypatch.undo()
     alone = Ranks("torchrun", 0, 2, 0, 2, "env://")
-    assert meet(alone, {"MASTER_ADDR": "localhost", **port}).listen == ("127.0.0.1", 29500)
+    assert find_rendezvous(alone, {"MASTER_ADDR": "localhost", **port}).listen == ("127.0.0.1", 29500)
 
 
 def test_one_node_needs_loopback_alone():
-    assert meet(Ranks("hydra", 0, 2, 0, 2, "file:///tmp/x"), {}) == Meeting("file:///tmp/x", interface="lo")
-    with pytest.raises(ConfigError, match=r"left no PMI_FD.*MASTER_ADDR"):
-        meet(Ranks("hydra", 0, 2, 0, 1), {})
+    assert find_rendezvous(Ranks("hydra", 0, 2, 0, 2, "file:///tmp/x"), {}) == Rendezvous(
+        "file:///tmp/x", interface="lo"
+    )
+    with pytest.raises(ConfigError, match=r"did not set PMI_FD.*MASTER_ADDR"):
+        find_rendezvous(Ranks("hydra", 0, 2, 0, 1), {})
 
 
 def test_interfaces_are_told_to_the_libraries_unless_the_user_has(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FI_TCP_IFACE", "mine")
-    Meeting("env://", "10.0.0.1", "ib0").export()
+    Rendezvous("env://", "10.0.0.1", "ib0").export()
     names = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")
     assert [os.environ[name] for name in names] == ["ib0", "ib0", "mine"]
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
     monkeypatch.delenv("CCL_KVS_IFACE")
-    Meeting("file://").export()
+    Rendezvous("file://").export()
     assert "GLOO_SOCKET_IFNAME" not in os.environ
 
 
 SCRIPT = """
 import dataclasses, json, os, sys
 from knltrain.launch.world import discover
-from knltrain.launch.rendezvous import meet
+from knltrain.launch.rendezvous import find_rendezvous
 ranks = discover()
-line = json.dumps([dataclasses.asdict(ranks), dataclasses.asdict(meet(ranks))])
+line = json.dumps([dataclasses.asdict(ranks), dataclasses.asdict(find_rendezvous(ranks))])
 os.write(1, (line + "\\n").encode())
 """
 

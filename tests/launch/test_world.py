@@ -3,7 +3,7 @@ import os
 import pytest
 
 from knltrain.errors import ConfigError
-from knltrain.launch.world import discover, expand_counts, expand_hosts, rank_as_told
+from knltrain.launch.world import discover, expand_counts, expand_hosts, launcher_rank
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -53,7 +53,7 @@ def test_a_task_of_another_size_names_no_file(rank):
 def test_ranks_that_do_not_see_their_launcher_are_told_to_name_a_port(monkeypatch):
     """The first process of a PID namespace has no parent there."""
     monkeypatch.setattr(os, "getppid", lambda: 0)
-    with pytest.raises(ConfigError, match="rank 1 of 2 does not see the process of hydra"):
+    with pytest.raises(ConfigError, match="rank 1 of 2 cannot see the process of hydra"):
         discover(HYDRA)
 
 
@@ -73,9 +73,9 @@ def test_the_innermost_launcher_counts():
 
 
 def test_errors_name_the_rank_under_each_launcher(knltrain):
-    told = [rank_as_told(one) for one in ({}, TORCHRUN, HYDRA, OPENMPI, SLURM, ONE_TASK, {"SLURM_PROCID": "0"})]
+    told = [launcher_rank(one) for one in ({}, TORCHRUN, HYDRA, OPENMPI, SLURM, ONE_TASK, {"SLURM_PROCID": "0"})]
     assert told == ["", "3", "1", "1", "1", "", ""]
-    assert rank_as_told({**SLURM, **TORCHRUN}) == "3"
+    assert launcher_rank({**SLURM, **TORCHRUN}) == "3"
     result = knltrain("launch", **SLURM)
     assert result.stderr.startswith("knltrain: rank 1: ")
 
@@ -151,14 +151,14 @@ def test_compressed_node_lists(text, names):
 
 @pytest.mark.parametrize("text", ["n[1-", "n[3-1]", "n[a]", "n[1-99999999]", "[", "", "n[]"])
 def test_damaged_node_lists(text):
-    with pytest.raises(ConfigError, match="no list of nodes"):
+    with pytest.raises(ConfigError, match="not a list of nodes"):
         expand_hosts(text)
 
 
 def test_counts():
     assert expand_counts("2(x3),1") == [2, 2, 2, 1]
     for text in ("", "2(x)", "many", "2(3)"):
-        with pytest.raises(ConfigError, match="no list of tasks"):
+        with pytest.raises(ConfigError, match="not a list of tasks"):
             expand_counts(text)
 
 
