@@ -1,1 +1,1 @@
-"""The machine: processors, cores, memory, ranks. Imports no torch, so that it can set what torch will see."""
+"""Topology of the node and placement of ranks on it. Imports no torch, which reads affinity and variables once."""

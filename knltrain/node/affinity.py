@@ -1,22 +1,22 @@
-"""Which rank of a node has which cores, what runs on each of their hardware threads, and where its memory is.
+"""Placement of ranks on a node: cores, hardware threads and memory of each rank.
 
-The rules, in order; ``knltrain plan`` draws what comes of them:
+The rules, in order; ``knltrain plan`` draws the result:
 
 1. One rank per NUMA domain with cores, unless asked otherwise. Ranks that divide by domains (or domains by ranks) get
-   whole parts of them, as equal as can be; other numbers cut through the row of all cores, neighbours by cache staying
-   together. More ranks than cores share cores.
-2. With several ranks, each keeps some of its cores for the workers of the communication library, none where it has
-   fewer than 8. One in 16 rounded, 1 to 4, gives what was recommended for Caffe on these processors: 4 of a Xeon Phi's
-   68 cores, 2 of a Xeon's 28 (https://github.com/intel/caffe/issues/218). All ranks keep as many as the smallest, since
-   the library is told one number.
-3. One compute thread on each of the other cores. Where ``OMP_NUM_THREADS`` or the control group's quota of CPU time
-   makes it fewer, the kernel chooses among the cores: which of them another run or container is on, a plan does not
-   know, and a second one would come to the same.
-4. Decoders run on the second hardware thread of each compute core. Where cores have one, or none is free, they share
-   all of the rank's cores but the communication's: confined to fewer they would be what the run waits for.
-5. Memory comes from the domain that touches it first, which is the rank's own, since its threads are there; a rank
-   that needs more than its domain has takes the neighbours' instead of being killed, as it would be if bound. MCDRAM
-   or HBM in flat mode is preferred by compute threads, until it is full, where a rank's part of it is 2 GiB or more.
+   whole domains or equal parts of one; for other numbers, the list of all cores is split into equal parts, with cores
+   that share a cache side by side. More ranks than cores share cores.
+2. With several ranks, each reserves some cores for the workers of the communication library, none if it has fewer than
+   8. One in 16 rounded, 1 to 4, matches the recommendation for Caffe on these processors: 4 of a Xeon Phi's 68 cores, 2
+   of a Xeon's 28 (https://github.com/intel/caffe/issues/218). All ranks reserve as many as the smallest rank, since the
+   library has one setting for all.
+3. One compute thread on each of the other cores. If ``OMP_NUM_THREADS`` or the control group's CPU quota allows fewer,
+   threads are not pinned to some of the cores: a plan does not know which ones another run or container uses, and two
+   runs with the same plan would choose the same.
+4. Decoders run on the second hardware thread of each compute core. If cores have only one, or it is in use, decoders
+   share all compute cores: on fewer, they would limit the run.
+5. Memory is allocated by first touch, in the rank's own domain, since its threads are there. It is not bound: a rank
+   that needs more than its domain has gets memory of other domains instead of being killed. MCDRAM or HBM in flat mode
+   is preferred for compute threads, until it is full, if a rank's part of it is 2 GiB or more.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from knltrain.errors import ConfigError
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.node.topology import Cores, Node
 
-_FEWEST_FOR_COMM = 8
+_MIN_CORES_FOR_COMM = 8
 _CORES_PER_COMM = 16
-_MOST_COMM = 4
-# Less would hold weights and momentum but no activations of a useful batch.
-_FAST_ENOUGH_MB = 2048
+_MAX_COMM_CORES = 4
+# Less has room for weights and momentum, but not for the activations of a useful batch.
+_MIN_FAST_MEMORY_MB = 2048
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """Where a rank's compute threads take memory from.
+    """Memory policy of a rank's compute threads.
 
     Attributes:
-        mode: local (the domain that touches a page first) or prefer (``nodes``, until they are full).
-        nodes: the kernel's numbers of MCDRAM or HBM.
-        reason: why, for people.
+        mode: local (first touch) or prefer (``nodes``, until they are full).
+        nodes: the kernel's node numbers of MCDRAM or HBM.
+        reason: the reason, for people.
     """
 
     mode: Literal["local", "prefer"]
@@ -58,14 +58,14 @@ class RankPlan:
     """One rank's part of the node.
 
     Attributes:
-        local_rank: which one.
-        domains: the NUMA domains its cores are in.
-        cores: how many it has.
-        threads: compute threads.
-        compute: logical CPUs they run on, one each; where they are more, wherever it is free.
+        local_rank: rank on this node.
+        domains: the NUMA domains of its cores.
+        cores: number of cores.
+        threads: number of compute threads.
+        compute: logical CPUs of compute threads; at most one thread each, not pinned if there are more CPUs.
         comm: logical CPUs of the communication library's workers.
         decode: logical CPUs of the decoders.
-        memory: where its memory comes from.
+        memory: memory policy.
     """
 
     local_rank: int
@@ -79,29 +79,29 @@ class RankPlan:
 
     @property
     def cpus(self) -> frozenset[int]:
-        """All logical CPUs that something of the rank runs on."""
+        """All logical CPUs that the rank uses."""
         return frozenset((*self.compute, *self.comm, *self.decode))
 
     @property
     def num_unpinned_cpus(self) -> int:
-        """How many of its compute CPUs have no thread; which they are, the kernel chooses."""
+        """Number of compute CPUs without a thread; the scheduler decides which."""
         return max(0, len(self.compute) - self.threads)
 
     @property
     def num_spare_cpus(self) -> int:
-        """How many of all its CPUs others may take without a thread having to wait."""
+        """Number of CPUs that other processes may use without delaying a thread of this rank."""
         return self.num_unpinned_cpus * len({*self.compute, *self.decode}) // len(self.compute)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What every rank of a node has.
+    """Placement of all ranks of a node.
 
     Attributes:
-        ranks: by local rank.
-        idle: cores on which nothing runs.
-        notes: what a person should know of it, a sentence each.
-        origin: where the number of ranks and threads comes from, for people.
+        ranks: the plan of each rank, by local rank.
+        idle: cores that no rank uses.
+        notes: for the user, one sentence each.
+        origin: how the numbers of ranks and threads were chosen, for people.
     """
 
     ranks: tuple[RankPlan, ...]
@@ -111,51 +111,51 @@ class Plan:
 
 
 def asked_threads(environ: Mapping[str, str]) -> int | None:
-    """Returns ``OMP_NUM_THREADS``, or None where the plan decides.
+    """Returns ``OMP_NUM_THREADS``, or None if the plan decides.
 
-    The 1 that torchrun sets for whoever did not is nobody's wish: it makes CPU training silently slow.
+    The 1 that torchrun sets by default is ignored: the user did not choose it, and it makes CPU training slow.
 
     Raises:
-        ConfigError: it is no positive number.
+        ConfigError: it is not a positive number.
     """
     asked = environ.get("OMP_NUM_THREADS", "")
     by_torchrun = "TORCHELASTIC_RUN_ID" in environ and asked == "1"
     if not asked or by_torchrun:
         return None
-    # OpenMP allows one number per nesting level; the first is ours.
+    # OpenMP allows one number per nesting level; the first is the outermost.
     first = asked.split(",")[0].strip()
     if not first.isdecimal() or int(first) < 1:
-        raise ConfigError(f"OMP_NUM_THREADS={asked} is no positive number; unset it or give one")
+        raise ConfigError(f"OMP_NUM_THREADS={asked} is not a positive number; unset it or correct it")
     return int(first)
 
 
 def threads_per_rank(node: Node, local_size: int, environ: Mapping[str, str] | None = None) -> int:
-    """Returns the number of compute threads of one of several equal ranks, all of whose cores compute.
+    """Returns the number of compute threads of one of several equal ranks that reserve no cores for communication.
 
-    ``OMP_NUM_THREADS`` is obeyed. A rank whose launcher left it the whole machine takes its share of the cores, and no
-    more than the control group's quota of CPU time lets run.
+    ``OMP_NUM_THREADS`` takes precedence. A rank that its launcher did not pin has an equal share of the cores, and no
+    more threads than the control group's CPU quota allows.
 
     Args:
-        node: what this process may use.
+        node: the part of the node that this process may use.
         local_size: ranks on this node.
         environ: the environment, by default this process's.
 
     Raises:
-        ConfigError: ``OMP_NUM_THREADS`` is no positive number.
+        ConfigError: ``OMP_NUM_THREADS`` is not a positive number.
     """
     asked = asked_threads(os.environ if environ is None else environ)
     if asked:
         return asked
     pinned = len(node.cpus) * local_size <= len(node.group_cpus)
     share = max(1, len(node.cores) if pinned else len(node.cores) // local_size)
-    return min(share, _within_quota(node, local_size) or share)
+    return min(share, _threads_within_quota(node, local_size) or share)
 
 
 def comm_cores(cores: int, world_size: int) -> int:
-    """Returns how many of a rank's cores the communication library's workers have."""
-    if world_size == 1 or cores < _FEWEST_FOR_COMM:
+    """Returns the number of a rank's cores reserved for the communication library's workers."""
+    if world_size == 1 or cores < _MIN_CORES_FOR_COMM:
         return 0
-    return min(max(round(cores / _CORES_PER_COMM), 1), _MOST_COMM)
+    return min(max(round(cores / _CORES_PER_COMM), 1), _MAX_COMM_CORES)
 
 
 def plan_node(
@@ -168,20 +168,20 @@ def plan_node(
     """Places ranks on a node.
 
     Args:
-        node: what they may use together.
+        node: the part of the node that the ranks share.
         ranks_per_node: by default one per NUMA domain with cores.
-        world_size: ranks on all nodes, by default this node's: a rank that is alone keeps no cores for communication.
-        environ: the environment, by default this process's; ``OMP_NUM_THREADS`` in it is obeyed.
+        world_size: ranks on all nodes, by default on this one; a single rank reserves no cores for communication.
+        environ: the environment, by default this process's; its ``OMP_NUM_THREADS`` takes precedence.
 
     Raises:
-        ConfigError: fewer than one rank, or ``OMP_NUM_THREADS`` is no positive number.
+        ConfigError: fewer than one rank, or ``OMP_NUM_THREADS`` is not a positive number.
     """
     asked = asked_threads(os.environ if environ is None else environ)
     count = len(node.domains) if ranks_per_node is None else ranks_per_node
     if count < 1:
         raise ConfigError(f"{count} ranks per node: give 1 or more")
-    shares = _shares(node, count)
-    allowed = _within_quota(node, count)
+    shares = _cores_by_rank(node, count)
+    allowed = _threads_within_quota(node, count)
     smallest = min(len(cores) for cores in shares)
     comm = comm_cores(min(smallest, allowed or smallest), world_size or count)
     if asked:
@@ -206,28 +206,28 @@ def plan_node(
     return Plan(ranks, idle, tuple(_notes(node, ranks, allowed=allowed, asked=asked)), origin)
 
 
-def _shares(node: Node, count: int) -> list[Cores]:
-    """The cores of each rank."""
+def _cores_by_rank(node: Node, count: int) -> list[Cores]:
+    """Returns the cores of each rank."""
     domains = [domain.cores for domain in node.domains]
     if count > len(node.cores):
         row = [core for cores in domains for core in cores]
         return [(row[rank * len(row) // count],) for rank in range(count)]
     if count % len(domains) == 0 and all(count // len(domains) <= len(cores) for cores in domains):
-        return [part for cores in domains for part in _parts(cores, count // len(domains))]
+        return [part for cores in domains for part in _split_evenly(cores, count // len(domains))]
     if len(domains) % count == 0:
         size = len(domains) // count
         return [sum(domains[first : first + size], ()) for first in range(0, len(domains), size)]
-    return _parts(sum(domains, ()), count)
+    return _split_evenly(sum(domains, ()), count)
 
 
-def _parts(cores: Cores, count: int) -> list[Cores]:
-    """Consecutive parts; the first have one more where they cannot be equal."""
+def _split_evenly(cores: Cores, count: int) -> list[Cores]:
+    """Splits cores into consecutive parts; the first have one more if they cannot be equal."""
     sizes = [len(cores) // count + (part < len(cores) % count) for part in range(count)]
     return [cores[first:stop] for first, stop in pairwise(accumulate(sizes, initial=0))]
 
 
-def _within_quota(node: Node, count: int) -> int | None:
-    """How many threads of a rank the control group does not put to sleep; None where it lets all cores compute."""
+def _threads_within_quota(node: Node, count: int) -> int | None:
+    """Returns how many threads of a rank the CPU quota allows to run; None if it allows all cores."""
     if node.cpu_quota is None or node.cpu_quota >= len(node.cores):
         return None
     return max(1, int(node.cpu_quota) // count)
@@ -238,7 +238,7 @@ def _rank(
 ) -> RankPlan:
     computing, communicating = cores[: len(cores) - comm], cores[len(cores) - comm :]
     deepest = max(len(core) for core in computing)
-    # First threads of all cores, then second ones: that is how threads take CPUs, where they are more than cores.
+    # First hardware threads of all cores, then second ones: the order in which more threads than cores use them.
     slots = [core[depth] for depth in range(deepest) for core in computing if depth < len(core)]
     compute = tuple(slots[: max(threads, len(computing))])
     siblings = [core[1] for core in computing if len(core) > 1 and core[1] not in compute]
@@ -262,7 +262,7 @@ def _memory(node: Node, on: list[tuple[int, ...]], local_rank: int) -> MemoryPol
         return MemoryPolicy("local", (), "first touch: its threads stay in their domains")
     sharers = {one.number: sum(bool(set(one.domains) & set(domains)) for domains in on) for one in near}
     part = sum(one.memory_mb // sharers[one.number] for one in near)
-    if part < _FAST_ENOUGH_MB:
+    if part < _MIN_FAST_MEMORY_MB:
         return MemoryPolicy("local", (), f"first touch: {part:,} MiB of {near[0].kind} a rank are too little")
     nodes = tuple(one.number for one in near)
     where = f"{part:,} MiB of {near[0].kind} (node {format_cpu_list(nodes)})"

@@ -1,4 +1,4 @@
-"""Where this process runs and takes its memory from: the kernel's calls."""
+"""CPU affinity and memory policy of this process: system calls."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Variables with which a user places OpenMP's threads.
+# Variables that bind OpenMP's threads.
 BINDING_VARIABLES = ("OMP_PROC_BIND", "OMP_PLACES", "KMP_AFFINITY", "GOMP_CPU_AFFINITY")
 
 # set_mempolicy(2), <linux/mempolicy.h>.
@@ -19,7 +19,7 @@ _MAX_NODES = 1024
 
 @contextmanager
 def running_on(cpus: tuple[int, ...]) -> Iterator[None]:
-    """Moves this thread to other CPUs for a while, so that the threads it makes are born there. No CPUs: stays."""
+    """Binds this thread to CPUs inside the block, for threads created there to inherit; does nothing without CPUs."""
     before = os.sched_getaffinity(0)
     try:
         if cpus:
@@ -30,10 +30,10 @@ def running_on(cpus: tuple[int, ...]) -> Iterator[None]:
 
 
 def prefer_memory(nodes: tuple[int, ...]) -> str:
-    """Lets the calling thread, and those it makes, take memory from these nodes first; from none: where it runs.
+    """Makes the calling thread, and threads it creates, prefer memory of these nodes; without nodes, local memory.
 
     Returns:
-        Why not, or nothing.
+        Why the kernel refused; empty if it did not.
     """
     number = _SET_MEMPOLICY.get(platform.machine())
     if number is None:
@@ -47,6 +47,6 @@ def prefer_memory(nodes: tuple[int, ...]) -> str:
 
     mask = sum(1 << node for node in nodes)
     error = call(_PREFERRED_MANY if len(nodes) > 1 else _PREFERRED if nodes else _DEFAULT, mask)
-    if error and len(nodes) > 1:  # several are understood since Linux 5.15
+    if error and len(nodes) > 1:  # several nodes need Linux 5.15
         error = call(_PREFERRED, 1 << nodes[0])
     return os.strerror(error) if error else ""

@@ -1,4 +1,4 @@
-"""What the control groups of a process leave it of the machine, in version 1, version 2 and both at once.
+"""Limits of a process's control groups, in version 1, version 2 and hybrid hierarchies.
 
 cgroup v2: https://docs.kernel.org/admin-guide/cgroup-v2.html; v1: https://docs.kernel.org/admin-guide/cgroup-v1/.
 """
@@ -13,18 +13,18 @@ from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
 
 # Version 1 writes "no limit" as the largest number of whole pages.
 _NO_LIMIT = 1 << 60
-_LONGEST_PATH = 4096  # PATH_MAX of <linux/limits.h>
+_MAX_PATH = 4096  # PATH_MAX of <linux/limits.h>
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The tightest limits of all groups that a process is in; None where nothing limits it.
+    """The tightest limits of all groups that a process is in; None means no limit.
 
     Attributes:
         cpus: logical CPUs of the cpuset.
         mems: NUMA domains whose memory may be used.
         memory_mb: memory of all processes of the group, MiB.
-        cpu_quota: CPU seconds a second.
+        cpu_quota: CPU seconds per second.
     """
 
     cpus: frozenset[int] | None = None
@@ -36,19 +36,16 @@ class Limits:
 def read_limits(root: Path) -> Limits:
     """Reads the limits of the process whose /proc/self is under ``root``.
 
-    A group is inside its parents, whose limits count as well. A container may see the path of its group as the host
-    names it while the root of what it has mounted is that group itself: then the root's files are what is read.
+    Limits of parent groups count as well. A container may see the host's path of its group, while the group itself is
+    the root of the container's mount: then the root's files are read.
     """
     cpus: frozenset[int] | None = None
     mems: frozenset[int] | None = None
     memory: list[int] = []
     quotas: list[float] = []
     for folder in _groups(root, "cpuset"):
-        # The effective set is what is left of the parents' too; version 1 without it has the configured one.
-        cpus = _both(cpus, read_cpus(folder / "cpuset.cpus.effective") or read_cpus(folder / "cpuset.effective_cpus")
-                     or read_cpus(folder / "cpuset.cpus"))  # fmt: skip
-        mems = _both(mems, read_cpus(folder / "cpuset.mems.effective") or read_cpus(folder / "cpuset.effective_mems")
-                     or read_cpus(folder / "cpuset.mems"))  # fmt: skip
+        cpus = _intersect(cpus, _read_cpuset(folder, "cpus"))
+        mems = _intersect(mems, _read_cpuset(folder, "mems"))
     for folder in _groups(root, "memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             limit = read_number(folder / name)
@@ -66,21 +63,27 @@ def read_limits(root: Path) -> Limits:
     return Limits(cpus, mems, min(memory) / 2**20 if memory else None, min(quotas) if quotas else None)
 
 
-def _both(set_so_far: frozenset[int] | None, found: tuple[int, ...]) -> frozenset[int] | None:
-    """What is in both sets. A file that is empty, or contradicts the others, says nothing."""
+def _read_cpuset(folder: Path, name: str) -> tuple[int, ...]:
+    # The effective set includes the parents' limits; version 1 without it has only the configured set.
+    files = (f"cpuset.{name}.effective", f"cpuset.effective_{name}", f"cpuset.{name}")
+    return next((found for file in files if (found := read_cpus(folder / file))), ())
+
+
+def _intersect(set_so_far: frozenset[int] | None, found: tuple[int, ...]) -> frozenset[int] | None:
+    """Returns the intersection; a set that is empty, or disjoint from the others, is ignored."""
     if not found:
         return set_so_far
     return (frozenset(found) if set_so_far is None else set_so_far & set(found)) or set_so_far
 
 
 def _groups(root: Path, controller: str) -> Iterator[Path]:
-    """The folders of the group and of its parents under every hierarchy that may have the controller, inside out."""
+    """Yields the folders of the group and its parents, innermost first, in each hierarchy with the controller."""
     base = root / "sys/fs/cgroup"
     paths = {"": "/", controller: "/"}
     for line in read_text(root / "proc/self/cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
-        # Outside the part of the tree that a cgroup namespace shows, the path begins with /.. .
-        inside = "/" if ".." in PurePosixPath(path).parts or len(path) > _LONGEST_PATH else path
+        # A path outside the cgroup namespace starts with /.. .
+        inside = "/" if ".." in PurePosixPath(path).parts or len(path) > _MAX_PATH else path
         for name in names.split(","):
             paths[name] = inside
     try:

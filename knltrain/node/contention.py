@@ -1,4 +1,4 @@
-"""What else runs on the CPUs of a rank: all its threads wait for the one that is kept from its core.
+"""CPU contention on the CPUs of a rank: a step waits for its slowest thread, so one busy core delays all.
 
 /proc/stat: https://docs.kernel.org/filesystems/proc.html, "Miscellaneous kernel statistics in /proc/stat".
 """
@@ -15,17 +15,17 @@ from typing import NamedTuple
 from knltrain.files import open_regular
 from knltrain.node.cpulist import format_cpu_list, read_text
 
-_LOOK_S = 30.0
-# What daemons take now and then, and what the kernel miscounts of many CPUs, by ticks, is not worth a warning.
-_LITTLE_CPUS, _LITTLE_SHARE = 0.25, 0.01
+_CHECK_INTERVAL_S = 30.0
+# Warn above these: below are daemons, and errors of the kernel's tick counts, which grow with the CPUs.
+_WARN_CPUS, _WARN_FRACTION = 0.25, 0.01
 
 
 class CpuContention(NamedTuple):
-    """CPUs' worth of time that this process did not have, though it was spent.
+    """CPU time taken by others, in CPUs.
 
     Attributes:
-        other: on other processes, beyond what this one has to spare.
-        steal: on other virtual machines, by the hypervisor.
+        other: by other processes, beyond the CPUs that this one can spare.
+        steal: by other virtual machines.
     """
 
     other: float = 0.0
@@ -33,13 +33,13 @@ class CpuContention(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """Seconds until now.
+    """Cumulative times, in seconds.
 
     Attributes:
-        wall: by the clock.
-        own: of this process and its children, on any CPU.
-        busy: of all processes on its CPUs.
-        stolen: of other machines there.
+        wall: wall-clock time.
+        own: CPU time of this process and its children, on any CPU.
+        busy: CPU time of all processes on the rank's CPUs.
+        stolen: steal time on these CPUs.
     """
 
     wall: float
@@ -49,37 +49,37 @@ class _Sample(NamedTuple):
 
 
 class CpuContentionMonitor:
-    """Watches what others take of some CPUs, from when it is made.
+    """Measures the CPU time that others take on a set of CPUs, from its creation.
 
     Args:
-        cpus: logical CPUs, of all threads of this process.
-        stat: the kernel's count of what each CPU did.
-        spare: how many of them others may take without a thread having to wait.
+        cpus: logical CPUs of all threads of this process.
+        stat: the kernel's CPU times.
+        spare: number of them that others may use without delaying a thread.
     """
 
     def __init__(self, cpus: Collection[int], stat: Path = Path("/proc/stat"), *, spare: int = 0) -> None:
         self._cpus, self._stat, self._spare = frozenset(cpus), stat, spare
         self._first = self._last = self._sample()
-        self._said = False
+        self._warned = False
 
     def taken(self) -> CpuContention:
-        """The mean since this was made; zeros where the kernel does not say it."""
+        """Returns the mean since creation; zeros if the kernel's times are not available."""
         return self._between(self._first, self._sample())
 
     def problem(self) -> str:
-        """Looks every half a minute, and says, once, what others took in it; empty as long as that is little."""
-        if self._said or self._last is None or time.monotonic() - self._last.wall < _LOOK_S:
+        """Returns a warning, once, if others took much in the last 30 s; otherwise an empty string."""
+        if self._warned or self._last is None or time.monotonic() - self._last.wall < _CHECK_INTERVAL_S:
             return ""
         before, self._last = self._last, self._sample()
         if text := self.describe(self._between(before, self._last)):
-            self._said = True
+            self._warned = True
         return text
 
     def describe(self, taken: CpuContention) -> str:
-        """What was taken, for people; empty where that is little."""
-        much = max(_LITTLE_CPUS, _LITTLE_SHARE * len(self._cpus))
-        went = [f"{taken.other:.1f} went to other processes (`top` has their names)"] if taken.other > much else []
-        if taken.steal > much:
+        """Describes contention, for people; empty below the warning thresholds."""
+        threshold = max(_WARN_CPUS, _WARN_FRACTION * len(self._cpus))
+        went = [f"{taken.other:.1f} went to other processes (`top` has their names)"] if taken.other > threshold else []
+        if taken.steal > threshold:
             went.append(f"{taken.steal:.1f} went to other machines of the hypervisor")
         if not went:
             return ""
@@ -100,10 +100,10 @@ class CpuContentionMonitor:
                         found += 1
         except (OSError, ValueError):
             return None
-        if found < len(self._cpus):  # a container whose own CPUs are counted from 0
+        if found < len(self._cpus):  # a container that numbers its CPUs from 0
             return None
         reaped = os.times()
-        own = time.process_time() + reaped.children_user + reaped.children_system + _of_children("self") / tick
+        own = time.process_time() + reaped.children_user + reaped.children_system + _child_ticks("self") / tick
         return _Sample(time.monotonic(), own, busy / tick, stolen / tick)
 
     def _between(self, before: _Sample | None, after: _Sample | None) -> CpuContention:
@@ -113,11 +113,11 @@ class CpuContentionMonitor:
         return CpuContention(max(0.0, (busy - own) / wall - self._spare), max(0.0, stolen / wall))
 
 
-def _of_children(process: str) -> int:
-    """Ticks of a process's living children, such as torch.compile's compilers, of theirs, and of theirs that ended."""
+def _child_ticks(process: str) -> int:
+    """Returns ticks of a process's live descendants, such as torch.compile's, and of those that they have reaped."""
     ticks = 0
     for listed in Path("/proc", process, "task").glob("*/children"):
         for child in read_text(listed).split():
             fields = read_text(Path("/proc", child, "stat")).rpartition(")")[2].split()
-            ticks += sum(map(int, fields[11:15])) + _of_children(child)
+            ticks += sum(map(int, fields[11:15])) + _child_ticks(child)
     return ticks

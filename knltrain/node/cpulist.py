@@ -1,4 +1,4 @@
-"""The kernel's way to write sets of numbers, and files of sysfs that may be missing or damaged."""
+"""CPU lists in the kernel's format, and reading of sysfs files that may be missing or damaged."""
 
 from __future__ import annotations
 
@@ -8,27 +8,27 @@ from pathlib import Path
 from knltrain.files import open_regular
 
 # More than any kernel is built for (NR_CPUS is at most 8192): a damaged list must not fill the memory.
-_MOST = 1 << 16
-_MOST_BYTES = 1 << 16
-# Digits of a number: of 64 bits.
-_DIGITS = 20
+_MAX_CPUS = 1 << 16
+_MAX_BYTES = 1 << 16
+# Digits of a 64-bit number.
+_MAX_DIGITS = 20
 
 
 def parse_cpu_list(text: str) -> tuple[int, ...]:
     """Turns the kernel's "0-3,8,10-11" into numbers.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is not such a list.
     """
     cpus: list[int] = []
     for part in text.strip().split(","):
         if part:
             first, _, last = part.partition("-")
             start, stop = as_number(first), as_number(last or first)
-            if start is None or stop is None or not 0 <= start <= stop < _MOST:
-                raise ValueError(f"{part!r} is no range of CPUs")
+            if start is None or stop is None or not 0 <= start <= stop < _MAX_CPUS:
+                raise ValueError(f"{part!r} is not a range of CPUs")
             cpus.extend(range(start, stop + 1))
-            if len(cpus) > _MOST:
+            if len(cpus) > _MAX_CPUS:
                 raise ValueError("more CPUs than there can be")
     return tuple(cpus)
 
@@ -45,30 +45,30 @@ def format_cpu_list(cpus: Iterable[int]) -> str:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file without the space around it, 64 KiB at most, or nothing where there is no such file.
+    """Returns the stripped text of a file, at most 64 KiB; empty if it cannot be read.
 
-    Archives of sysfs have files of a page with zeros at the end; these are left out as well.
+    Archives of sysfs have files of a page that end with zeros; these are stripped as well.
     """
     try:
         with open_regular(path) as file:
-            return file.read(_MOST_BYTES).decode("utf-8", "replace").strip("\0 \t\r\n")
+            return file.read(_MAX_BYTES).decode("utf-8", "replace").strip("\0 \t\r\n")
     except (OSError, ValueError):  # ValueError: a name with NUL in it
         return ""
 
 
 def read_number(path: Path) -> int | None:
-    """The number in a file, or None."""
+    """Returns the number in a file, or None."""
     return as_number(read_text(path).removeprefix("+"))
 
 
 def as_number(text: str) -> int | None:
-    """The whole number that a text is, or None; nothing of the kernel's has more than 64 bits."""
+    """Returns the integer in a text, or None; the kernel writes at most 64 bits."""
     digits = text.removeprefix("-")
-    return int(text) if digits.isdecimal() and len(digits) <= _DIGITS else None
+    return int(text) if digits.isdecimal() and len(digits) <= _MAX_DIGITS else None
 
 
 def read_cpus(path: Path) -> tuple[int, ...]:
-    """The set of numbers in a file; empty where there is none."""
+    """Returns the CPU list in a file; empty if there is none."""
     try:
         return parse_cpu_list(read_text(path))
     except ValueError:

@@ -1,4 +1,4 @@
-"""How a node can be divided into ranks: the few ways that are worth measuring."""
+"""Layouts of a node, ranks and threads, that ``knltrain tune`` measures."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from knltrain.node.affinity import plan_node
 from knltrain.node.topology import Node
 
-# Fewer images at once keep no core busy.
-_FEWEST_IMAGES = 8
+# Smaller micro-batches do not keep the cores busy.
+_MIN_IMAGES = 8
 
 
 @dataclass(frozen=True)
@@ -16,10 +16,10 @@ class Layout:
     """A way to divide a node.
 
     Attributes:
-        ranks_per_node: equal ranks.
-        threads: compute threads of each.
-        comm_cores: cores that each keeps for the communication library.
-        local_batch: images that each passes through the model at once; the rest of its share is accumulated.
+        ranks_per_node: number of ranks.
+        threads: compute threads of a rank.
+        comm_cores: cores that a rank reserves for the communication library.
+        local_batch: images of a rank's micro-batch; gradients of the rest of its batch are accumulated.
     """
 
     ranks_per_node: int
@@ -31,12 +31,12 @@ class Layout:
 def layouts(node: Node, batch: int) -> list[Layout]:
     """Returns the layouts to measure, the rule's own first.
 
-    One rank, one or two per NUMA domain; with the rule's cores for communication and with none; with all images of a
-    rank at once and with half of them, where these are 8 or more. Ranks that do not divide the batch, or would share
-    cores, are left out.
+    One rank, one or two per NUMA domain; with the rule's cores for communication and with none; with a rank's whole
+    batch as one micro-batch, or as two of 8 or more images. Numbers of ranks that do not divide the batch, or exceed
+    the cores, are skipped.
 
     Args:
-        node: what the ranks have together.
+        node: the part of the node that the ranks share.
         batch: images of a step over all ranks.
     """
     domains = len(node.domains)
@@ -46,7 +46,7 @@ def layouts(node: Node, batch: int) -> list[Layout]:
     for part in (1, 2):
         for count in counts:
             local = batch // count // part
-            if batch // count % part or (part > 1 and local < _FEWEST_IMAGES):
+            if batch // count % part or (part > 1 and local < _MIN_IMAGES):
                 continue
             by_rule = plan_node(node, count, environ={})
             comm = len(by_rule.ranks[0].comm)

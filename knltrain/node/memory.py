@@ -1,4 +1,4 @@
-"""The allocator: have malloc keep the memory that every step needs again, and how much memory is in use."""
+"""Allocator settings, so that malloc keeps the memory that every step needs again, and memory usage."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _SETTINGS = {
 def keep_freed_memory(environ: Mapping[str, str] | None = None) -> dict[str, object]:
     """Raises glibc's thresholds so that large activations are not unmapped and faulted in again at every step.
 
-    Must run before the first tensor. Where another allocator is preloaded or the user has tuned glibc, nothing is
-    touched.
+    Must run before the first tensor is allocated. Does nothing if another allocator is preloaded or the user has tuned
+    glibc.
 
     Returns:
-        What was set, or why nothing was, for the run's config.json.
+        The settings, or who has set others, for the run's config.json.
     """
     environ = os.environ if environ is None else environ
     preloaded = environ.get("LD_PRELOAD", "")
@@ -40,18 +40,18 @@ def keep_freed_memory(environ: Mapping[str, str] | None = None) -> dict[str, obj
 
 
 def release_freed_memory() -> None:
-    """Gives the system what is free inside the heap; where malloc is not glibc's, it keeps that."""
+    """Returns free heap memory to the system; does nothing unless malloc is glibc's."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)
 
 
 def resident_mb() -> float:
-    """Memory of this process now, in MiB."""
+    """Returns the resident memory of this process, in MiB."""
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
 
 
 def peak_resident_mb() -> float:
-    """The most memory this process has had, in MiB."""
+    """Returns the peak resident memory of this process, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,4 +1,4 @@
-"""Which file system a path is on."""
+"""The file system of a path."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from knltrain.node.cpulist import read_text
 
-# As /proc/self/mountinfo names them; FUSE has "fuse.NAME", in most cases a server too.
+# Names as in /proc/self/mountinfo; FUSE has "fuse.NAME", which in most cases uses a server too.
 _NETWORK = {
     "nfs",
     "nfs4",
@@ -31,11 +31,11 @@ _NETWORK = {
 
 
 def file_system(path: Path, root: Path = Path("/")) -> str:
-    """The kernel's name for the file system of an absolute path without links; empty where it is unknown.
+    """Returns the kernel's name for the file system of an absolute path without links; empty if unknown.
 
     Args:
-        path: need not exist; nothing but the list of mounts is looked at, so that a dead server is none of ours.
-        root: where ``proc`` is.
+        path: need not exist. Only the list of mounts is read, so that a dead server does not block.
+        root: the folder of ``proc``.
     """
     found, longest = "", -1
     for line in read_text(root / "proc/self/mountinfo").splitlines():
@@ -43,14 +43,14 @@ def file_system(path: Path, root: Path = Path("/")) -> str:
         fields, names = left.split(), right.split()
         if len(fields) < 5 or not names:
             continue
-        # Spaces in names are written as octal numbers.
+        # Spaces in names are octal escapes.
         point = Path(re.sub(r"\\([0-7]{3})", lambda match: chr(int(match[1], 8)), fields[4]))
-        # What is mounted later on the same place hides what was there.
+        # A later mount at the same path hides the earlier one.
         if (path == point or point in path.parents) and len(point.parts) >= longest:
             found, longest = names[0], len(point.parts)
     return found
 
 
 def is_network(system: str) -> bool:
-    """Whether files of this system are on another machine."""
+    """Whether this file system is on another machine."""
     return system in _NETWORK or system.startswith("fuse.")

@@ -1,4 +1,4 @@
-"""A plan, as a picture of the node and in the words of shells, mpiexec and Slurm."""
+"""Formats of a plan: a picture of the node, JSON, shell, mpiexec and Slurm."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from knltrain.node.cpulist import format_cpu_list
 from knltrain.node.topology import Cores, Node
 
 _WIDTH = 80
-# Columns of cores beside the number of the first CPU; a Xeon Phi's 68 are on one line.
+# Cores per line, beside the number of the first CPU; a Xeon Phi's 68 fit on one line.
 _COLUMNS = 68
 COMPUTE, COMM, DECODE, BOTH, IDLE = "#=d%."
 _LEGEND = f"{COMPUTE} computes  {COMM} communicates  {DECODE} decodes  {BOTH} computes and decodes  {IDLE} idle"
 
 
 def as_text(node: Node, plan: Plan) -> str:
-    """Draws the node, 80 columns wide: a column is a core, a line one hardware thread of each."""
-    lines = list(_head(node))
+    """Draws the node, 80 columns wide, with a column for each core and a line for each hardware thread."""
+    lines = list(_header(node))
     for domain in node.domains:
         memory = f", {domain.memory_mb:,} MiB" if domain.memory_mb else ""
         fast = "".join(
@@ -29,14 +29,14 @@ def as_text(node: Node, plan: Plan) -> str:
             if domain.number in one.domains
         )
         lines += ["", f"domain {domain.number}, package {domain.package}: {len(domain.cores)} cores{memory}{fast}"]
-        lines += _drawing(domain.cores, plan)
+        lines += _draw(domain.cores, plan)
     lines += [
         "",
         f"{COMPUTE} computes  {COMM} communicates  {DECODE} decodes  {BOTH} computes and decodes  {IDLE} idle",
         "",
     ]
     for rank in plan.ranks:
-        lines += _wrapped(f"rank {rank.local_rank}: {_in_words(rank)}")
+        lines += _wrapped(f"rank {rank.local_rank}: {_describe(rank)}")
     unpinned = sum(rank.num_unpinned_cpus for rank in plan.ranks)
     which = f" (CPUs {_cpus(plan.idle)})" if plan.idle else " (whichever the kernel leaves)" if unpinned else ""
     lines += [f"cores left idle: {len(plan.idle) + unpinned}{which}"]
@@ -50,7 +50,7 @@ def as_text(node: Node, plan: Plan) -> str:
 
 
 def as_dict(node: Node, plan: Plan) -> dict[str, Any]:
-    """The plan and what it rests on, as JSON types."""
+    """Returns the plan and the topology that it is based on, as JSON types."""
     return {
         "cpu": node.cpu_model,
         "isa": node.isa,
@@ -67,10 +67,9 @@ def as_dict(node: Node, plan: Plan) -> dict[str, Any]:
 
 
 def as_env(plan: Plan) -> str:
-    """Lines for a shell: what libraries that know nothing of the plan should be told.
+    """Returns shell lines that export the plan to libraries of other programs.
 
-    Ranks of the package place themselves. Threads that differ from rank to rank are not exported: one number would
-    be the wrong one for some.
+    Ranks of knltrain bind themselves. OMP_NUM_THREADS is not exported if it differs from rank to rank.
     """
     lines = [f"export {name}={value}" for name, value in communication(plan).items()]
     threads = {rank.threads for rank in plan.ranks}
@@ -82,7 +81,7 @@ def as_env(plan: Plan) -> str:
 
 
 def communication(plan: Plan) -> dict[str, str]:
-    """What oneCCL is told: how many workers a rank has, and the CPU of each worker of the node, rank by rank."""
+    """Returns oneCCL's variables: the number of workers of a rank, and the CPUs of all workers, rank by rank."""
     workers = len(plan.ranks[0].comm)
     if not workers:
         return {}
@@ -91,24 +90,24 @@ def communication(plan: Plan) -> dict[str, str]:
 
 
 def as_mpiexec(plan: Plan) -> str:
-    """Arguments of Hydra's mpiexec: ranks per node, and for Intel MPI a mask of CPUs for each rank."""
+    """Returns arguments for Hydra's mpiexec: ranks per node, and for Intel MPI a CPU mask for each rank."""
     masks = ",".join(hex(sum(1 << cpu for cpu in rank.cpus)) for rank in plan.ranks)
     return f"-ppn {len(plan.ranks)} -genv I_MPI_PIN_DOMAIN [{masks}]"
 
 
 def as_slurm(node: Node, plan: Plan) -> str:
-    """Lines of a batch script. Each rank places itself within what the job was given."""
+    """Returns lines of a batch script; each rank binds itself within the job's allocation."""
     share = len(node.cpus) // len(plan.ranks)
     return (
         f"#SBATCH --ntasks-per-node={len(plan.ranks)}\n"
         f"#SBATCH --cpus-per-task={max(1, share)}\n"
         "#SBATCH --exclusive\n"
-        "# Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch.\n"
+        "# Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.\n"
         f"srun --cpus-per-task={max(1, share)} --cpu-bind=none knltrain train"
     )
 
 
-def _head(node: Node) -> Iterator[str]:
+def _header(node: Node) -> Iterator[str]:
     threads = {len(core) for core in node.cores}
     per_core = f"{min(threads)}-{max(threads)}" if len(threads) > 1 else str(max(threads))
     yield node.cpu_model
@@ -118,7 +117,7 @@ def _head(node: Node) -> Iterator[str]:
     yield f"{node.isa}{amx}{limits}"
 
 
-def _drawing(cores: Cores, plan: Plan) -> Iterator[str]:
+def _draw(cores: Cores, plan: Plan) -> Iterator[str]:
     owner: dict[int, list[int]] = {}
     for rank in plan.ranks:
         for cpu in rank.cpus:
@@ -136,7 +135,7 @@ def _drawing(cores: Cores, plan: Plan) -> Iterator[str]:
 
 
 def _ruler(owners: list[list[int]]) -> str:
-    """The number of each rank where its cores begin, a line to where they end; + where ranks share a core."""
+    """Labels the first core of each rank with its number, the others with -; + marks a core that ranks share."""
     text = ""
     for column, ranks in enumerate(owners):
         if len(ranks) != 1:
@@ -156,7 +155,7 @@ def _mark(cpu: int, plan: Plan) -> str:
     return BOTH if computes and decodes else COMPUTE if computes else DECODE if decodes else IDLE
 
 
-def _in_words(rank: RankPlan) -> str:
+def _describe(rank: RankPlan) -> str:
     comm = f", communication on {format_cpu_list(rank.comm)}" if rank.comm else ""
     where = "the same" if set(rank.decode) == set(rank.compute) else format_cpu_list(rank.decode)
     on = "on any of" if rank.num_unpinned_cpus else "on"

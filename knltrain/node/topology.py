@@ -1,4 +1,4 @@
-"""What this node has: packages, NUMA domains, cores, caches, memory, and the instruction sets they speak."""
+"""Topology of this node: packages, NUMA domains, cores, caches, memory, and instruction sets."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
 
 Cores = tuple[tuple[int, ...], ...]
 
-# What oneDNN leaves unused under each value of ONEDNN_MAX_CPU_ISA (its documentation, "CPU Dispatcher Control"), by the
-# beginnings of /proc/cpuinfo's words. PyTorch multiplies bf16 through oneDNN alone.
+# Prefixes of the /proc/cpuinfo flags that oneDNN does not use under each value of ONEDNN_MAX_CPU_ISA (its
+# documentation, "CPU Dispatcher Control"). PyTorch multiplies bf16 with oneDNN only.
 _ABOVE_CORE = ("amx_", "avx512_fp16", "avx512_bf16")
 _ABOVE_AVX2 = (*_ABOVE_CORE, "avx512_vnni", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512cd")
 _ABOVE_AVX = (*_ABOVE_AVX2, "avx_vnni", "avx2")
@@ -26,13 +26,13 @@ _HIDDEN_BY_ONEDNN = {
     "AVX": _ABOVE_AVX,
     **dict.fromkeys(("AVX2", "AVX2_VNNI", "AVX2_VNNI_2"), _ABOVE_AVX2),
     **dict.fromkeys(("AVX512_CORE", "AVX512_CORE_VNNI"), _ABOVE_CORE),
-    # AVX512_FP16, which the first of them hides too, stays: it tells what cores these are.
+    # AVX512_FP16, which the first of them hides too, is kept: it identifies the cores.
     **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), ("amx_",)),
 }
-# No package has had more memory on it: 64 GiB of HBM on Xeon Max, 16 GiB of MCDRAM on Xeon Phi.
-_LARGEST_ON_PACKAGE_MB = 64 * 1024
-# Of /proc/cpuinfo: characters of a line and lines of a processor are some thousand and some thirty.
-_LONGEST_LINE, _MOST_ENTRIES = 1 << 16, 1000
+# The most memory of any package: 64 GiB of HBM on Xeon Max; Xeon Phi has 16 GiB of MCDRAM.
+_MAX_ON_PACKAGE_MB = 64 * 1024
+# Limits for /proc/cpuinfo, whose lines have some thousand characters and processors some thirty lines.
+_MAX_LINE, _MAX_ENTRIES = 1 << 16, 1000
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,10 @@ class Domain:
     """A NUMA (or sub-NUMA) domain with cores that this process may use.
 
     Attributes:
-        number: the kernel's.
-        package: which package it is on.
-        cores: its cores, one tuple of logical CPUs each; those that share caches are neighbours.
-        memory_mb: its own memory, MiB; 0 where it has none, or none that this process may use.
+        number: the kernel's node number.
+        package: number of its package.
+        cores: one tuple of logical CPUs per core; cores that share caches are side by side.
+        memory_mb: its own memory, MiB; 0 if it has none, or none that this process may use.
     """
 
     number: int
@@ -57,8 +57,8 @@ class MemoryNode:
     """Memory without cores of its own: MCDRAM or HBM in flat mode, or memory on a device.
 
     Attributes:
-        number: the kernel's.
-        memory_mb: MiB.
+        number: the kernel's node number.
+        memory_mb: size, MiB.
         kind: MCDRAM, HBM, or "far", which is no faster than the domains' own memory.
         domains: the domains that are nearest to it.
     """
@@ -75,17 +75,17 @@ class Node:
 
     Attributes:
         cpu_model: the processor's name, for people.
-        flags: feature bits as /proc/cpuinfo spells them, without those that the kernel does not let a process use
-            and those that ONEDNN_MAX_CPU_ISA keeps oneDNN from. Choices are made by these, never by the vendor's name.
+        flags: feature flags as in /proc/cpuinfo, without those that the kernel does not allow and those that
+            ONEDNN_MAX_CPU_ISA hides from oneDNN. Choices depend on these, never on the vendor's name.
         cpus: logical CPUs this process may run on.
-        cores: the same, one tuple of hardware threads per physical core.
+        cores: the same CPUs, one tuple of hardware threads per physical core.
         online: logical CPUs of the whole machine.
-        domains: the NUMA domains that ``cpus`` are in, never none.
+        domains: the NUMA domains of ``cpus``, at least one.
         memory_nodes: memory without cores that this process may use.
-        caches: the level of each cache of level 2 or more, and the logical CPUs that share it.
-        group_cpus: logical CPUs that the control group leaves; fewer than ``online`` in a container.
-        memory_limit_mb: what the control group allows all of its processes together, MiB; None without a limit.
-        cpu_quota: CPU seconds a second that the control group allows; None without a limit.
+        caches: level and sharing logical CPUs of each cache of level 2 or higher.
+        group_cpus: logical CPUs that the control group allows; fewer than ``online`` in a container.
+        memory_limit_mb: the control group's limit for all of its processes, MiB; None without a limit.
+        cpu_quota: the control group's CPU seconds per second; None without a limit.
         amx_refused: the processor has AMX, and the kernel does not grant it.
     """
 
@@ -110,23 +110,23 @@ class Node:
 
     @property
     def computes_bf16(self) -> bool:
-        """Whether the processor multiplies bf16 itself, with AVX512_BF16 or AMX."""
+        """Whether the processor has bf16 instructions, AVX512_BF16 or AMX."""
         return bool(self.flags & {"avx512_bf16", "amx_bf16"})
 
     @property
     def gains_from_bf16(self) -> bool:
-        """Whether products of bf16 are faster than fp32's.
+        """Whether bf16 products are faster than fp32 products.
 
-        Cores that are made for AMX multiply bf16 without it at half of fp32's rate [perf/results]: those of Sapphire
-        Rapids and later, where a hypervisor or the kernel hides AMX. They have AVX512_FP16, which Cooper Lake's, fast
-        without AMX, have not. SSE4A tells AMD's from them, whose AVX512_BF16 is fast.
+        Sapphire Rapids and later without AMX, hidden by a hypervisor or the kernel, multiply bf16 at half of the fp32
+        rate [perf/results]. They have AVX512_FP16, which Cooper Lake, fast without AMX, has not. AMD's processors,
+        whose AVX512_BF16 is fast, have SSE4A.
         """
         amx_is_hidden = "avx512_fp16" in self.flags and not self.flags & {"amx_bf16", "sse4a"}
         return self.computes_bf16 and not amx_is_hidden
 
     @property
     def isa(self) -> str:
-        """The widest instruction set that matters here, for people and for result files."""
+        """The widest instruction set that knltrain uses, for people and for result files."""
         for bit in ("amx_bf16", "avx512_bf16", "avx512bw", "avx512f", "avx2"):
             if bit in self.flags:
                 return "avx512" if bit == "avx512bw" else bit
@@ -134,21 +134,20 @@ class Node:
 
     @property
     def packages(self) -> int:
-        """Packages that ``cpus`` are on."""
+        """Number of packages of ``cpus``."""
         return len({domain.package for domain in self.domains})
 
 
 def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
-    """Reads sysfs and procfs. What is missing or damaged there is taken as not there: one domain, one thread a core.
+    """Reads sysfs and procfs. Missing or damaged files are ignored; the default is one domain, one thread per core.
 
-    Nothing but the tree is looked at, except for this machine's own (``/``): there the scheduler says which CPUs
-    this process may use, the kernel is asked for AMX, which changes nothing but that it may be used, and
-    ONEDNN_MAX_CPU_ISA is read.
+    For this machine (``/``), the CPU mask comes from the scheduler, AMX permission is requested from the kernel, and
+    ONEDNN_MAX_CPU_ISA is read. For any other root, only files under it are read.
 
     Args:
-        root: where ``sys`` and ``proc`` are found; a copy of another node's will do.
-        allowed: logical CPUs this process may use; by default what the scheduler says, in a copy what the control
-            group leaves.
+        root: the folder of ``sys`` and ``proc``, which may be a copy from another node.
+        allowed: logical CPUs that this process may use; by default the scheduler's mask, in a copy those that the
+            control group allows.
     """
     root = Path(root)
     live = root == Path("/")
@@ -185,13 +184,13 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
 
 
 def onednn_restriction(environ: Mapping[str, str] | None = None) -> str:
-    """What keeps oneDNN from instructions: ONEDNN_MAX_CPU_ISA or, without it, DNNL_MAX_CPU_ISA, as NAME=VALUE.
+    """Returns the variable that restricts oneDNN, ONEDNN_MAX_CPU_ISA or else DNNL_MAX_CPU_ISA, as NAME=VALUE.
 
     Args:
         environ: the environment, by default this process's.
 
     Returns:
-        Nothing for values that hide nothing, and for those that oneDNN does not know, which it ignores.
+        NAME=VALUE; empty for values that hide nothing, and for unknown ones, which oneDNN ignores.
     """
     environ = os.environ if environ is None else environ
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
@@ -201,17 +200,17 @@ def onednn_restriction(environ: Mapping[str, str] | None = None) -> str:
 
 
 def _hidden_by_onednn() -> tuple[str, ...]:
-    """Beginnings of feature bits."""
+    """Returns prefixes of the flags that oneDNN may not use."""
     return _HIDDEN_BY_ONEDNN.get(onednn_restriction().partition("=")[2].upper(), ())
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
-    """The first processor's lines; the kernel takes its time to write those of hundreds."""
+    """Returns the first processor's fields; reading those of hundreds of processors is slow."""
     entries: dict[str, str] = {}
     try:
         with open_regular(root / "proc/cpuinfo") as file:
-            while line := file.readline(_LONGEST_LINE).decode("utf-8", "replace"):
-                if (not line.strip() and entries) or len(entries) > _MOST_ENTRIES:
+            while line := file.readline(_MAX_LINE).decode("utf-8", "replace"):
+                if (not line.strip() and entries) or len(entries) > _MAX_ENTRIES:
                     break
                 key, _, value = line.partition(":")
                 entries.setdefault(key.strip(), value.strip())
@@ -221,7 +220,7 @@ def _cpuinfo(root: Path) -> dict[str, str]:
 
 
 def _numbered(folder: Path, name: str) -> tuple[int, ...]:
-    """The numbers N of the files ``nameN`` in a folder."""
+    """Returns the numbers N of the files ``nameN`` in a folder."""
     try:
         found = [re.fullmatch(name + r"(\d{1,5})", entry.name) for entry in folder.iterdir()]
     except OSError:
@@ -234,8 +233,8 @@ def _cpu_folder(root: Path, cpu: int) -> Path:
 
 
 def _cores(root: Path, cpus: Collection[int]) -> Cores:
-    # Core identity comes from the sibling lists: on cloud machines the threads of a core are neighbours, elsewhere
-    # they are half the machine apart, and no arithmetic on CPU numbers is right on both.
+    # Cores come from the sibling lists: on cloud machines the threads of a core have adjacent numbers, elsewhere they
+    # are half the machine apart, so arithmetic on CPU numbers would be wrong on one of them.
     cores: list[tuple[int, ...]] = []
     left = set(cpus)
     for cpu in cpus:
@@ -248,7 +247,7 @@ def _cores(root: Path, cpus: Collection[int]) -> Cores:
 
 def _caches(root: Path, cpus: Iterable[int]) -> tuple[tuple[int, tuple[int, ...]], ...]:
     found: set[tuple[int, tuple[int, ...]]] = set()
-    known: set[tuple[int, int]] = set()  # (index, CPU) of caches that another CPU's files have told of
+    known: set[tuple[int, int]] = set()  # (index, CPU) of caches already found through another CPU
     for cpu in cpus:
         for index in range(2, 5):  # 0 and 1 are the first level's
             if (index, cpu) in known:
@@ -283,7 +282,7 @@ def _domains(
         Domain(
             number,
             max(0, read_number(_cpu_folder(root, members[0][0]) / "topology/physical_package_id") or 0),
-            tuple(sorted(members, key=lambda core: _place(core, shared))),
+            tuple(sorted(members, key=lambda core: _cache_order(core, shared))),
             usable.get(number, 0),
         )
         for number, members in of_domain.items()
@@ -297,15 +296,15 @@ def _domains(
         if not listed[number] and usable[number] > 0
     }
     mine = [number for number, nearest in near.items() if nearest]
-    on_package = sum(usable[number] for number in mine) <= packages * _LARGEST_ON_PACKAGE_MB
+    on_package = sum(usable[number] for number in mine) <= packages * _MAX_ON_PACKAGE_MB
     return domains, tuple(
         MemoryNode(number, usable[number], _kind(folder, number, with_cpus, flags, on_package=on_package), near[number])
         for number in mine
     )
 
 
-def _place(core: tuple[int, ...], caches: Iterable[tuple[int, tuple[int, ...]]]) -> tuple[int, ...]:
-    """Sorts cores that share a cache beside each other: the first CPU of each of its caches, outermost first."""
+def _cache_order(core: tuple[int, ...], caches: Iterable[tuple[int, tuple[int, ...]]]) -> tuple[int, ...]:
+    """Returns a sort key that puts cores with a common cache side by side: first CPU of each cache, outermost first."""
     return (*(cpus[0] for _, cpus in caches if core[0] in cpus), core[0])
 
 
@@ -315,7 +314,7 @@ def _memory_mb(meminfo: Path) -> int:
 
 
 def _nearest(folder: Path, number: int, numbers: tuple[int, ...], domains: list[int]) -> tuple[int, ...]:
-    """The domains at the smallest distance; all of them where the kernel gives no distances."""
+    """Returns the domains at the smallest distance; all of them if the kernel gives no distances."""
     distances = read_text(folder / f"node{number}/distance").split()
     known = [one for one in map(as_number, distances) if one is not None]
     if not len(known) == len(distances) == len(numbers):
@@ -325,10 +324,10 @@ def _nearest(folder: Path, number: int, numbers: tuple[int, ...], domains: list[
 
 
 def _kind(folder: Path, number: int, domains: list[int], flags: Set[str], *, on_package: bool) -> str:
-    """MCDRAM, HBM or far.
+    """Returns the kind of a memory node: MCDRAM, HBM or far.
 
-    By the bandwidth that firmware tells the kernel (ACPI HMAT), where it does; else by the instruction set that only
-    Xeon Phi has, or by the size, since no package has had more than 64 GiB on it and memory on devices comes larger.
+    MCDRAM is recognized by an instruction set that only Xeon Phi has. Otherwise the bandwidths that firmware reports
+    (ACPI HMAT) decide, or without them the size: packages have at most 64 GiB, memory on devices is larger.
     """
     if "avx512er" in flags:
         return "MCDRAM"

@@ -1,4 +1,4 @@
-"""The plan of a node as ``knltrain tune`` measured it, or else by the rules."""
+"""The plan of a node with the layout that ``knltrain tune`` measured, otherwise by the rules."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from knltrain.node.tuning_cache import stored_layout
 
 
 def tuned_plan(node: Node, ranks_per_node: int | None = None, *, environ: Mapping[str, str] | None = None) -> Plan:
-    """Places ranks on a node: as many as were the fastest, unless a number is asked for.
+    """Places ranks on a node, with the measured fastest number of ranks unless one is given.
 
     Args:
-        node: what they may use together.
-        ranks_per_node: explicit; what was measured counts only if it is the same number.
+        node: the part of the node that the ranks share.
+        ranks_per_node: explicit number; a measured layout is used only if it has the same.
         environ: the environment, by default this process's.
 
     Raises:
@@ -35,9 +35,9 @@ def tuned_plan(node: Node, ranks_per_node: int | None = None, *, environ: Mappin
 
 
 def tuned_threads(node: Node, ranks_per_node: int, environ: Mapping[str, str]) -> Mapping[str, str]:
-    """Returns the environment with the ``OMP_NUM_THREADS`` that was the fastest, unless the user has set one.
+    """Returns the environment with the measured fastest ``OMP_NUM_THREADS``, unless the user has set one.
 
-    A rank that is alone on its node was measured without anybody to communicate with: then the rules count.
+    A single rank on a node was measured without communication: then the rules apply.
     """
     best = stored_layout(node)
     if best is None or asked_threads(environ) or not 1 < ranks_per_node == best.layout.ranks_per_node:

@@ -1,10 +1,10 @@
-"""What was measured on this kind of node.
+"""Cache of measurements on this kind of node.
 
-By ``knltrain tune``, which engine and which layout of ranks is the fastest; by any run, which algorithm computes each
+``knltrain tune`` stores the fastest engine and layout of ranks; any run stores the fastest algorithm of each
 convolution.
 
-A file is a list of measurements: settings, and what came out of them. A measurement is of use where its settings are
-those asked for; settings that a later version adds do not hide what this one wrote.
+A file is a list of measurements, each with its settings and results. A measurement is used if its settings include
+those requested, so settings that a later version adds do not invalidate it.
 """
 
 from __future__ import annotations
@@ -25,43 +25,43 @@ from knltrain.files import cache_folder, open_regular, replacing
 from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
 
-# Of anything that a layout counts.
-_MOST = 1 << 31
+# Bound of the numbers in a layout that is read.
+_MAX_LAYOUT_NUMBER = 1 << 31
 
 
 def measured_file() -> Path:
-    """Where the measurements are."""
+    """Returns the file of tuning measurements."""
     return cache_folder() / "measured.json"
 
 
 def convolutions_file() -> Path:
-    """Where those of convolutions are."""
+    """Returns the file of convolution measurements."""
     return cache_folder() / "convolutions.json"
 
 
 def settings_of(model: str, precision: str, node: Node, threads: int) -> dict[str, object]:
-    """What a measurement depends on: it says nothing about a node or a program that differs in one of these."""
+    """Returns the settings that a measurement depends on: it does not apply if one of them differs."""
     return {
         "model": model,
         "precision": precision,
         "cpu": node.cpu_model,
         "isa": os.environ.get("KNLTRAIN_ISA") or node.isa,
         "threads": threads,
-        # Not torch.__version__: a login node asks without loading torch.
+        # Not torch.__version__: on a login node torch is not loaded.
         "torch": importlib.metadata.version("torch"),
         "knltrain": knltrain.__version__,
     }
 
 
 def stored_engine(model: str, precision: str, node: Node, threads: int) -> str | None:
-    """Returns the engine that was the fastest in these settings when ``knltrain tune`` measured them last, or None.
+    """Returns the fastest engine in the last measurement of ``knltrain tune`` with these settings, or None.
 
-    A file that cannot be read, or that something else wrote, is ignored with a warning.
+    A file that cannot be read, or was not written by knltrain, is ignored with a warning.
 
     Args:
         model: as a configuration names it.
         precision: bf16 or fp32.
-        node: where it is to run.
+        node: the node that it will run on.
         threads: compute threads of a rank.
     """
     settings = settings_of(model, precision, node, threads)
@@ -70,7 +70,7 @@ def stored_engine(model: str, precision: str, node: Node, threads: int) -> str |
 
 
 def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]:
-    """Returns images/s of every model that ``knltrain tune`` measured in these settings, with its fastest engine."""
+    """Returns images/s, with the fastest engine, of each model that ``knltrain tune`` has measured."""
     rates = {}
     for one in _tuned():
         model = str(one["settings"].get("model"))
@@ -85,11 +85,11 @@ def measured_rates(precision: str, node: Node, threads: int) -> dict[str, float]
 
 @dataclass(frozen=True)
 class MeasuredLayout:
-    """The fastest layout, and what it was measured with.
+    """The fastest layout, and its measurement.
 
     Attributes:
         layout: ranks, threads, cores for communication, local batch.
-        of: model, batch, rate and day, for people.
+        of: model, batch and day of the measurement, for people.
     """
 
     layout: Layout
@@ -97,7 +97,7 @@ class MeasuredLayout:
 
 
 def layout_settings(model: str, precision: str, node: Node, layout: Layout) -> dict[str, object]:
-    """What a measured layout depends on: as :func:`settings_of`, and how the node can be divided."""
+    """Returns the settings of a layout measurement: those of :func:`settings_of`, and the node's topology."""
     return {
         **settings_of(model, precision, node, layout.threads),
         "ranks_per_node": layout.ranks_per_node,
@@ -107,17 +107,17 @@ def layout_settings(model: str, precision: str, node: Node, layout: Layout) -> d
 
 
 def stored_layout(node: Node) -> MeasuredLayout | None:
-    """Returns the layout that was the fastest when ``knltrain tune`` measured such a node last, or None.
+    """Returns the fastest layout in the last measurement of ``knltrain tune`` on such a node, or None.
 
-    Whatever the model was: a node is divided before anybody says what it will train.
+    The model does not matter: ranks are placed before it is known.
     """
     for one in reversed(_tuned()):
         try:
             layout = Layout(**one["layout"])
             settings, here = one["settings"], layout_settings("", "", node, layout)
         except (KeyError, TypeError, importlib.metadata.PackageNotFoundError):
-            continue  # engines alone, of an earlier version; something else; or no torch here, for which it holds
-        good = all(isinstance(number, int) and 0 <= number < _MOST for number in vars(layout).values())
+            continue  # from a version without layouts; malformed; or torch is not installed
+        good = all(isinstance(number, int) and 0 <= number < _MAX_LAYOUT_NUMBER for number in vars(layout).values())
         wanted = {name: value for name, value in here.items() if name not in ("model", "precision")}
         if good and layout.ranks_per_node and layout.threads and wanted.items() <= settings.items():
             of = f"{settings.get('model')} at batch {settings.get('batch')} ({str(one.get('time'))[:10]})"
@@ -126,7 +126,7 @@ def stored_layout(node: Node) -> MeasuredLayout | None:
 
 
 def check_writable() -> None:
-    """Sees that :func:`store` will be able to write, before anything is measured.
+    """Checks that :func:`store` will be able to write, before anything is measured.
 
     Raises:
         KnltrainError: the cache folder cannot be written.
@@ -140,11 +140,11 @@ def check_writable() -> None:
 
 
 def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
-    """Adds a measurement, in place of an older one with the same settings. The file is whole at every moment.
+    """Adds a measurement, or replaces the one with the same settings. The file is replaced atomically.
 
     Args:
-        settings: those of :func:`settings_of`, and others that tell measurements apart.
-        result: what was measured; ``fastest`` names the engine.
+        settings: those of :func:`settings_of`, and others that distinguish measurements.
+        result: the measured values; ``fastest`` names the engine.
 
     Returns:
         The file.
@@ -155,10 +155,10 @@ def store(settings: Mapping[str, object], result: Mapping[str, object]) -> Path:
 
 
 def stored_convolutions(settings: Mapping[str, object]) -> dict[str, list[str]] | None:
-    """Returns which results of which convolutions the kernels are faster in, as measured in these settings, or None.
+    """Returns, by convolution, the results that knltrain's kernels compute faster with these settings, or None.
 
     Args:
-        settings: those of :func:`settings_of`, and others that tell measurements apart.
+        settings: those of :func:`settings_of`, and others that distinguish measurements.
     """
     measured = _read(convolutions_file(), "native", dict, "the next run")
     found = [one["native"] for one in measured if one["settings"] == settings]
@@ -166,11 +166,11 @@ def stored_convolutions(settings: Mapping[str, object]) -> dict[str, list[str]] 
 
 
 def store_convolutions(settings: Mapping[str, object], native: Mapping[str, Sequence[str]]) -> None:
-    """Adds what was measured; without it, each run measures anew, which is said.
+    """Adds a measurement of convolutions; if it cannot be written, warns that each run will measure again.
 
     Args:
-        settings: as :func:`stored_convolutions` will be asked for.
-        native: by convolution, the results that the kernels are faster in.
+        settings: as for :func:`stored_convolutions`.
+        native: by convolution, the results that knltrain's kernels compute faster.
     """
     path = convolutions_file()
     try:

@@ -27,7 +27,7 @@ class Machine:
         self.cpus = {cpu: [0.0, 0.0] for cpu in cpus}  # busy and stolen seconds
         monkeypatch.setattr(contention.time, "monotonic", lambda: self.clock)
         monkeypatch.setattr(contention.time, "process_time", lambda: self.own)
-        monkeypatch.setattr(contention, "_of_children", lambda process: 0)
+        monkeypatch.setattr(contention, "_child_ticks", lambda process: 0)
         self.write()
 
     def write(self):
@@ -153,13 +153,13 @@ def test_a_process_that_spins_is_seen():
 def test_the_children_of_children_are_no_others():
     """torch.compile's workers, and the compilers that those start."""
     with spinning("stay"):
-        before = contention._of_children("self")
+        before = contention._child_ticks("self")
         time.sleep(1)
-        assert contention._of_children("self") - before > TICK / 10
+        assert contention._child_ticks("self") - before > TICK / 10
 
 
 def test_a_run_says_what_others_take_of_its_cpus(image_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(contention, "_LOOK_S", 0.2)
+    monkeypatch.setattr(contention, "_CHECK_INTERVAL_S", 0.2)
     # Two threads would wait for each other at every loop, each for its turn beside what spins.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     config = override(
