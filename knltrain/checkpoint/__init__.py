@@ -1,4 +1,4 @@
-"""A run's state on disk: what its files are, which are whole, and how they are written while training goes on."""
+"""Checkpoints: their files, integrity checks, and asynchronous writing."""
 
 from knltrain.checkpoint.store import (
     Progress,

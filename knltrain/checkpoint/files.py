@@ -1,8 +1,8 @@
-"""Files of a checkpoint: tensors in safetensors' format, each file with its size and checksum, and all of them synced.
+"""Files of a checkpoint: tensors in safetensors' format, with sizes and checksums, synced to disk.
 
-The format is an eight-byte length, a JSON header of that length with each tensor's type, shape and place, and the
+The format is an eight-byte length, a JSON header of that length with each tensor's type, shape and offsets, and the
 tensors' bytes (https://huggingface.co/docs/safetensors/en/index#format). It is written here and not by the library,
-which before its version 0.8 holds the interpreter's lock meanwhile, and leaves a checksum to be made in another pass.
+which before version 0.8 holds the GIL while it writes, and would need another pass for a checksum.
 """
 
 from __future__ import annotations
@@ -24,67 +24,66 @@ from knltrain.files import open_regular
 
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
-# Large enough that Python's part of the work does not count, small enough to be in cache when it is written.
+# Large enough to make Python's overhead negligible, small enough to stay in cache between checksum and write.
 _CHUNK = 2**20
 
 
 @dataclass(frozen=True)
 class Sum:
-    """What a file must be: its size in bytes, and the CRC-32 of these in hexadecimal."""
+    """Expected size of a file in bytes, and its CRC-32 in hexadecimal."""
 
     bytes: int
     crc32: str
 
 
 class PackedTensors:
-    """A copy of tensors as a safetensors file has them: contiguous, one after the other in one piece of memory.
+    """A copy of tensors in the layout of a safetensors file: contiguous, in one block of memory.
 
     Args:
-        tensors: by name; what they hold is copied by :meth:`copy`.
+        tensors: by name; only their types and shapes are used, :meth:`copy` copies their values.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        # Wide types first, so that each tensor begins at a multiple of its own.
+        # Wide types first, so that each tensor is aligned to its element size.
         names = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
-        self._kinds = _kinds(tensors)
+        self._types_and_shapes = _types_and_shapes(tensors)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         end = 0
-        places = {}
+        slices = {}
         for name in names:
             tensor, start = tensors[name], end
             end += tensor.numel() * tensor.itemsize
-            places[name] = slice(start, end)
+            slices[name] = slice(start, end)
             header[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % 8)
         self._header = len(text).to_bytes(8, "little") + text
         self._bytes = torch.empty(end, dtype=torch.uint8)
         self._views = {
-            name: self._bytes[place].view(tensors[name].dtype).view(tensors[name].shape)
-            for name, place in places.items()
+            name: self._bytes[part].view(tensors[name].dtype).view(tensors[name].shape) for name, part in slices.items()
         }
 
     def fits(self, tensors: Mapping[str, Tensor]) -> bool:
-        """Whether these are tensors of the same names, types and shapes."""
-        return self._kinds == _kinds(tensors)
+        """Whether these tensors have the same names, types and shapes."""
+        return self._types_and_shapes == _types_and_shapes(tensors)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what the tensors hold now."""
+        """Copies the tensors' current values."""
         with torch.no_grad():
             for name, view in self._views.items():
                 view.copy_(tensors[name])
 
     def parts(self) -> list[memoryview]:
-        """The file's contents, in pieces."""
+        """Returns the file's contents, as consecutive parts."""
         return [memoryview(self._header), self._bytes.numpy().data]
 
 
-def _kinds(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
+def _types_and_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.dtype, torch.Size]]:
     return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
 
 
 def write_file(path: Path, parts: Sequence[memoryview]) -> Sum:
-    """Writes a new file, synced. All that takes time is done without the interpreter's lock.
+    """Writes a new file and syncs it. Checksum, write and sync release the GIL.
 
     Raises:
         OSError: it exists, or cannot be written.
@@ -109,7 +108,7 @@ def check_file(path: Path, expected: Sum) -> None:
     """Compares a file with its size and checksum.
 
     Raises:
-        KnltrainError: it is missing, unreadable or another one.
+        KnltrainError: it is missing, unreadable, or does not match.
     """
     crc = 0
     try:
@@ -122,19 +121,19 @@ def check_file(path: Path, expected: Sum) -> None:
     except OSError as error:
         raise KnltrainError(f"{path.name}: {error.strerror}") from None
     if f"{crc:08x}" != expected.crc32:
-        raise KnltrainError(f"{path.name} has another checksum than when it was written")
+        raise KnltrainError(f"{path.name} does not match its checksum")
 
 
 def seal(state: Mapping[str, object]) -> str:
-    """JSON of an object, with a checksum of itself."""
-    return json.dumps({**state, "crc32": _crc_of(state)}, indent=2) + "\n"
+    """Returns an object as JSON, with a checksum of itself."""
+    return json.dumps({**state, "crc32": _crc32(state)}, indent=2) + "\n"
 
 
 def unseal(path: Path) -> dict[str, object]:
-    """Reads what :func:`seal` made.
+    """Reads a file of :func:`seal`'s JSON, and checks its checksum.
 
     Raises:
-        KnltrainError: it is missing, no JSON, or not what was written.
+        KnltrainError: it is missing, not JSON, or does not match its checksum.
     """
     try:
         with open_regular(path) as file:
@@ -142,13 +141,13 @@ def unseal(path: Path) -> dict[str, object]:
     except OSError as error:
         raise KnltrainError(f"{path.name}: {error.strerror}") from None
     except (ValueError, RecursionError):
-        raise KnltrainError(f"{path.name} is no JSON") from None
-    if not isinstance(state, dict) or state.pop("crc32", None) != _crc_of(state):
-        raise KnltrainError(f"{path.name} has another checksum than when it was written")
+        raise KnltrainError(f"{path.name} is not JSON") from None
+    if not isinstance(state, dict) or state.pop("crc32", None) != _crc32(state):
+        raise KnltrainError(f"{path.name} does not match its checksum")
     return state
 
 
-def _crc_of(state: Mapping[str, object]) -> str:
+def _crc32(state: Mapping[str, object]) -> str:
     return f"{zlib.crc32(json.dumps(state, sort_keys=True).encode()):08x}"
 
 

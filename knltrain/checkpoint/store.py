@@ -1,10 +1,10 @@
-"""The checkpoints of a run: which there are, which of them is whole, and how one becomes a model again.
+"""The checkpoints of a run: writing, listing, verifying and restoring them.
 
 OUT/checkpoints/step-00001234/ holds model.safetensors (the network that is evaluated: float32 weights and buffers),
 optimizer.safetensors, with several ranks statistics.safetensors (each rank's own running statistics of batch norm), and
-state.json, which has the sizes and checksums of the others and of itself. Where a moving average is what is evaluated,
-trained.safetensors has the weights that training goes on with. It is written aside, synced and renamed: a folder of
-that name is whole, unless somebody or a failing disk has changed it since.
+state.json, which has the sizes and checksums of the others and of itself. If a moving average of the weights is
+evaluated, trained.safetensors has the weights that training continues with. A checkpoint is written under another name,
+synced and renamed: a folder of this name is complete, unless it was changed or the disk failed since.
 """
 
 from __future__ import annotations
@@ -36,28 +36,28 @@ from knltrain.files import sync_folder
 
 _MODEL, _OPTIMIZER, _STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
 _TRAINED = "trained.safetensors"
-# What the moving average's running statistics are called beside the network's own.
+# Prefix of the moving average's running statistics, beside the network's own.
 _AVERAGE = "average/"
 _STATE = "state.json"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. The order of samples and all random draws follow from the step.
+    """Progress of a run. The order of samples and all random draws are functions of the step.
 
     Attributes:
         step: optimizer updates done.
-        evaluated_step: the last step that was evaluated.
-        top1: what came of it, percent; None before the first.
+        evaluated_step: the step of the last evaluation.
+        top1: its result, percent; None before the first.
         best_top1: best evaluation so far, percent; None before the first.
         wall_s: seconds of training before this process, evaluations and checkpoints included.
-        skipped_steps: whose update was left out because a number in them was none.
-        skipped_in_a_row: of these, the last ones up to now.
-        steps_above_chance: the last steps in a row whose loss was that of a diverged run.
+        skipped_steps: steps whose update was skipped because of NaN or Inf.
+        skipped_in_a_row: consecutive skipped steps up to now.
+        steps_above_chance: consecutive steps up to now with the loss of a diverged run.
         rewinds: how often the run went back to a checkpoint.
-        lr_factor: what the schedule's learning rate is multiplied by since.
-        gradient_signal: moving average of estimates of the squared norm of the noiseless gradient.
-        gradient_noise: likewise of the trace of the covariance of one image's gradient.
+        lr_factor: factor of the schedule's learning rate, lowered by rewinds.
+        gradient_signal: moving average of estimates of the squared norm of the true gradient.
+        gradient_noise: moving average of estimates of the trace of the covariance of one image's gradient.
     """
 
     step: int
@@ -75,7 +75,7 @@ class Progress:
 
 
 class _State(TypedDict):
-    """What state.json must have; a checksum says that nothing has changed it, not that a checkpoint wrote it."""
+    """Required fields of state.json: its checksum shows only that it is unchanged, not that knltrain wrote it."""
 
     step: int
     model: str
@@ -90,7 +90,7 @@ class _State(TypedDict):
 
 
 class Snapshot:
-    """A copy of everything that a checkpoint holds, in memory that one after the other is taken in."""
+    """An in-memory copy of a checkpoint's contents; its memory is reused for the next one."""
 
     def __init__(self) -> None:
         self._files: dict[str, PackedTensors] = {}
@@ -107,16 +107,16 @@ class Snapshot:
         average: Mapping[str, Tensor] | None = None,
         average_statistics: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Copies what may change as soon as training goes on.
+        """Copies everything that training will change.
 
         Args:
-            progress: where the run stands.
+            progress: progress of the run.
             weights: the model's float32 state, as the engine gives it, with running statistics averaged over ranks.
-            optimizer: of the model; its groups carry their parameters' names.
-            meta: what is needed to build the model again, and how it was trained; see :class:`_State`.
-            statistics: by name, every rank's own running statistics, one row a rank; none with one rank.
-            average: the moving average's state, as ``weights``; none where there is no average.
-            average_statistics: as ``statistics``, of the average.
+            optimizer: the model's optimizer; its groups have their parameters' names.
+            meta: the other fields of :class:`_State`, from which the model is built again.
+            statistics: by name, every rank's own running statistics, one row per rank; None with one rank.
+            average: the moving average's state, as ``weights``; None without a moving average.
+            average_statistics: the moving average's ``statistics``.
         """
         tensors = {_MODEL: weights, _OPTIMIZER: _optimizer_tensors(optimizer)}
         if average is not None:
@@ -134,20 +134,20 @@ class Snapshot:
 
     @property
     def files(self) -> Mapping[str, PackedTensors]:
-        """The files' contents by name."""
+        """Contents of each file, by file name."""
         return self._files
 
 
 def folder_of(out: Path, step: int) -> Path:
-    """Where the run in ``out`` keeps its checkpoint of a step."""
+    """Returns the folder of a step's checkpoint in the run's folder ``out``."""
     return out / "checkpoints" / f"step-{step:08}"
 
 
 def write(snapshot: Snapshot, folder: Path) -> None:
-    """Writes a checkpoint; one of that name is replaced.
+    """Writes a checkpoint, and replaces one of the same name.
 
     Raises:
-        OSError: it could not be written. Nothing is left behind, and what was there before is untouched.
+        OSError: it could not be written. Existing checkpoints are unchanged, and temporary files are removed.
     """
     aside = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
@@ -158,7 +158,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
         write_file(aside / _STATE, [memoryview(text)])
         sync_folder(aside)
         before = folder.with_name(f".{folder.name}.old.tmp")
-        if folder.exists():  # of a run that was resumed from an earlier step
+        if folder.exists():  # from before the run was resumed at an earlier step
             folder.rename(before)
         aside.rename(folder)
         shutil.rmtree(before, ignore_errors=True)
@@ -170,7 +170,7 @@ def write(snapshot: Snapshot, folder: Path) -> None:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """The run's checkpoints, oldest first, whole or not."""
+    """Returns the run's checkpoints, oldest first, valid or not."""
     folders = (out / "checkpoints").glob("step-*")
     return sorted(
         (path for path in folders if re.fullmatch(r"step-\d{8,18}", path.name) and path.is_dir()), key=_step_of
@@ -178,10 +178,10 @@ def list_checkpoints(out: Path) -> list[Path]:
 
 
 def remove_old(out: Path, newest: Path, keep: int) -> None:
-    """Removes checkpoints of the run in ``out`` that are no longer wanted.
+    """Removes old checkpoints of the run in ``out``.
 
-    The ``keep`` last up to ``newest``, which was just written, stay, and the one with the best top-1. Those of later
-    steps go: they are damaged, or of a way that the run has left by going back to an earlier step.
+    The last ``keep`` up to ``newest``, which was just written, and the one with the best top-1 are kept. Checkpoints of
+    later steps are removed: they are damaged, or from a trajectory that a rewind abandoned.
     """
     later = [folder for folder in list_checkpoints(out) if _step_of(folder) > _step_of(newest)]
     others = [folder for folder in list_checkpoints(out) if folder not in later]
@@ -192,7 +192,7 @@ def remove_old(out: Path, newest: Path, keep: int) -> None:
 
 
 def remove_leftovers(out: Path) -> None:
-    """Removes what a killed process was about to write."""
+    """Removes temporary folders that a killed process has left."""
     for path in (out / "checkpoints").glob(".step-*.tmp"):
         shutil.rmtree(path, ignore_errors=True)
 
@@ -201,7 +201,7 @@ def verify(folder: Path) -> dict[str, Any]:
     """Compares every file of a checkpoint with its checksum, and returns its state.
 
     Raises:
-        KnltrainError: it is not whole; says which file is not.
+        KnltrainError: a file is missing or damaged; the message names it.
     """
     state = read_state(folder)
     try:
@@ -216,46 +216,46 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
-    """Returns ``folder`` itself if it is a checkpoint, else the newest whole one of the run in it.
+    """Returns ``folder`` itself if it is a checkpoint, otherwise the newest valid checkpoint of the run in it.
 
     Args:
         folder: a checkpoint, or a run's folder.
-        say: told of each checkpoint that was passed over, and why.
+        say: called with a message for each checkpoint that was passed over.
 
     Raises:
-        KnltrainError: it is neither, or the checkpoint is not whole, or none is.
+        KnltrainError: it is neither, or no checkpoint is valid.
     """
     if (folder / _STATE).exists():
         verify(folder)
         return folder
-    found = _newest_whole(list_checkpoints(folder), say)
+    found = _newest_valid(list_checkpoints(folder), say)
     if found is None:
         raise KnltrainError(f"{folder}: no checkpoint, and no run that has one")
     return found
 
 
 def find(out: Path, resume: str, say: Callable[[str], None]) -> Path | None:
-    """Resolves the field ``resume``: the newest whole checkpoint for ``auto``, none for ``never``, else what is named.
+    """Resolves the field ``resume``: the newest valid checkpoint for ``auto``, None for ``never``, or a given one.
 
-    A run that began with the one that is named goes on from the newest that it has written since.
+    A run that has already started from the given checkpoint resumes from the newest that it has written since.
 
     Args:
         out: the run's folder.
         resume: auto, never, a checkpoint, or a run's folder.
-        say: told of each checkpoint that was passed over, and why.
+        say: called with a message for each checkpoint that was passed over.
 
     Raises:
-        KnltrainError: there are checkpoints but none is whole, or none where one was named.
+        KnltrainError: there are checkpoints but none is valid, or the given folder has none.
     """
     if resume == "never":
         return None
     if resume == "auto":
-        return _newest_whole(list_checkpoints(out), say)
+        return _newest_valid(list_checkpoints(out), say)
     since = [folder for folder in list_checkpoints(out) if _resume_of(folder) == resume]
-    return _newest_whole(since, say) or newest(Path(resume), say)
+    return _newest_valid(since, say) or newest(Path(resume), say)
 
 
-def _newest_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
+def _newest_valid(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
     for folder in reversed(folders):
         try:
             verify(folder)
@@ -264,18 +264,18 @@ def _newest_whole(folders: Sequence[Path], say: Callable[[str], None]) -> Path |
             say(f"passed over: {error}")
     if folders:
         raise KnltrainError(
-            f"{folders[0].parent.parent}: none of its {len(folders)} checkpoints is whole; start over in another folder"
+            f"{folders[0].parent.parent}: none of its {len(folders)} checkpoints is intact; start in another folder"
         )
     return None
 
 
 def progress_of(state: Mapping[str, Any]) -> Progress:
-    """The part of a checkpoint's state.json that says where the run stood.
+    """Returns the progress in a checkpoint's state.json.
 
-    What an earlier version did not keep begins as in a new run.
+    Fields that an earlier version did not write have their defaults.
 
     Raises:
-        KnltrainError: it does not say that.
+        KnltrainError: fields are missing or have wrong types.
     """
     known = {field.name: state[field.name] for field in fields(Progress) if field.name in state}
     try:
@@ -302,16 +302,16 @@ def read_state(folder: Path) -> dict[str, Any]:
 def restore(
     folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, rank: int = 0, world_size: int = 1
 ) -> dict[str, Any]:
-    """Gives a model and its optimizer the state of a checkpoint.
+    """Loads a checkpoint into a model and its optimizer.
 
-    Before an engine has taken them over, or after; but not while engine ``ipex`` has them, which packs weights.
+    They may already belong to an engine, except to ``ipex``, which packs weights.
 
     Args:
-        folder: a checkpoint that :func:`find` has found whole.
-        model: of the network that the checkpoint is of; written to in place.
-        optimizer: of the model; its groups carry their parameters' names.
-        rank: whose running statistics are taken, where the checkpoint has as many as there are ranks.
-        world_size: ranks of the run; with another number than the checkpoint's all take the average.
+        folder: a checkpoint that :func:`find` has returned.
+        model: the checkpoint's network; changed in place.
+        optimizer: the model's optimizer; its groups have their parameters' names.
+        rank: the rank whose running statistics are loaded, if the checkpoint has those of ``world_size`` ranks.
+        world_size: ranks of the run; if the checkpoint has another number, all ranks load the averaged statistics.
 
     Returns:
         The checkpoint's state.
@@ -324,7 +324,7 @@ def restore(
     with torch.no_grad():
         for group in optimizer.param_groups:
             for name, parameter in zip(group["names"], group["params"], strict=True):
-                parameter.copy_(weights[name])  # where the model has working copies, the float32 weights are here
+                parameter.copy_(weights[name])  # if the model has bf16 copies, these are the float32 weights
     load_optimizer(folder, optimizer)
     if _STATISTICS in state["files"]:
         _load_statistics(folder / _STATISTICS, model, rank, world_size)
@@ -332,7 +332,7 @@ def restore(
 
 
 def restore_average(folder: Path, model: nn.Module, *, rank: int = 0, world_size: int = 1) -> None:
-    """Gives the moving average's network the state of a checkpoint; one that has no average leaves it as it is.
+    """Loads a checkpoint's moving average into its network; does nothing if the checkpoint has none.
 
     Raises:
         KnltrainError: a file is missing or damaged, or belongs to another network.
@@ -345,7 +345,7 @@ def restore_average(folder: Path, model: nn.Module, *, rank: int = 0, world_size
 
 
 def load_weights(folder: Path, model: nn.Module) -> dict[str, Tensor]:
-    """Loads a checkpoint's weights, those that are evaluated, into a model, and returns them.
+    """Loads a checkpoint's evaluated weights into a model, and returns them.
 
     Raises:
         KnltrainError: the file is missing or damaged, or belongs to another network.
@@ -365,7 +365,7 @@ def _load(path: Path, model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
-    """Loads a checkpoint's optimizer state into an optimizer whose groups carry their parameters' names.
+    """Loads a checkpoint's optimizer state into an optimizer whose groups have their parameters' names.
 
     Raises:
         KnltrainError: the file is missing or damaged, or belongs to another network.
@@ -380,7 +380,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
             entries = by_name.pop(name, {})
             if any(tensor.dim() and tensor.shape != parameter.shape for tensor in entries.values()):
                 raise KnltrainError(f"checkpoint {folder} is of another network: {name} has another shape")
-            # In the parameter's memory format: the update walks both together.
+            # In the parameter's memory format: the update reads both in the same order.
             state_dict["state"][index] = {
                 entry: torch.empty_like(parameter, requires_grad=False).copy_(tensor) if tensor.dim() else tensor
                 for entry, tensor in entries.items()
@@ -406,7 +406,7 @@ def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int, p
 
 
 def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as ``PARAMETER/ENTRY``."""
+    """Returns the optimizer's state tensors as ``PARAMETER/ENTRY``."""
     state_dict = optimizer.state_dict()
     return {
         f"{name}/{entry}": value
@@ -422,7 +422,7 @@ def _step_of(folder: Path) -> int:
 
 
 def _resume_of(folder: Path) -> str | None:
-    """The field ``resume`` of the run that wrote a checkpoint."""
+    """Returns the field ``resume`` of the run that wrote a checkpoint."""
     try:
         return str(read_state(folder)["config"].get("resume"))
     except KnltrainError:
@@ -430,7 +430,7 @@ def _resume_of(folder: Path) -> str | None:
 
 
 def _top1_of(folder: Path) -> float | None:
-    """Top-1 of a checkpoint that was evaluated as it stands."""
+    """Returns the top-1 of a checkpoint; None if its step was not evaluated."""
     try:
         progress = progress_of(read_state(folder))
     except KnltrainError:

@@ -1,9 +1,8 @@
-"""Checkpoints are written by a thread while training goes on.
+"""Asynchronous checkpoints: a thread writes them while training continues.
 
-The training thread copies (memory to memory, some hundredths of a second), the writer takes what time is left: its
-priority is low, and it holds the interpreter's lock for no longer than it takes to go on to the next MiB. Only one
-checkpoint is under way at a time; if the next is due earlier, training waits. For the last one training always waits,
-so that one has the priority of training.
+The training thread copies the state in memory, which takes some hundredths of a second. The writer thread has low
+priority and holds the GIL only between chunks of 1 MiB. One checkpoint is written at a time; if the next is due
+earlier, training waits. Training always waits for the last one, which is written with normal priority.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from torch import Tensor
 from knltrain.checkpoint.store import Progress, Snapshot, folder_of, remove_old, write
 from knltrain.errors import KnltrainError
 
-# A wait that a person would notice is said.
-_NOTICED_S = 1.0
-# Ten more leave it a tenth of a core beside a thread that never sleeps. At 19 it would be a seventieth, and training,
-# which waits for the checkpoint when the next is due, would stand still for minutes where other processes are busy.
-_NICER_BY = 10
+# Longer waits are worth a warning.
+_WARN_WAIT_S = 1.0
+# Beside a busy thread, nice 10 has a tenth of a core. Nice 19 would have a seventieth, and training, which waits for a
+# checkpoint when the next is due, would wait for minutes on a node where other processes are busy.
+_NICE_INCREMENT = 10
 
 
 class CheckpointWriter:
     """Writes the checkpoints of a run, one at a time.
 
     Attributes:
-        waited_s: how long training waited, in all, for a checkpoint before the next could begin.
+        waited_s: total time that training has waited for an earlier checkpoint, seconds.
 
     Args:
         out: the run's folder.
-        keep: how many of the newest stay, beside the best.
-        cpus: logical CPUs that the thread runs on; none: where training does.
-        warn: told what a person should know.
-        timeout_s: the longest wait for a checkpoint to be on disk, seconds.
+        keep: how many of the newest to keep, beside the best.
+        cpus: logical CPUs of the thread; if empty, those of training.
+        warn: called with warnings for the user.
+        timeout_s: time-out for a checkpoint to be on disk, seconds.
     """
 
     def __init__(
@@ -56,7 +55,7 @@ class CheckpointWriter:
 
     @property
     def writing(self) -> bool:
-        """Whether a checkpoint is under way."""
+        """Whether a checkpoint is being written."""
         return self._thread is not None and self._thread.is_alive()
 
     def begin(
@@ -71,19 +70,19 @@ class CheckpointWriter:
         average_statistics: Mapping[str, Tensor] | None = None,
         last: bool = False,
     ) -> None:
-        """Copies a checkpoint's contents, as :meth:`Snapshot.take`, and begins to write them.
+        """Copies a checkpoint's contents, as :meth:`Snapshot.take`, and starts writing them.
 
-        A disk that takes no more is a warning; of the ``last`` checkpoint it is what :meth:`finish` returns.
+        A write error is a warning; for the ``last`` checkpoint, :meth:`finish` returns it.
 
         Raises:
-            KnltrainError: the one before is still not written after ``timeout_s``.
-            Exception: what is no fault of the disk, from the one before.
+            KnltrainError: the previous one is not written after ``timeout_s``.
+            Exception: an error of the previous one that is not an OSError.
         """
         start = time.perf_counter()
         self._wait()
         waited = time.perf_counter() - start
         self.waited_s += waited
-        if waited > _NOTICED_S:
+        if waited > _WARN_WAIT_S:
             self._warn(
                 f"training waited {waited:.0f} s: the checkpoint before that of step {progress.step:,} was still being "
                 "written; checkpoint.every spaces them out"
@@ -98,12 +97,12 @@ class CheckpointWriter:
             average=average,
             average_statistics=average_statistics,
         )
-        # A daemon: where the storage hangs, the process can still end.
+        # A daemon, so that the process can end if the storage hangs.
         self._thread = threading.Thread(target=self._write, args=(progress.step, last), name="checkpoint", daemon=True)
         self._thread.start()
 
     def finish(self) -> KnltrainError | None:
-        """Waits for what is under way, and returns why the last checkpoint could not be written, if so."""
+        """Waits for the checkpoint being written; returns why the last could not be written, or None."""
         try:
             self._wait()
         except KnltrainError as error:
@@ -114,7 +113,7 @@ class CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):  # who interrupts a second time does not want to wait
+        if kind is None or issubclass(kind, Exception):  # not after a second interrupt, which asks to end now
             self._wait()
 
     def _wait(self) -> None:
@@ -131,8 +130,8 @@ class CheckpointWriter:
 
     def _write(self, step: int, last: bool) -> None:
         if not last:
-            with contextlib.suppress(OSError):  # only lost time
-                os.nice(_NICER_BY)  # of this thread: Linux has it so
+            with contextlib.suppress(OSError):  # then it only slows training
+                os.nice(_NICE_INCREMENT)  # on Linux, of this thread only
         with contextlib.suppress(OSError):
             if self._cpus:
                 os.sched_setaffinity(0, self._cpus)
@@ -141,7 +140,7 @@ class CheckpointWriter:
             write(self._snapshot, folder)
             remove_old(self._out, folder, self._keep)
         except OSError as error:
-            reason = f"checkpoint {folder}: {error.strerror or error}{_free(self._out)}"
+            reason = f"checkpoint {folder}: {error.strerror or error}{_free_space(self._out)}"
             self._failure = KnltrainError(f"{reason}; the checkpoints before it are untouched")
             if not last:
                 self._warn(f"{self._failure}, training goes on")
@@ -149,8 +148,8 @@ class CheckpointWriter:
             self._error = error
 
 
-def _free(folder: Path) -> str:
-    """How much space is left, in words; nothing where that cannot be said."""
+def _free_space(folder: Path) -> str:
+    """Returns the free space, for a message; empty if unknown."""
     try:
         free = shutil.disk_usage(folder).free
     except OSError:

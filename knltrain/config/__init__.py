@@ -1,6 +1,6 @@
-"""What to run.
+"""The configuration of a run.
 
-A configuration is made by a recipe, then overridden by a TOML file, then by flags. All three use the same dotted field
+A recipe gives a configuration, a TOML file overrides it, and flags override both. All three use the same dotted field
 names (``optim.lr``): :func:`fields` lists them, :func:`override` sets them. Imports no torch.
 """
 

@@ -1,4 +1,4 @@
-"""Which fields change nothing, so that nothing that was asked for is ignored in silence."""
+"""Warnings about fields without effect, so that nothing that the user has set is silently ignored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 
 from knltrain.config.schema import WEIGHTS_ONLY, RunConfig
 
-# What a field needs to have an effect, in words and as a test, where it is not the same for every configuration.
+# The condition under which a field has an effect, as text and as a test, for fields that have one.
 _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
     "optim.trust_coefficient": ("optim.name lars", lambda c: c.optim.name == "lars"),
     "log_trust_ratios": ("optim.name lars", lambda c: c.optim.name == "lars"),
@@ -36,7 +36,7 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
 
 
 def unreached_schedule_warnings(config: RunConfig) -> list[str]:
-    """Says what of the schedule a run would not come to: shorter than its recipe, it may never lower its rate."""
+    """Returns warnings about parts of the schedule after the end of the run, such as learning-rate milestones."""
     schedule, end = config.schedule, f"the end of {config.epochs:g} epochs"
     said = []
     if schedule.warmup_epochs >= config.epochs:
@@ -50,7 +50,7 @@ def unreached_schedule_warnings(config: RunConfig) -> list[str]:
 
 
 def unused_field_warnings(config: RunConfig, names: Iterable[str]) -> list[str]:
-    """Says of each named field that changes nothing in this configuration what it would need to."""
+    """Returns a warning for each named field that has no effect in this configuration."""
     return [
         f"{name.replace('_', '-')} has no effect without {_NEEDS[name][0]}"
         for name in names

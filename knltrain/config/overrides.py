@@ -1,6 +1,6 @@
-"""Fields by dotted name: listed, set from a file or the command line, and turned to JSON types and back.
+"""Fields by dotted name: listing them, setting them from TOML or the command line, and conversion to JSON types.
 
-All walk the dataclasses of schema.py, so that a field is declared once.
+All of it iterates over the dataclasses of schema.py, so that a field is declared once.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from msgspec import Meta
 from knltrain.config.schema import RunConfig
 from knltrain.errors import ConfigError
 
-# Of a text, characters: twice the longest path that Linux opens.
+# Characters of a text field: twice Linux's PATH_MAX.
 _MAX_TEXT = 8192
-# Bytes; all fields together take two thousand.
+# All fields together take about 2,000 bytes.
 _MAX_FILE_BYTES = 1 << 20
 
 
@@ -55,11 +55,11 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     """Returns ``config`` with the fields named in ``values`` replaced.
 
     Args:
-        config: where to start from.
-        values: dotted field name -> value. Strings are converted to the field's type, as a command line needs.
+        config: the configuration to change.
+        values: dotted field name -> value. Strings are converted to the field's type, for the command line.
 
     Raises:
-        ConfigError: an unknown name (the nearest one is offered), a value of the wrong type or out of bounds, or
+        ConfigError: an unknown name (the message suggests the nearest), a value of the wrong type or out of bounds, or
             fields that contradict each other.
     """
     known = {field.name: field for field in fields()}
@@ -77,9 +77,9 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
         try:
             converted = msgspec.convert(given, kind, strict=False)
         except (msgspec.ValidationError, RecursionError):
-            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}") from None
+            raise ConfigError(f"{name}: {_short_repr(value)} will not do: it takes {_describe_type(kind)}") from None
         if isinstance(converted, str) and not _is_text(converted):
-            raise ConfigError(f"{name}: {_shown(value)} will not do: it takes {_taken(kind)}")
+            raise ConfigError(f"{name}: {_short_repr(value)} will not do: it takes {_describe_type(kind)}")
         group, _, leaf = name.rpartition(".")
         changes.setdefault(group, {})[leaf] = converted
     top = changes.pop("")
@@ -89,10 +89,10 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
 
 
 def names(text: str) -> frozenset[str]:
-    """The fields that a list separated by commas names, with dashes or underscores.
+    """Parses a comma-separated list of field names, with dashes or underscores.
 
     Raises:
-        ConfigError: there is no such field; the nearest one is offered.
+        ConfigError: there is no such field; the message suggests the nearest.
     """
     asked = frozenset(name.strip().replace("-", "_") for name in text.split(","))
     for name in sorted(asked - {field.name for field in fields()}):
@@ -103,15 +103,15 @@ def names(text: str) -> frozenset[str]:
 def _unknown(name: str) -> str:
     near = difflib.get_close_matches(name, [field.name for field in fields()], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
-    return f"unknown field {_shown(name)}{hint}"
+    return f"unknown field {_short_repr(name)}{hint}"
 
 
 def _is_list(kind: Any) -> bool:
-    return typing.get_origin(_parts(kind)[0]) is tuple
+    return typing.get_origin(_type_and_bounds(kind)[0]) is tuple
 
 
-def _parts(kind: Any) -> tuple[Any, Meta]:
-    """A field's type without what surrounds it, and its bounds."""
+def _type_and_bounds(kind: Any) -> tuple[Any, Meta]:
+    """Returns a field's type without Optional and Annotated, and its bounds."""
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         kind = next(part for part in typing.get_args(kind) if part is not type(None))
     if typing.get_origin(kind) is Annotated:
@@ -120,14 +120,15 @@ def _parts(kind: Any) -> tuple[Any, Meta]:
     return kind, Meta()
 
 
-def _taken(kind: Any) -> str:
-    """What a field takes, in words: what kind of value, its unit and its bounds."""
-    kind, bounds = _parts(kind)
+def _describe_type(kind: Any) -> str:
+    """Describes a field's values for a message: type, unit and bounds."""
+    kind, bounds = _type_and_bounds(kind)
     if typing.get_origin(kind) is Literal:
         *most, last = typing.get_args(kind)
         return f"{', '.join(most)} or {last}"
     if typing.get_origin(kind) is tuple:
-        return f"at most {bounds.max_length} values with commas between them, each {_taken(typing.get_args(kind)[0])}"
+        item = _describe_type(typing.get_args(kind)[0])
+        return f"at most {bounds.max_length} values with commas between them, each {item}"
     if kind is bool:
         return "true or false"
     if kind is str:
@@ -139,12 +140,12 @@ def _taken(kind: Any) -> str:
 
 
 def _is_text(value: str) -> bool:
-    """Whether files and messages can hold it; bytes of a command line that are not UTF-8 arrive as lone surrogates."""
+    """Whether a value is valid text; command-line bytes that are not UTF-8 arrive as lone surrogates."""
     return len(value) <= _MAX_TEXT and "\0" not in value and not re.search("[\ud800-\udfff]", value)
 
 
-def _shown(value: object) -> str:
-    """A value for a message, however long it is."""
+def _short_repr(value: object) -> str:
+    """Returns a value for a message, shortened."""
     try:
         text = repr(value)
     except (ValueError, RecursionError):  # ValueError: an integer of thousands of digits
@@ -156,7 +157,7 @@ def read_toml(path: str | Path) -> dict[str, object]:
     """Reads a TOML file of fields and returns them by dotted name.
 
     Raises:
-        ConfigError: the file is missing, unreadable or no TOML.
+        ConfigError: the file is missing, unreadable or not TOML.
     """
     if sys.version_info >= (3, 11):
         import tomllib
@@ -164,17 +165,17 @@ def read_toml(path: str | Path) -> dict[str, object]:
         import tomli as tomllib
     try:
         state = os.stat(path)
-        if os.path.samestat(state, os.stat(os.devnull)):  # a file of no fields, and nothing to wait for
+        if os.path.samestat(state, os.stat(os.devnull)):  # empty, but not a regular file
             return {}
-        if not stat.S_ISREG(state.st_mode):  # opening a pipe that nobody writes into would wait for ever
+        if not stat.S_ISREG(state.st_mode):  # opening a pipe without a writer would block
             raise ConfigError(f"--config {path}: not a file")
         if state.st_size > _MAX_FILE_BYTES:
-            raise ConfigError(f"--config {path}: {state.st_size:,} bytes, which is no file of fields; give another")
+            raise ConfigError(f"--config {path}: {state.st_size:,} bytes, too large for a file of fields; give another")
         return flatten(tomllib.loads(Path(path).read_text("utf-8")))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except RecursionError:
-        raise ConfigError(f"--config {path}: tables or lists within each other a thousand deep") from None
+        raise ConfigError(f"--config {path}: tables or lists nested a thousand deep") from None
     except ValueError as error:  # not UTF-8, not TOML, an integer of thousands of digits
         raise ConfigError(f"--config {path}: not TOML: {error}") from None
 
@@ -191,5 +192,5 @@ def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
 
 
 def as_dict(config: RunConfig) -> dict[str, Any]:
-    """The configuration as nested dictionaries of JSON types."""
+    """Returns the configuration as nested dictionaries of JSON types."""
     return typing.cast(dict[str, Any], msgspec.json.decode(msgspec.json.encode(config)))

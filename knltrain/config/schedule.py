@@ -1,8 +1,9 @@
-"""What a step is, as a pure function of its number: its images, how they are seen, the learning rate.
+"""The schedule of a run: batch, image size, augmentation and learning rate as pure functions of the step.
 
-Imports no torch, so a login node can plot it. A run is a few phases of steps that are alike (:class:`Schedule`): batch
-and image size may change at given epochs, and the last epochs may go without augmentation. A phase begins with the step
-that is nearest to its epoch, and with the image after the last one of the phase before: the stream has no gap.
+Imports no torch, so that it can be plotted on a login node. A run is a sequence of phases (:class:`Schedule`) with
+constant settings: batch and image size may change at given epochs, and the last epochs may be trained without
+augmentation. A phase starts at the step nearest to its epoch, with the image after the last one of the previous phase:
+no image is skipped.
 
 All formulas of the learning rate use the step t = 0, 1, …, T-1 (T optimizer updates in all), the warm-up length W in
 steps, the peak learning rate L and the rate s at which the warm-up starts:
@@ -12,10 +13,10 @@ steps, the peak learning rate L and the rate s at which the warm-up starts:
                                                             that the rate drops at once when a warm-up ends
 * ``poly-after-warmup``:      e + (L - e) (1 - (t-W)/(T-W+1))^p    counted from the end of the warm-up, as the MLPerf
                                                             reference does
-* ``step``:                   L g^k                         k milestones (in epochs) are behind
+* ``step``:                   L g^k                         after k milestones (in epochs)
 * ``constant``:               L
 
-Where the batch changes, t, W and T are counted in steps of the last batch (images seen over ``global_batch``), so that
+If the batch changes, t, W and T are counted in steps of the last batch (images seen over ``global_batch``), so that
 the rate is a function of the images seen; with linear scaling, L follows the batch.
 """
 
@@ -29,15 +30,15 @@ from knltrain.config.schema import RunConfig, ScheduleConfig
 
 
 class Phase(NamedTuple):
-    """Steps that are alike.
+    """Steps with the same settings.
 
     Attributes:
-        first_step: of the run, from 0.
-        last_step: the first one that is not of it any more.
-        first_image: place of its first image in the stream that the run is trained on.
-        batch: images of a step.
-        image_size: pixels.
-        augmented: whether training sees other crops than evaluation.
+        first_step: first step, counted from 0.
+        last_step: the step after the last one.
+        first_image: index of its first image in the sequence of all images that the run trains on.
+        batch: images per step.
+        image_size: height and width, pixels.
+        augmented: whether images are augmented.
     """
 
     first_step: int
@@ -50,35 +51,35 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The phases of a run, in order and without a gap."""
+    """The phases of a run, in order, without gaps."""
 
     phases: tuple[Phase, ...]
     num_images: int
 
     @property
     def total_steps(self) -> int:
-        """Updates in the whole run."""
+        """Number of optimizer updates in the run."""
         return self.phases[-1].last_step
 
     def index(self, step: int) -> int:
-        """Which phase a step is of; of steps after the run's end, the last."""
+        """Returns the index of a step's phase; for steps after the end of the run, the last."""
         return sum(step >= phase.last_step for phase in self.phases[:-1])
 
     def phase(self, step: int) -> Phase:
-        """The phase that a step is of."""
+        """Returns the phase of a step."""
         return self.phases[self.index(step)]
 
     def images(self, steps: int) -> int:
-        """Images that so many steps have seen."""
+        """Returns the number of images in the first ``steps`` steps."""
         phase = self.phase(max(0, steps - 1))
         return phase.first_image + (steps - phase.first_step) * phase.batch
 
     def epoch(self, steps: int) -> float:
-        """Passes over the training images after so many steps."""
+        """Returns the epoch, a fraction, after ``steps`` steps."""
         return self.images(steps) / self.num_images
 
     def lr(self, config: RunConfig, step: int) -> float:
-        """The learning rate of a step; ``config`` is what the schedule was made of."""
+        """Returns the learning rate of a step; ``config`` is the configuration of the schedule."""
         return learning_rate(
             config.schedule,
             peak=config.peak_lr_at(self.phase(step).batch),
@@ -91,12 +92,12 @@ class Schedule:
 def make_schedule(config: RunConfig, num_images: int) -> Schedule:
     """Divides a run into phases.
 
-    Each takes as many steps as come closest to its end; the whole run at least one. Without changes in its course a run
-    is one phase of :func:`total_steps`.
+    Each phase has the number of steps that comes closest to its end; the run has at least one step. Without changes, a
+    run is one phase of :func:`total_steps`.
 
     Args:
-        config: what is trained.
-        num_images: of the training set.
+        config: the configuration of the run.
+        num_images: size of the training set.
     """
     schedule, end = config.schedule, config.epochs
     collapse = end - config.augment.collapse_epochs
@@ -105,8 +106,8 @@ def make_schedule(config: RunConfig, num_images: int) -> Schedule:
     step = image = 0
     begin = 0.0
     for bound in sorted(bound for bound in bounds if 0 < bound <= end):
-        batch = _value_at(begin, schedule.batches, schedule.batch_epochs, config.global_batch)
-        size = _value_at(begin, schedule.image_sizes, schedule.image_size_epochs, config.image_size)
+        batch = _value_at_epoch(begin, schedule.batches, schedule.batch_epochs, config.global_batch)
+        size = _value_at_epoch(begin, schedule.image_sizes, schedule.image_size_epochs, config.image_size)
         augmented = config.augment.name != "none" and begin < collapse
         steps = max(0, round((bound * num_images - image) / batch))
         if bound == end and not phases:
@@ -117,7 +118,7 @@ def make_schedule(config: RunConfig, num_images: int) -> Schedule:
     return Schedule(tuple(phases), num_images)
 
 
-def _value_at(epoch: float, values: tuple[int, ...], ends: tuple[float, ...], last: int) -> int:
+def _value_at_epoch(epoch: float, values: tuple[int, ...], ends: tuple[float, ...], last: int) -> int:
     return next((value for value, end in zip(values, ends, strict=True) if epoch < end), last)
 
 
@@ -127,11 +128,11 @@ def learning_rate(
     """Returns the learning rate of one optimizer update.
 
     Args:
-        config: which schedule, and its constants.
-        peak: the learning rate L that the warm-up ends at.
-        step: which update, from 0.
-        total_steps: updates in the whole run, T.
-        steps_per_epoch: updates in an epoch; need not be whole.
+        config: the schedule and its constants.
+        peak: the learning rate L at the end of the warm-up.
+        step: the update, counted from 0; may be a fraction.
+        total_steps: updates in the run, T.
+        steps_per_epoch: updates per epoch; may be a fraction.
 
     Raises:
         ValueError: ``step`` outside [0, total_steps), or an unknown schedule.
@@ -155,10 +156,10 @@ def learning_rate(
 
 
 def total_steps(*, epochs: float, num_images: int, global_batch: int) -> int:
-    """Optimizer updates in a run: epochs x images / batch, rounded, at least one.
+    """Returns the optimizer updates in a run: epochs x images / batch, rounded, at least one.
 
-    An epoch need not be a whole number of steps: the order of epoch e+1 follows that of epoch e without a gap, so no
-    image is dropped and no batch is short. This gives the iteration counts the literature gives (225,205 for 90
-    ImageNet epochs at batch 512).
+    An epoch need not be a whole number of steps: epoch e+1 continues in the batch that epoch e has not filled, so no
+    image is dropped and no batch is short. The counts match the literature: 225,205 for 90 ImageNet epochs at batch
+    512.
     """
     return max(1, round(epochs * num_images / global_batch))

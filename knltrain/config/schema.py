@@ -1,4 +1,4 @@
-"""The fields of a configuration: frozen dataclasses whose leaves carry their bounds and their help text."""
+"""The fields of a configuration: frozen dataclasses whose leaves have bounds and help texts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from msgspec import Meta
 
 from knltrain.errors import ConfigError
 
-# Both bounds of everything: what lies far outside of what makes sense is a slip, and would overflow somewhere inside.
+# Every number has both bounds: absurd values are typing errors, and would overflow somewhere.
 Positive = Annotated[float, Meta(gt=0, le=1e6)]
 NotNegative = Annotated[float, Meta(ge=0, le=1e6)]
 Fraction = Annotated[float, Meta(ge=0, lt=1)]
@@ -47,17 +47,17 @@ def _field(default: Any, help: str) -> Any:
 class OptimConfig:
     """The optimizer, in the terms of ``knltrain.optim``."""
 
-    name: OptimizerName = _field("lars", "optimizer; each has variants of its own")
+    name: OptimizerName = _field("lars", "optimizer; each has its own variants")
     variant: VariantName = _field(
-        "paper", "of lars: paper, mlperf, larc, nesterov; of lamb: paper, mlperf; of sgd: heavy-ball, nesterov"
+        "paper", "lars: paper, mlperf, larc, nesterov; lamb: paper, mlperf; sgd: heavy-ball, nesterov"
     )
     lr: Positive = _field(1.0, "peak learning rate; with lr-scaling linear, per 256 images of global batch")
     lr_scaling: Literal["none", "linear"] = _field("none", "linear: the peak is lr x global batch / 256")
-    momentum: Fraction = _field(0.9, "momentum; of lamb, of the first moment")
-    beta2: Fraction = _field(0.999, "lamb: fraction of the second moment that stays")
+    momentum: Fraction = _field(0.9, "momentum; lamb: decay of the first moment (beta1)")
+    beta2: Fraction = _field(0.999, "lamb: decay of the second moment")
     weight_decay: NotNegative = _field(5e-4, "weight decay")
     decay_on: Literal["all", "not-norm", "weights"] = _field(
-        "all", "which parameters decay: all, all but batch norm's, or neither batch norm's nor biases"
+        "all", "parameters with weight decay: all, all but batch norm's, or all but batch norm's and biases"
     )
     trust_coefficient: Positive = _field(0.001, "eta of LARS")
     eps: NotNegative = _field(
@@ -75,7 +75,7 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """What changes over time: learning rate, image size, batch; the formulas are in ``knltrain.config.schedule``."""
+    """Learning rate, image size and batch over time; the formulas are in ``knltrain.config.schedule``."""
 
     name: ScheduleName = _field("poly", "poly counts from step 0, poly-after-warmup from the end of warm-up")
     warmup_epochs: EpochsFromZero = _field(0.0, "length of the linear warm-up, in epochs")
@@ -87,13 +87,13 @@ class ScheduleConfig:
     )
     gamma: Annotated[float, Meta(gt=0, le=10)] = _field(0.1, "step: the factor at each milestone")
     image_sizes: Annotated[tuple[Side, ...], Meta(max_length=20)] = _field(
-        (), "progressive resizing: the sizes that training begins with, before image-size, which is what is evaluated"
+        (), "progressive resizing: the sizes that training starts with, before image-size, which evaluation uses"
     )
     image_size_epochs: Annotated[tuple[Epochs, ...], Meta(max_length=20)] = _field(
         (), "the epochs at which each of image-sizes ends"
     )
     batches: Annotated[tuple[Images, ...], Meta(max_length=20)] = _field(
-        (), "batch-size warm-up: the batches that training begins with, before global-batch"
+        (), "batch-size warm-up: the batches that training starts with, before global-batch"
     )
     batch_epochs: Annotated[tuple[Epochs, ...], Meta(max_length=20)] = _field(
         (), "the epochs at which each of batches ends"
@@ -114,9 +114,9 @@ class ScheduleConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """What is cut out of each training image; see ``knltrain.data.augment``."""
+    """Augmentation of training images; see ``knltrain.data.augment``."""
 
-    name: AugmentName = _field("crop-flip", "what is cut out of a training image; rrc is the random resized crop")
+    name: AugmentName = _field("crop-flip", "augmentation of a training image; rrc is the random resized crop")
     resize: Annotated[int, Meta(ge=8, le=16384, extra={"unit": "pixels"})] | None = _field(
         None, "short side before cropping, pixels; default image-size x 256/224, or image-size for pad-crop-flip"
     )
@@ -125,94 +125,95 @@ class AugmentConfig:
         4, "pad-crop-flip: black border on each side, pixels"
     )
     collapse_epochs: EpochsFromZero = _field(
-        0.0, "the last epochs are trained on what evaluation sees of an image, without augmentation"
+        0.0, "number of last epochs that are trained on evaluation's crop of an image, without augmentation"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommConfig:
-    """What travels between ranks."""
+    """Communication between ranks."""
 
     backend: Literal["auto", "ccl", "gloo"] = _field("auto", "process group; auto: oneCCL where it loads, else gloo")
-    dtype: Literal["fp32", "bf16"] = _field("fp32", "type of the gradients on the wire")
+    dtype: Literal["fp32", "bf16"] = _field("fp32", "data type in which gradients are all-reduced")
     bucket_mb: Annotated[float, Meta(ge=0.001, le=1e5, extra={"unit": "MiB"})] | None = _field(
         None, "size of a gradient bucket, MiB; default by the number of ranks: 4 up to 64, more to 25 from 400"
     )
     compression: Literal["none", "powersgd"] = _field(
-        "none", "powersgd: gradients travel as thin float32 factors, for networks that are slow; approximate"
+        "none", "powersgd: gradients are compressed to low-rank float32 factors, for slow interconnects; approximate"
     )
     powersgd_rank: Annotated[int, Meta(ge=1, le=1024, extra={"unit": "columns"})] = _field(
         4, "columns of PowerSGD's factors"
     )
     timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
-        600.0, "longest wait for another rank after the first step, and for a checkpoint to be on disk, seconds"
+        600.0, "time-out of collectives after the first step, and of writing a checkpoint, seconds"
     )
 
     def bucket_mb_of(self, ranks: int) -> float:
-        """MiB of gradients that travel together between so many ranks.
+        """Returns the size of a gradient bucket in MiB, for a number of ranks.
 
-        Small buckets leave early and end soon after the backward pass. What a message costs by itself grows with the
-        ranks, and asks for larger ones: docs/tuning.md has the measurements.
+        Small buckets start early, and the last ends soon after the backward pass. The latency of an all-reduce grows
+        with the ranks and favours larger buckets: docs/tuning.md has the measurements.
         """
         return min(25.0, max(4.0, ranks / 16)) if self.bucket_mb is None else self.bucket_mb
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """When checkpoints are written and how many stay."""
+    """When checkpoints are written, and how many are kept."""
 
     every: Epochs = _field(1.0, "epochs between checkpoints; the last step always writes one")
     keep: Annotated[int, Meta(ge=1, le=10**6, extra={"unit": "checkpoints"})] = _field(
-        2, "how many of the newest checkpoints stay, beside the best by top-1"
+        2, "how many of the newest checkpoints to keep, beside the best by top-1"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HealthConfig:
-    """What is done about NaN, Inf and a loss that diverges; see ``knltrain.training.step_guard``."""
+    """Reactions to NaN, Inf and divergence; see ``knltrain.training.step_guard``."""
 
     policy: Literal["stop", "skip", "rewind"] = _field(
         "stop",
-        "a loss or gradient that is no number: end the run and save its state for study, leave the step's update out, "
-        "or go back to the last checkpoint with a lower learning rate",
+        "NaN or Inf in the loss or a gradient: end the run and save its state for study, skip the step's update, or go "
+        "back to the last checkpoint with a lower learning rate",
     )
     max_skips: Annotated[int, Meta(ge=1, le=10**6, extra={"unit": "steps"})] = _field(
-        5, "skip: most steps in a row; the run ends at the next"
+        5, "skip: maximum of consecutive steps; the run ends at the next"
     )
     max_rewinds: Annotated[int, Meta(ge=1, le=1000, extra={"unit": "rewinds"})] = _field(
-        3, "rewind: most times in a run; it ends at the next"
+        3, "rewind: maximum in a run; it ends at the next"
     )
     rewind_factor: Annotated[float, Meta(gt=0, lt=1)] = _field(0.5, "rewind: the learning rate is multiplied by it")
     divergence_steps: StepsFromZero = _field(
-        50, "end the run after so many steps in a row with a loss 5 % above chance; 0 never does"
+        50, "end the run after this many consecutive steps with a loss 5 % above chance level; 0: never"
     )
     compare_every: StepsFromZero = _field(
-        100, "steps between two comparisons of the ranks' weights, before checkpoints besides; 0 never compares"
+        100, "steps between comparisons of the ranks' weights, which also precede each checkpoint; 0: never"
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """One training run, complete but for the machine it runs on."""
+    """A training run, independent of the machine that it runs on."""
 
     recipe: str = _field("", "name of the recipe that this configuration started from")
-    data: str = _field("", "ImageFolder directory, tar shards, what prepare wrote, synthetic, or shapes")
+    data: str = _field("", "ImageFolder directory, tar shards, output of prepare, synthetic, or shapes")
     stage: str = _field("", "folder of each node, on its own disk or in memory, to which prepared data is copied first")
     out: str = _field("", "folder of the run; default runs/RECIPE")
     model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet20, resnet50 or torchvision:NAME")
-    dropout: Fraction | None = _field(None, "dropout before the last layers; default the model's own")
+    dropout: Fraction | None = _field(None, "dropout before the last layers; default: the model's")
     zero_init_residual: bool = _field(False, "ResNet: start each residual block's last batch-norm gamma at zero")
     image_size: Side = _field(224, "height and width that the model sees, pixels")
     epochs: Epochs = _field(90.0, "passes over the training images")
     max_steps: Steps | None = _field(None, "stop after this many steps, on the schedule of the whole run")
-    global_batch: Images = _field(256, "images an optimizer update sees, over all ranks")
+    global_batch: Images = _field(256, "images per optimizer update, over all ranks")
     local_batch: Images | None = _field(
-        None, "most images a rank passes through the model at once; more are accumulated; default all"
+        None, "images of a micro-batch of a rank; gradients of several are accumulated; default: all of its images"
     )
-    precision: Precision = _field("auto", "auto: bf16 where the processor is faster in it, else fp32")
+    precision: Precision = _field("auto", "auto: bf16 if the processor is faster in it, else fp32")
     force_bf16: bool = _field(False, "bf16 even on a processor that only emulates it, or that is faster in fp32")
     engine: EngineName = _field(
-        "auto", "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: what tune measured, or fused"
+        "auto",
+        "native kernels, plain PyTorch, torch.compile or Intel's extension; auto: the one measured by tune, or fused",
     )
     fp32_precision: Literal["ieee", "bf16"] = _field(
         "ieee",
@@ -221,27 +222,29 @@ class RunConfig:
     )
     conv: ConvName = _field(
         "auto",
-        "convolutions of engine fused: direct (PyTorch's), winograd (by that algorithm where it can, which "
-        "multiplies less and rounds more), or auto: layer by layer what is faster on this node, PyTorch's or the "
-        "native kernels', measured once and kept over a resume",
+        "convolutions of engine fused: direct (PyTorch's), winograd (where possible, with fewer multiplications and "
+        "larger rounding errors), or auto: for each layer the faster on this node, PyTorch's or the native kernels', "
+        "measured once and kept over a resume",
     )
-    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(0, "decides initial weights, order, augmentation, dropout")
+    seed: Annotated[int, Meta(ge=0, le=2**63 - 1)] = _field(
+        0, "seed of initial weights, order, augmentation and dropout"
+    )
     resume: str = _field("auto", "auto (newest checkpoint in OUT, if any), never, or a checkpoint's folder")
     init_from: str = _field(
-        "", "weights to start from: safetensors, a state dict as torchvision has it (.pth), or a run's folder"
+        "", "initial weights: safetensors, a state dict like torchvision's (.pth), or a run's folder"
     )
     workers: Annotated[int, Meta(ge=0, le=1024, extra={"unit": "threads"})] | None = _field(
-        None, "decode threads per rank; 0 decodes between the steps; default one per core of the rank"
+        None, "decoder threads per rank; 0 decodes between steps; default: one per core of the rank"
     )
     on_bad: Literal["fail", "skip"] = _field(
-        "fail", "an image that cannot be decoded: end the run, or take the next good one in its place"
+        "fail", "an image that cannot be decoded: end the run, or use the next good one instead"
     )
     label_smoothing: Fraction = _field(0.0, "label smoothing")
     log_trust_ratios: bool = _field(
-        False, "write the trust ratio of each layer to OUT/trust_ratios.jsonl, at about a thousand steps of the run"
+        False, "log the trust ratio of each layer to OUT/trust_ratios.jsonl, at about a thousand steps of the run"
     )
     ema_decay: Annotated[float, Meta(gt=0, lt=1)] | None = _field(
-        None, "evaluate and save the moving average of the weights, of which each step leaves this part; default none"
+        None, "decay of an exponential moving average of the weights, which is evaluated and saved; default: none"
     )
     optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
     schedule: ScheduleConfig = dataclasses.field(default_factory=ScheduleConfig)
@@ -259,44 +262,44 @@ class RunConfig:
         if self.schedule.image_sizes and max(self.schedule.image_sizes) > self.image_size:
             raise ConfigError(
                 f"schedule.image-sizes {max(self.schedule.image_sizes)} is larger than image-size {self.image_size}, "
-                "which is what training ends with and what is evaluated"
+                "with which training ends and evaluation runs"
             )
         smallest = self._resize_at(min((self.image_size, *self.schedule.image_sizes)))
         if self.augment.name == "pad-crop-flip" and self.augment.pad > smallest:
             raise ConfigError(
-                f"augment.pad {self.augment.pad} is more than the {smallest} pixels of the images that it is put "
-                f"around: crops of nothing but black; give --augment.pad {smallest} or less"
+                f"augment.pad {self.augment.pad} is more than the {smallest} pixels of an image: some crops would be "
+                f"all black; give --augment.pad {smallest} or less"
             )
         schedule, epochs = self.schedule, f"{self.epochs:g} epochs"
         if schedule.batch_epochs and schedule.batch_epochs[-1] >= self.epochs:
             raise ConfigError(
                 f"schedule.batch-epochs {schedule.batch_epochs[-1]:g} is not before the end of {epochs}: no step would "
-                f"have the {self.global_batch:,} images of global-batch; change the one or the other"
+                f"have the {self.global_batch:,} images of global-batch; change one of them"
             )
         if schedule.image_size_epochs and schedule.image_size_epochs[-1] > self.epochs:
             raise ConfigError(
-                f"schedule.image-size-epochs {schedule.image_size_epochs[-1]:g} is after the end of {epochs}: sizes "
-                "that were asked for would not come; change the one or the other"
+                f"schedule.image-size-epochs {schedule.image_size_epochs[-1]:g} is after the end of {epochs}: some "
+                "sizes would not be used; change one of them"
             )
         if self.augment.name != "none" and self.augment.collapse_epochs >= self.epochs:
             raise ConfigError(
-                f"augment.collapse-epochs {self.augment.collapse_epochs:g} leaves nothing of {epochs} augmented; "
-                "change the one or the other, or take augment.name none"
+                f"augment.collapse-epochs {self.augment.collapse_epochs:g} leaves no epoch of {epochs} augmented; "
+                "change one of them, or use augment.name none"
             )
 
     @property
     def peak_lr(self) -> float:
-        """The peak learning rate, after the linear scaling rule (Goyal et al. 2017, section 2.1) where asked for."""
+        """Peak learning rate, with the linear scaling rule (Goyal et al. 2017, section 2.1) if configured."""
         return self.peak_lr_at(self.global_batch)
 
     def peak_lr_at(self, batch: int) -> float:
-        """The peak learning rate of steps of so many images."""
+        """Returns the peak learning rate for a batch size."""
         if self.optim.lr_scaling == "linear":
             return self.optim.lr * batch / 256
         return self.optim.lr
 
     def at_size(self, image_size: int) -> RunConfig:
-        """The same with images of another size in pixels, out of images that are scaled as much more or less."""
+        """Returns the configuration for another image size in pixels, with ``resize`` in proportion."""
         return dataclasses.replace(
             self,
             image_size=image_size,
@@ -305,7 +308,7 @@ class RunConfig:
         )
 
     def _resize_at(self, image_size: int) -> int:
-        """:attr:`resize` for images of another size."""
+        """Returns :attr:`resize` for another image size."""
         return round(self.resize * image_size / self.image_size)
 
     @property

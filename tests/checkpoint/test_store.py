@@ -180,7 +180,7 @@ def test_no_whole_checkpoint_among_damaged_ones_is_an_error(tmp_path):
     folder = save(tmp_path, 1, *stepped())
     damage(folder / FILES[0], "empty")
     said = []
-    with pytest.raises(KnltrainError, match="none of its 1 checkpoints is whole"):
+    with pytest.raises(KnltrainError, match="none of its 1 checkpoints is intact"):
         checkpoint.find(tmp_path, "auto", said.append)
     assert "has 0 of" in said[0]
 

@@ -141,7 +141,7 @@ def test_a_border_wider_than_the_image_is_refused_and_one_as_wide_is_drawn(field
     [
         ("cifar-8k-batches", 2, 2.1, r"batch-epochs 2 is not before the end of 2 epochs.*8,192 images of global-batch"),
         ("cifar-2k-resizing", 9.9, 10, "image-size-epochs 10 is after the end of 9.9 epochs"),
-        ("cifar-2k-collapse", 1, 1.1, "collapse-epochs 1 leaves nothing of 1 epochs augmented"),
+        ("cifar-2k-collapse", 1, 1.1, "collapse-epochs 1 leaves no epoch of 1 epochs augmented"),
     ],
 )
 def test_what_a_run_would_not_come_to_is_refused(recipe, epochs, longer, words):

@@ -139,7 +139,7 @@ def test_the_newest_whole_checkpoint_is_taken(config, tmp_path, file):
     assert file in line
     assert any("resumed from" in line and "step-00000003" in line for line in console.lines)
     assert_same_run(tmp_path / "damaged", config.out)
-    with pytest.raises(KnltrainError, match=r"another checksum|is no JSON|of [\d,]+ bytes"):
+    with pytest.raises(KnltrainError, match=r"does not match its checksum|is not JSON|of [\d,]+ bytes"):
         (folder / file).write_bytes(b"x" * 100)
         run(config, out=str(tmp_path / "branch"), resume=str(folder))
     assert not (tmp_path / "branch").exists()

@@ -307,7 +307,7 @@ def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tm
         found = evaluating.evaluate_checkpoint(Path(config.out), again, console, place)
         assert found["skipped_images"] == skipped
     assert [line for line in said if "could not be decoded" in line] == [
-        "2 images could not be decoded; the next good ones took their places"
+        "2 images could not be decoded; the next good ones were used instead"
     ]
 
 
