@@ -1,4 +1,4 @@
-"""The networks, by name."""
+"""The networks, and building them by name."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def build_model(
         name: a key of ``MODELS``, or ``torchvision:NAME`` for any classifier of torchvision.
         num_classes: length of the output.
         image_size: height and width of the images, in pixels; the small AlexNet sizes its first dense layer by it.
-        dropout: probability before the last layers; None leaves the model's own.
+        dropout: probability before the last layers; None for the model's default.
         zero_init_residual: start every residual block's last batch-norm gamma at zero.
 
     Raises:
-        ConfigError: an unknown name, images too small for the network, or an option that this network has no use for.
+        ConfigError: an unknown name, images too small for the network, or an option that the network does not have.
     """
     options: dict[str, Any] = {}
     if dropout is not None:
@@ -60,7 +60,7 @@ def build_model(
 
 
 def model_of(config: RunConfig, num_classes: int) -> nn.Module:
-    """Builds the network a configuration names, in channels-last memory format."""
+    """Builds a configuration's network, in channels-last memory format."""
     model = build_model(
         config.model,
         num_classes=num_classes,
@@ -73,14 +73,14 @@ def model_of(config: RunConfig, num_classes: int) -> nn.Module:
 
 
 def refuse_unbuildable(config: RunConfig) -> None:
-    """Builds the network a configuration names, so that one that cannot be is refused before hours are spent.
+    """Checks that a configuration's network can be built, before anything expensive starts.
 
-    Its weights have no values, and torch's global generator stays as it is.
+    Its weights are not initialised, and torch's global generator is unchanged.
 
     Raises:
-        ConfigError: as :func:`build_model`, or it does not take images of a size that they will have.
+        ConfigError: as :func:`build_model`, or it does not accept a configured image size.
     """
-    # The device meta would do without memory too, but a convolution and a batch norm there import torch._dynamo: 1 s.
+    # The device meta would need no memory, but its convolution and batch norm import torch._dynamo, which takes 1 s.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(), WithoutValues():
         model = model_of(config, num_classes=1)
         weights = [weight.shape for weight in model.parameters()]
@@ -93,7 +93,7 @@ def refuse_unbuildable(config: RunConfig) -> None:
 
 
 class WithoutValues(TorchFunctionMode):
-    """Leaves tensors as they are where random numbers would be drawn for them: most of the time that building takes."""
+    """Skips random initialisation, which takes most of the time of building a network."""
 
     def __torch_function__(
         self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -105,7 +105,7 @@ class WithoutValues(TorchFunctionMode):
 
 
 def _refuse_size(model: nn.Module, config: RunConfig, field: str) -> None:
-    """Refuses images of a size that a network does not take."""
+    """Raises ConfigError if a network does not accept an image size."""
     try:
         model.eval()(torch.zeros(1, 3, config.image_size, config.image_size))
     except (RuntimeError, ValueError, AssertionError) as error:

@@ -1,4 +1,4 @@
-"""AlexNet: the grouped network of 2012, the batch-norm form that was trained at 32K, and a small one.
+"""AlexNet: the grouped network of 2012, the batch-norm variant that was trained at 32K, and a small one.
 
 Sources: Krizhevsky et al. 2012 for the architecture; Caffe's bvlc_alexnet (BVLC/caffe at 0d2354c) for the initial
 weights of ``alexnet`` (Gaussian, 0.01 for convolutions and the last layer, 0.005 for fc6 and fc7; biases 0, or 0.1 for
@@ -31,7 +31,7 @@ def _gaussian(layer: nn.Conv2d | nn.Linear, std: float, bias: float) -> None:
 
 
 def _features(*, batch_norm: bool) -> nn.Sequential:
-    """The convolutions, with batch norm after the pooling where there is some, or else response norm before it."""
+    """Returns the convolutions, with batch norm after pooling, or local response norm before it."""
 
     def batch(channels: int) -> nn.Module | None:
         return nn.BatchNorm2d(channels, eps=1e-4, momentum=0.1) if batch_norm else None
@@ -58,10 +58,10 @@ def _features(*, batch_norm: bool) -> nn.Sequential:
 
 
 class AlexNet(nn.Module):
-    """The five convolutions and three dense layers of 2012, groups of two on conv2, conv4 and conv5.
+    """The five convolutions and three dense layers of 2012, with two groups in conv2, conv4 and conv5.
 
-    Input N x 3 x S x S with S = 227 in the sources (224 gives the same layer sizes but for conv1's border); output
-    N x num_classes logits.
+    Input N x 3 x S x S, S = 227 in the sources (224 gives the same layer sizes except after conv1); output N x
+    num_classes logits.
 
     Args:
         num_classes: length of the output.
@@ -114,9 +114,9 @@ def alexnet_bn(*, num_classes: int = 1000, image_size: int = 227, dropout: float
 class SmallAlexNet(nn.Module):
     """AlexNet-BN for images of 32 to 64 pixels: 3x3 kernels, a pool after conv1, conv2 and conv3, one dense layer.
 
-    As in ``alexnet_bn``, batch norm stands on the inputs of conv2 to conv5, after ReLU and pool; here on the dense
-    layer's too. Input N x 3 x S x S, output N x num_classes logits; any S of at least 8 will do, for the last map is
-    averaged to 2 x 2. 24 million multiply-adds for 32 pixels.
+    As in ``alexnet_bn``, batch norm is on the inputs of conv2 to conv5, after ReLU and pooling; here also on the dense
+    layer's. Input N x 3 x S x S with S of at least 8, because the last feature map is averaged to 2 x 2; output N x
+    num_classes logits. 24 million multiply-adds for 32 pixels.
     """
 
     def __init__(self, num_classes: int, *, dropout: float) -> None:
@@ -144,6 +144,6 @@ class SmallAlexNet(nn.Module):
 
 
 def alexnet_bn_small(*, num_classes: int = 10, image_size: int = 32, dropout: float = 0.0) -> nn.Module:
-    """A small AlexNet-BN for CIFAR-sized pictures."""
+    """A small AlexNet-BN for CIFAR-sized images."""
     del image_size  # the last pool makes the network independent of it
     return SmallAlexNet(num_classes, dropout=dropout)

@@ -1,4 +1,4 @@
-"""What computes each convolution of a network: measured here, layer by layer, both ways in turns."""
+"""Choice of the algorithm of each convolution, PyTorch's or a native kernel, by measuring both on this node."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from knltrain.node.topology import Node
 from knltrain.node.tuning_cache import settings_of, store_convolutions, stored_convolutions
 from knltrain.ops import convgrad, winograd
 
-# By a convolution's path in the network, which of its results (the fields of convgrad.Native) native kernels compute.
+# By a convolution's module path, the results (fields of convgrad.Native) that native kernels compute.
 Choices: TypeAlias = dict[str, list[str]]
 
 RESULTS = convgrad.Native._fields
-# A measured call has at least so much work, and as many pixels as make little of what is done once a call.
+# Minimum work of a measured call, and minimum pixels, so that the overhead per call is negligible.
 _GFLOP, _PIXELS = 1.0, 4096
-# Both ways have two turns, and as many more up to this as it takes until one is faster by this factor.
-_MOST_TURNS, _CLEARLY = 4, 1.15
+# Both are timed at least twice, alternately; again, up to a maximum, until one is faster by this factor.
+_MAX_TURNS, _CLEAR_RATIO = 4, 1.15
 
 
 class Convolution(NamedTuple):
-    """What the time of a convolution depends on, besides the number of images.
+    """Parameters of a convolution that its time depends on, except the number of images.
 
     Attributes:
-        channels: of the input.
-        height: of the input, in pixels.
-        width: of the input, in pixels.
-        weight: K, C/groups, R, S.
-        geometry: how the kernel moves.
+        channels: input channels.
+        height: input height, pixels.
+        width: input width, pixels.
+        weight: shape of the weights: K, C/groups, R, S.
+        geometry: stride, padding, dilation, groups.
     """
 
     channels: int
@@ -53,7 +53,7 @@ class Convolution(NamedTuple):
         return f"{of}, stride {stride}, padding {padding}, dilation {dilation}, groups {self.geometry.groups}"
 
     def gflop(self, images: int) -> float:
-        """Of one result, summed directly, with 2 per multiply-add."""
+        """Returns the GFLOP of one result by direct convolution, 2 FLOP per multiply-add."""
         outputs, inputs, *kernel = self.weight
         stride, padding, dilation, _ = self.geometry
         height, width = (
@@ -65,21 +65,21 @@ class Convolution(NamedTuple):
         return 2e-9 * images * height * width * outputs * inputs * math.prod(kernel)
 
     def native(self, dtype: torch.dtype = torch.float32) -> convgrad.Native:
-        """Which of its results there are kernels for, that are to be measured."""
+        """Returns the results for which there is a native kernel to measure."""
         return convgrad.native_results(self.channels, self.weight, self.geometry, dtype)
 
     def has_winograd(self) -> bool:
-        """Whether Winograd's algorithm computes it."""
+        """Whether the Winograd kernels support it."""
         return winograd.takes(self.channels, self.weight, *self.geometry)
 
 
 class Times(NamedTuple):
-    """How long one result of a convolution takes.
+    """Measured times of one result of a convolution.
 
     Attributes:
-        direct: seconds of PyTorch's, a direct sum; of a weight gradient in bf16, what the engine has without a choice.
-        native: seconds of the kernels'.
-        images: that both took.
+        direct: seconds with PyTorch's direct convolution; for a bf16 weight gradient, with the engine's default.
+        native: seconds with the native kernel.
+        images: number of images in both.
     """
 
     direct: float
@@ -88,15 +88,15 @@ class Times(NamedTuple):
 
 
 def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
-    """The convolutions of a network that there are kernels for, by path; found by running one image.
+    """Returns the convolutions with native kernels, by module path, from a forward pass of one image.
 
     Args:
-        config: names the network, and the size of the image.
+        config: gives network and image size.
         num_classes: length of the network's output.
     """
     found: dict[str, Convolution] = {}
 
-    def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def record_shape(path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             assert isinstance(module, nn.Conv2d)
             _, channels, height, width = arguments[0].shape
@@ -114,25 +114,25 @@ def eligible(config: RunConfig, num_classes: int) -> dict[str, Convolution]:
         model = model_of(config, num_classes)
         for path, module in model.named_modules():
             if fuses_convolution(module):
-                module.register_forward_pre_hook(note(path))
+                module.register_forward_pre_hook(record_shape(path))
         model.eval()(torch.zeros(1, 3, config.image_size, config.image_size))
     return found
 
 
 def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.float32) -> dict[str, Times]:
-    """Times each result that there is a kernel for, both ways in turns: the best of two calls, or more if it is close.
+    """Times each result that has a native kernel, with it and with PyTorch alternately; the best of two or more calls.
 
     Args:
-        convolution: what is computed, on noise.
-        images: of a micro-batch; fewer are taken where those tell as much.
-        dtype: of the tensors.
+        convolution: the convolution, computed on random data.
+        images: images of a micro-batch; fewer are used for large convolutions.
+        dtype: data type of the tensors.
 
     Returns:
-        By result: forward, input, weight.
+        Times by result: forward, input, weight.
     """
     c = convolution
     images = min(images, max(math.ceil(_GFLOP / c.gflop(1)), math.ceil(_PIXELS / (c.height * c.width))))
-    random = torch.Generator()  # of its own: the run's numbers are to stay as they are
+    random = torch.Generator()  # its own, so that the run's random numbers do not change
     x, weight = (
         torch.randn(shape, generator=random).to(dtype, memory_format=torch.channels_last)
         for shape in ((images, c.channels, c.height, c.width), c.weight)
@@ -149,19 +149,19 @@ def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.fl
     for result, there_is in c.native(dtype)._asdict().items():
         if there_is:
             direct, native = (functools.partial(call, result, by) for by in (convgrad.NONE, c.native(dtype)))
-            times[result] = _in_turns(direct, native, images)
+            times[result] = _time_alternately(direct, native, images)
     return times
 
 
-def _in_turns(direct: Callable[[], object], native: Callable[[], object], images: int) -> Times:
+def _time_alternately(direct: Callable[[], object], native: Callable[[], object], images: int) -> Times:
     seconds: tuple[list[float], list[float]] = ([], [])
-    for turn in range(_MOST_TURNS):
+    for turn in range(_MAX_TURNS):
         for way, taken in zip((direct, native), seconds, strict=True):
             start = time.perf_counter()
             way()
             taken.append(time.perf_counter() - start)
         slower, faster = sorted(map(min, seconds), reverse=True)
-        if turn > 0 and slower > _CLEARLY * faster:
+        if turn > 0 and slower > _CLEAR_RATIO * faster:
             break
     return Times(min(seconds[0]), min(seconds[1]), images)
 
@@ -178,24 +178,24 @@ def choose(
     keep: bool = True,
     recorded: Choices | None = None,
 ) -> Choices:
-    """Decides what native kernels compute, as ``config.conv`` says.
+    """Returns the results that native kernels compute, according to ``config.conv``.
 
     Args:
-        config: names the network, the size of its images, and conv.
+        config: gives network, image size and conv.
         num_classes: length of the network's output.
-        engine: as it was resolved; only fused has the choice.
-        precision: likewise.
-        node: where it runs.
+        engine: resolved engine; only fused has a choice.
+        precision: resolved precision.
+        node: this node.
         threads: compute threads.
-        images: of a micro-batch.
-        keep: store what was measured: one rank of a node does, for another's measurement may say something else.
-        recorded: what was chosen when the run began, to be kept.
+        images: images of a micro-batch.
+        keep: store the measurement. Only one rank of a node does, because ranks may measure different results.
+        recorded: the choices at the start of the run, which a resumed run keeps.
 
     Raises:
-        ConfigError: conv winograd by another engine than fused, or on a network that has nothing for it.
+        ConfigError: conv winograd with an engine other than fused, or for a network without a suitable convolution.
     """
     if config.conv == "winograd" and engine != "fused":
-        raise ConfigError(f"conv winograd: engine {engine} has PyTorch's convolutions alone; add --engine fused")
+        raise ConfigError(f"conv winograd: engine {engine} has only PyTorch's convolutions; add --engine fused")
     if config.conv == "direct" or engine != "fused":
         return {}
     if recorded is not None:
@@ -206,7 +206,7 @@ def choose(
         convolutions = {path: one for path, one in convolutions.items() if one.has_winograd()}
         if not convolutions:
             raise ConfigError(f"conv winograd: {config.model} has no convolution of 3 x 3 or 5 x 5 with stride 1 and "
-                              "multiples of 16 channels; leave it out")  # fmt: skip
+                              "multiples of 16 channels; use another conv")  # fmt: skip
         return {path: list(RESULTS) for path in convolutions}
     if not convolutions or (precision == "bf16" and "amx_bf16" in node.flags):  # AMX multiplies faster than this saves
         return {}
@@ -214,25 +214,25 @@ def choose(
         **settings_of(config.model, precision, node, threads), "fp32_precision": config.fp32_precision,
         "images": images, "size": config.image_size,
     }  # fmt: skip
-    found = _faster_ones(set(convolutions.values()), settings, images, dtype, keep)
+    found = _faster_results(set(convolutions.values()), settings, images, dtype, keep)
     return {path: list(found[str(one)]) for path, one in convolutions.items() if found[str(one)]}
 
 
-def _faster_ones(
+def _faster_results(
     convolutions: set[Convolution], settings: dict[str, object], images: int, dtype: torch.dtype, keep: bool
 ) -> Mapping[str, Sequence[str]]:
-    """By convolution, in which results the kernels are faster: as it is stored for such settings, or measured now."""
+    """Returns, by convolution, the results that native kernels compute faster, stored or measured now."""
     found = stored_convolutions(settings)
-    if found is None or not all(_known(found.get(str(one))) for one in convolutions):
+    if found is None or not all(_valid(found.get(str(one))) for one in convolutions):
         found = {str(one): _faster(measure(one, images, dtype)) for one in convolutions}
-        release_freed_memory()  # a run's tensors have other sizes
+        release_freed_memory()  # tensors of the run have other sizes
         if keep:
             store_convolutions(settings, found)
     return found
 
 
-def _known(results: object) -> bool:
-    """Whether what a file says of a convolution is what this version writes."""
+def _valid(results: object) -> bool:
+    """Whether a convolution's entry in the file is valid for this version."""
     return isinstance(results, list) and all(result in RESULTS for result in results)
 
 
@@ -241,11 +241,11 @@ def _faster(times: Mapping[str, Times]) -> list[str]:
 
 
 def use(model: nn.Module, choices: Mapping[str, Sequence[str]]) -> None:
-    """Has convolutions of a fused network computed as they were chosen to be.
+    """Applies choices to the convolutions of a fused network.
 
     Args:
-        model: after :func:`knltrain.models.fused.fuse`.
-        choices: of :func:`choose`.
+        model: a network after :func:`knltrain.models.fused.fuse`.
+        choices: the result of :func:`choose`.
     """
     for path, results in choices.items():
         module = model.get_submodule(path)

@@ -1,6 +1,6 @@
-"""Layers on the native kernels, put in the place of torch's by module type.
+"""Layers with native kernels, which replace torch's by module type.
 
-A module changes its class and nothing else: parameters, buffers, hooks and names in state dicts stay.
+Only the class of a module changes: parameters, buffers, hooks and names in state dicts stay.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from knltrain.ops.pool import max_pool2d
 
 
 class FusedConv2d(nn.Conv2d):
-    """nn.Conv2d with a faster weight gradient in bf16, and in float32 what was chosen."""
+    """nn.Conv2d with a faster weight gradient in bf16, and the chosen kernels in float32."""
 
-    # What native kernels compute of it in float32; see knltrain.models.convolutions.
+    # The results that native kernels compute in float32; see knltrain.models.convolutions.
     by = NONE
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Any:
-        """The output; with a shift, and :meth:`has_statistics`, a tuple of it and its mean and variance by channel."""
+        """Returns the output; with a shift, if :meth:`has_statistics`, also its mean and variance per channel."""
         if shift is not None:
             stride, padding = cast("tuple[int, int]", self.stride), cast("tuple[int, int]", self.padding)
             return conv2d_and_statistics(x, self.weight, shift, Geometry(stride, padding, groups=self.groups), self.by)
@@ -48,12 +48,12 @@ class FusedConv2d(nn.Conv2d):
         )
 
     def has_statistics(self, x: Tensor) -> bool:
-        """Whether a kernel computes the output, which then can take its statistics on the way."""
+        """Whether a native kernel computes the output, and can compute its statistics in the same pass."""
         return self.by.forward and self.bias is None and x.dim() == 4 and x.dtype == self.weight.dtype
 
 
 class FusedLinear(nn.Linear):
-    """nn.Linear that is computed in float32 where PyTorch would emulate bf16, which is far slower."""
+    """nn.Linear that computes in float32 if PyTorch would emulate bf16, which is far slower."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.weight.dtype == torch.bfloat16 and not bf16.onednn_computes_bf16():
@@ -62,9 +62,9 @@ class FusedLinear(nn.Linear):
 
 
 class FusedBatchNorm2d(nn.BatchNorm2d):
-    """nn.BatchNorm2d with what follows it: ``norm(x, residual=shortcut, relu=True)``."""
+    """nn.BatchNorm2d fused with a residual sum and ReLU: ``norm(x, residual=shortcut, relu=True)``."""
 
-    # Whether a ReLU that followed is part of this layer, and the most that it lets through.
+    # Whether the following ReLU is fused into this layer, and its upper bound (6 for ReLU6).
     followed_by_relu = False
     cap: float | None = None
 
@@ -94,7 +94,7 @@ class FusedBatchNorm2d(nn.BatchNorm2d):
 
 
 class FusedMaxPool2d(nn.MaxPool2d):
-    """nn.MaxPool2d on the kernel, with the ReLU that stood before it in a Sequential."""
+    """nn.MaxPool2d with a native kernel, fused with the ReLU before it in a Sequential."""
 
     with_relu = False
 
@@ -110,7 +110,7 @@ class FusedMaxPool2d(nn.MaxPool2d):
 
 
 class FusedDropout(nn.Dropout):
-    """nn.Dropout on the kernel, with the ReLU that stood before it in a Sequential."""
+    """nn.Dropout with a native kernel, fused with the ReLU before it in a Sequential."""
 
     with_relu = False
 
@@ -120,8 +120,8 @@ class FusedDropout(nn.Dropout):
         return dropout(x, self.p, training=self.training, relu=self.with_relu)
 
 
-def _normalised(norm: Any, convolution: Any, x: Tensor, **more: Any) -> Tensor:
-    """norm(convolution(x)), with statistics that were taken while the convolution's results were in registers."""
+def _conv_norm(norm: Any, convolution: Any, x: Tensor, **more: Any) -> Tensor:
+    """Returns norm(convolution(x)), with statistics that the convolution's kernel computes, if it can."""
     if norm.training and isinstance(convolution, FusedConv2d) and convolution.has_statistics(x):
         y, mean, var = convolution(x, norm.running_mean)
         normalised: Tensor = norm(y, statistics=(mean, var), **more)
@@ -133,13 +133,13 @@ def _normalised(norm: Any, convolution: Any, x: Tensor, **more: Any) -> Tensor:
 def _sequence(self: Any, x: Any) -> Any:
     parts = list(self)
     for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
-        if not _are_one(part, after):
-            x = _normalised(part, before, x) if _are_one(before, part) else part(x)
+        if not _is_conv_norm(part, after):
+            x = _conv_norm(part, before, x) if _is_conv_norm(before, part) else part(x)
     return x
 
 
-def _are_one(convolution: nn.Module | None, norm: nn.Module | None) -> bool:
-    """Whether a convolution of a Sequential is computed together with what follows it."""
+def _is_conv_norm(convolution: nn.Module | None, norm: nn.Module | None) -> bool:
+    """Whether two consecutive layers of a Sequential are a convolution and a batch norm to compute together."""
     return isinstance(convolution, FusedConv2d) and isinstance(norm, FusedBatchNorm2d)
 
 
@@ -150,20 +150,20 @@ def _shortcut(block: Any, x: Tensor) -> Tensor:
 
 def _bottleneck(self: Any, x: Tensor) -> Tensor:
     shortcut = _shortcut(self, x)
-    x = _normalised(self.bn1, self.conv1, x, relu=True)
-    x = _normalised(self.bn2, self.conv2, x, relu=True)
-    return _normalised(self.bn3, self.conv3, x, residual=shortcut, relu=True)
+    x = _conv_norm(self.bn1, self.conv1, x, relu=True)
+    x = _conv_norm(self.bn2, self.conv2, x, relu=True)
+    return _conv_norm(self.bn3, self.conv3, x, residual=shortcut, relu=True)
 
 
 def _basic_block(self: Any, x: Tensor) -> Tensor:
     shortcut = _shortcut(self, x)
-    x = _normalised(self.bn1, self.conv1, x, relu=True)
-    return _normalised(self.bn2, self.conv2, x, residual=shortcut, relu=True)
+    x = _conv_norm(self.bn1, self.conv1, x, relu=True)
+    return _conv_norm(self.bn2, self.conv2, x, residual=shortcut, relu=True)
 
 
 def _dense_layer(self: Any, x: Tensor | list[Tensor]) -> Tensor:
     y = self.norm1(x if isinstance(x, Tensor) else torch.cat(x, 1), relu=True)
-    y = self.conv2(_normalised(self.norm2, self.conv1, y, relu=True))
+    y = self.conv2(_conv_norm(self.norm2, self.conv1, y, relu=True))
     new: Tensor = F.dropout(y, self.drop_rate, self.training) if self.drop_rate > 0 else y
     return new
 
@@ -185,12 +185,12 @@ def _small_resnet(self: nn.Module, x: Tensor) -> Tensor:
 
 
 def fuse(model: nn.Module) -> None:
-    """Puts fused layers in the place of a model's, in place.
+    """Replaces layers of a model by fused ones, in place.
 
-    Convolutions, dense layers, batch norms, max pools, dropout, and the blocks of ResNets, ours and torchvision's, and
-    of torchvision's DenseNets. In a Sequential, a batch norm takes its statistics from the convolution before it, a
-    ReLU or ReLU6 joins the batch norm before it, and a ReLU the max pool or dropout after it. Layers with settings that
-    the kernels do not have stay as they are.
+    These are convolutions, dense layers, batch norms, max pools, dropout, the blocks of knltrain's and torchvision's
+    ResNets, and those of torchvision's DenseNets. In a Sequential, a batch norm gets its statistics from the
+    convolution before it, a ReLU or ReLU6 is fused into the batch norm before it, and a ReLU into the max pool or
+    dropout after it. Layers with settings that the kernels do not support are unchanged.
     """
     _fuse_layers(model)
     _join_relus(model)
@@ -222,7 +222,7 @@ def _fuse_layers(model: nn.Module) -> None:
 
 
 def _join_relus(model: nn.Module) -> None:
-    # One ReLU may stand in several places, and so may a batch norm.
+    # A module, such as a ReLU, may be used several times.
     uses = collections.Counter(child for module in model.modules() for child in module._modules.values())
     for module in model.modules():
         if isinstance(module, nn.Sequential):
@@ -251,21 +251,25 @@ def _fuse_blocks(model: nn.Module) -> None:
         forwards |= {theirs._DenseLayer: _dense_layer}
     for module in model.modules():
         norms = [child for child in module.children() if isinstance(child, nn.BatchNorm2d)]
-        forward = _sequence if _has_pairs(module) else forwards.get(type(module))
-        if forward and all(isinstance(norm, FusedBatchNorm2d) for norm in norms) and not _saves_memory(module):
+        forward = _sequence if _has_conv_norm(module) else forwards.get(type(module))
+        if (
+            forward
+            and all(isinstance(norm, FusedBatchNorm2d) for norm in norms)
+            and not _checkpoints_activations(module)
+        ):
             module.__class__ = type(f"Fused{type(module).__name__}", (type(module),), {"forward": forward})
 
 
-def _has_pairs(module: nn.Module) -> bool:
+def _has_conv_norm(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
-        and any(itertools.starmap(_are_one, itertools.pairwise(module)))
+        and any(itertools.starmap(_is_conv_norm, itertools.pairwise(module)))
     )
 
 
-def _saves_memory(module: nn.Module) -> bool:
-    """Whether a layer of DenseNet computes its first part again in the backward pass."""
+def _checkpoints_activations(module: nn.Module) -> bool:
+    """Whether a DenseNet layer uses activation checkpointing."""
     return bool(getattr(module, "memory_efficient", False))
 
 

@@ -1,6 +1,6 @@
 """ResNet-50 v1.5: He et al. 2015 with the stride of a stage's first block on its 3x3 convolution; and their ResNet-20.
 
-Module names are torchvision's, so that state dicts of ResNet-50 pass between the two.
+Module names are torchvision's, so that state dicts of ResNet-50 are interchangeable.
 """
 
 from __future__ import annotations
@@ -88,10 +88,10 @@ def _initialize(network: nn.Module, classifier: nn.Linear, *, zero_init_residual
 
 
 class PaddedShortcut(nn.Module):
-    """Every other pixel, and zeros for the channels that are new: option A of He et al. 2015, without parameters.
+    """A shortcut without parameters, option A of He et al. 2015: every other pixel, zeros for new channels.
 
     Args:
-        new_channels: how many.
+        new_channels: number of channels to add.
     """
 
     def __init__(self, new_channels: int) -> None:
@@ -122,11 +122,11 @@ class BasicBlock(nn.Module):
 class SmallResNet(nn.Module):
     """The network of He et al. 2015, section 4.2: a 3x3 stem, stages of 16, 32 and 64 channels, a linear classifier.
 
-    Input N x 3 x S x S (S = 32 in the source; the last maps are averaged, so any S will do), output N x num_classes
-    logits. Shortcuts are option A, as there. Initial weights are those of :class:`ResNet`.
+    Input N x 3 x S x S (S = 32 in the source; any S works, because the last feature maps are averaged), output N x
+    num_classes logits. Shortcuts are option A, as there. Initial weights are those of :class:`ResNet`.
 
     Args:
-        blocks: blocks of two convolutions in each stage; the depth is six times as many, and two.
+        blocks: blocks of two convolutions in each stage; the depth is 6 x blocks + 2.
         num_classes: length of the output.
         zero_init_residual: gamma 0 for the last batch norm of each block.
     """

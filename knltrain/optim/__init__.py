@@ -1,4 +1,4 @@
-"""Optimizers, and the one a configuration names."""
+"""Optimizers, and building one from a configuration."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["LAMB", "LARS", "SGD", "MasterOptimizer", "build_optimizer", "paramet
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> MasterOptimizer:
-    """Builds the optimizer of a model, its parameters grouped by module type.
+    """Builds a model's optimizer, with parameters grouped by module type.
 
-    SGD keeps the learning rate outside the momentum buffer, which is what the momentum
-    correction of Goyal et al. 2017, remark 2, restores where the rate is inside: with it, nothing needs correcting.
+    SGD keeps the learning rate outside the momentum buffer, so that the momentum correction of Goyal et al. 2017,
+    remark 2, for a rate inside the buffer, is not needed.
     """
     if config.name == "sgd":
         return SGD(

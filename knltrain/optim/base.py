@@ -1,4 +1,4 @@
-"""What LARS, LAMB and SGD share: float32 parameters whose network may work with bf16 copies of them."""
+"""Base of LARS, LAMB and SGD: float32 parameters, of which the network may use bf16 working copies."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 class MasterOptimizer(torch.optim.Optimizer):
     """An optimizer of float32 parameters, some of which have a bf16 working copy that the network computes with.
 
-    The gradient of such a parameter is its copy's, and each step writes both. Gradients of several micro-batches are
-    summed in float32 by :meth:`carry`.
+    Such a parameter uses its copy's gradient, and each step writes both. :meth:`accumulate_fp32` sums the gradients of
+    several micro-batches in float32.
     """
 
-    # What the state of a parameter holds: tensors of its shape, which are zero at first.
+    # Names of a parameter's state tensors, which have its shape and start at zero.
     _buffers: tuple[str, ...] = ("momentum_buffer",)
 
-    # PyTorch keeps these from being compiled, for which their first call imports torch._dynamo: 1 s of start-up.
+    # PyTorch wraps these to exclude them from compilation; the first call imports torch._dynamo, 1 s of start-up.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
     load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
@@ -32,7 +32,7 @@ class MasterOptimizer(torch.optim.Optimizer):
         self.accumulated: dict[Tensor, Tensor] = {}
 
     def use_working_copies(self, copies: Mapping[Tensor, nn.Parameter]) -> None:
-        """Takes gradients from, and writes new weights to, bf16 ``copies`` of parameters."""
+        """Sets bf16 copies of parameters, whose gradients :meth:`step` uses and to which it writes new weights."""
         self.working_copies.update(copies)
 
     def accumulate_fp32(self) -> None:
@@ -47,12 +47,12 @@ class MasterOptimizer(torch.optim.Optimizer):
             copy.grad = None
 
     def gradient(self, parameter: Tensor) -> Tensor | None:
-        """The gradient that :meth:`step` takes for a parameter, or for a copy: the sum over micro-batches, if any."""
-        carried = self.accumulated.get(parameter)
-        if carried is not None and parameter.grad is not None:
-            carried.add_(parameter.grad)
+        """Returns the gradient that :meth:`step` uses for a parameter or a copy: the sum over micro-batches, if any."""
+        summed = self.accumulated.get(parameter)
+        if summed is not None and parameter.grad is not None:
+            summed.add_(parameter.grad)
             parameter.grad = None
-        return parameter.grad if carried is None else carried
+        return parameter.grad if summed is None else summed
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clears the gradients of parameters and copies."""
@@ -97,13 +97,13 @@ class MasterOptimizer(torch.optim.Optimizer):
         return loss
 
     def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
-        """What the next :meth:`step` scales each layer's learning rate by; nothing where layers have no rates.
+        """Returns the trust ratios of the next :meth:`step`; empty if the optimizer has none.
 
         Args:
-            norms: of the gradients that it takes, by the names of the parameter groups.
+            norms: gradient norms by parameter name.
 
         Returns:
-            By the groups' kinds, the ratios by name; None where a norm is zero, and the rate is the global one.
+            By kind of parameter group, the ratios by name; None if a norm is zero, where the global rate is used.
         """
         return {}
 

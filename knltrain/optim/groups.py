@@ -23,10 +23,10 @@ def parameter_groups(
     """Sorts a model's trainable parameters into the groups ``weight``, ``norm`` and ``bias``.
 
     Args:
-        model: what to sort. A parameter that two modules share is listed once, where it is met first.
-        weight_decay: decay of the groups that decay; the others get 0.
-        decay_on: all of them, all but normalisation's, or the weights alone.
-        adapt_on: the groups whose learning rate LARS adapts, as the key ``adapt``; None leaves the key out.
+        model: the model. A parameter that two modules share is listed once, with the first of them.
+        weight_decay: decay of the groups selected by ``decay_on``; the others get 0.
+        decay_on: ``all`` groups, ``not-norm`` for all but normalisation, or ``weights`` only.
+        adapt_on: the groups whose learning rate LARS adapts, as the key ``adapt``; None omits the key.
 
     Returns:
         Parameter groups as torch.optim takes them, empty ones left out, each with its kind under ``kind`` and its

@@ -1,4 +1,4 @@
-"""LAMB: Adam's direction, and of each layer a step that is a fraction of its weights' norm."""
+"""LAMB: Adam's update, scaled to a fraction of each layer's weight norm."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class LAMB(MasterOptimizer):
     """LAMB (You et al. 2019, arXiv 1904.00962); the formulas are in :func:`knltrain.ops.optimizers.lamb_step`.
 
     Args:
-        params: parameters or groups. A group may set ``adapt`` and every number below for itself.
-        lr: global learning rate: the fraction of a layer's norm that a step moves it by.
-        betas: fractions of the first and of the second moment that stay.
-        weight_decay: decoupled, and part of the step that the trust ratio scales.
-        eps: added to the root of the second moment; a parameter whose gradients have all been zero is divided by it.
+        params: parameters or groups. A group may override every option below.
+        lr: global learning rate: the norm of a layer's step relative to the norm of its weights.
+        betas: decay of the first and second moment.
+        weight_decay: decoupled weight decay, scaled by the trust ratio with the step.
+        eps: added to the root of the second moment; it is the divisor while all gradients of a parameter are zero.
         adapt: scale by the trust ratio; without it this is AdamW.
 
     Raises:
@@ -54,7 +54,7 @@ class LAMB(MasterOptimizer):
     ) -> None:
         states = [self.state[parameter] for parameter in params]
         for state in states:
-            # A tensor, as torch's Adam has it: what is in checkpoints is tensors.
+            # A tensor, as in torch's Adam: checkpoints hold only tensors.
             state["step"] = state.get("step", torch.zeros(())) + 1
         lamb_step(
             params,

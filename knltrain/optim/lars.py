@@ -1,4 +1,4 @@
-"""Layer-wise adaptive rate scaling, in the manner of torch.optim."""
+"""Layer-wise adaptive rate scaling, with torch.optim's interface."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ class LARS(MasterOptimizer):
     * ``nesterov``: ``mlperf`` with ``nesterov=True``, which MLPerf's reference and optax offer too.
 
     Args:
-        params: parameters or groups. A group may set ``adapt``, ``clip`` and every number below for itself.
+        params: parameters or groups. A group may override every option below but ``maximize``.
         lr: global learning rate.
-        momentum: of the buffer, which holds steps and not gradients: a change of ``lr`` does not touch what is in it.
+        momentum: momentum factor. The buffer holds steps, not gradients: a change of ``lr`` does not rescale it.
         weight_decay: added to the gradient before the trust-scaled step, and part of the trust ratio.
-        trust_coefficient: eta, the fraction of a layer's norm that a step of lr 1 moves it by.
+        trust_coefficient: eta, the norm of a layer's step relative to the norm of its weights, for lr 1.
         eps: added to the trust ratio's denominator.
         adapt: scale by the trust ratio; without it this is SGD with the learning rate inside the momentum buffer.
         clip: never exceed ``lr`` (LARC).
-        nesterov: look ahead along the buffer.
-        maximize: not offered; refused.
+        nesterov: use Nesterov momentum.
+        maximize: not supported; raises.
 
     Raises:
         ValueError: a number out of its range, or ``maximize``.
 
-    The norm of a layer's weights is carried over from the update that wrote them. Writing to weights in any way that
-    PyTorch keeps count of makes it be computed anew; writing through ``.data`` does not.
+    The norm of a layer's weights is kept from the update that wrote them. It is computed again after any write that
+    changes the tensor's version; writes through ``.data`` do not.
     """
 
     def __init__(
@@ -78,13 +78,13 @@ class LARS(MasterOptimizer):
             "nesterov": nesterov,
         }
         super().__init__(params, defaults)
-        # Of each parameter: its version after the last update, and the sum of its squares.
+        # By parameter: its version after the last update, and the sum of its squares.
         self._squares: dict[Tensor, tuple[int, float]] = {}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            group.setdefault("nesterov", False)  # of a state that was saved before there was a choice
+            group.setdefault("nesterov", False)  # for states saved before the option existed
 
     def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
         return {
@@ -108,7 +108,7 @@ class LARS(MasterOptimizer):
         return trust_ratio(weight_norm, grad_norm, **numbers)
 
     def _known_square(self, parameter: Tensor) -> float:
-        """The sum of squares that the update before found: good as long as nothing has written to the weights since."""
+        """Returns the sum of squares from the previous update; NaN if the weights were written to since."""
         version, square = self._squares.get(parameter, (-1, math.nan))
         return square if version == parameter._version else math.nan
 

@@ -1,4 +1,4 @@
-"""SGD with momentum, in the manner of torch.optim."""
+"""SGD with momentum, with torch.optim's interface."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from knltrain.optim.base import MasterOptimizer
 
 
 class SGD(MasterOptimizer):
-    """torch.optim.SGD's update (:func:`knltrain.ops.optimizers.sgd_step`), for working copies too.
+    """SGD with torch.optim.SGD's update (:func:`knltrain.ops.optimizers.sgd_step`) and bf16 working copies.
 
     Args:
-        params: parameters or groups. A group may set every number below for itself.
+        params: parameters or groups. A group may override every option below.
         lr: learning rate.
-        momentum: fraction of the buffer that stays.
+        momentum: momentum factor.
         weight_decay: L2 coefficient.
-        nesterov: look ahead along the buffer.
+        nesterov: use Nesterov momentum.
 
     Raises:
         ValueError: a number out of its range.

@@ -1,4 +1,4 @@
-"""ImageNet. Warm-ups that a source gives in iterations are turned into epochs of 1,281,167 images."""
+"""ImageNet recipes. Warm-ups that a source gives in iterations are converted to epochs of 1,281,167 images."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _warmup_epochs(iterations: int, batch: int) -> float:
 
 
 def _alexnet(model: str, batch: int, lr: float, *, warmup_epochs: float, warmup_lr: float) -> RunConfig:
-    """What the AlexNet experiments of [ICLR] share: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227 pixels.
+    """Settings common to [ICLR]'s AlexNet experiments: LARS, eta 0.001, poly 2 from step 0, 100 epochs, 227 pixels.
 
-    Everything decays, biases too, as the published algorithm has it; Caffe's own network files exempt biases
-    (decay_mult 0).
+    Weight decay applies to all parameters, biases included, as in the published algorithm; Caffe's network files exempt
+    biases (decay_mult 0).
     """
     return RunConfig(
         model=model,
@@ -99,7 +99,7 @@ def alexnet_bn_32k() -> RunConfig:
 
 
 def _resnet50(batch: int, lr: float, *, warmup_epochs: float, epochs: float = 100) -> RunConfig:
-    """What the ResNet-50 experiments of [ICLR] table 4, "max aug", share: LARS, decay 5e-4, poly 2."""
+    """Settings common to the ResNet-50 experiments of [ICLR] table 4, "max aug": LARS, decay 5e-4, poly 2."""
     return RunConfig(
         model="resnet50",
         image_size=224,
@@ -154,7 +154,7 @@ _RESNET50: Mapping[str, Method] = {"sgd": _resnet50_sgd, "lars": _resnet50_lars}
 
 @recipe(published="76.40 ± 0.12 [Goyal]", methods=_RESNET50)
 def resnet50_256() -> RunConfig:
-    """ResNet-50 at 256: the small-batch baseline that large batches are held against [Goyal]."""
+    """ResNet-50 at 256: the small-batch baseline for large batches [Goyal]."""
     return _goyal(256)
 
 
@@ -181,8 +181,8 @@ def resnet50_32k() -> RunConfig:
     """ResNet-50 at 32,768 with LARS in 90 epochs: LR 40, 12 epochs of warm-up [ICLR].
 
     [Paper] runs 90 epochs and claims no loss of accuracy (75.4), but no text read gives its learning rate; these are
-    the numbers that its first author published for this batch in the same months. ``resnet50-32k-mlperf`` is what
-    to use for accuracy.
+    the numbers that its first author published for this batch in the same months. For accuracy, use
+    ``resnet50-32k-mlperf``.
     """
     return _resnet50(32768, 40, warmup_epochs=12, epochs=90)
 
@@ -215,22 +215,22 @@ def resnet50_32k_mlperf() -> RunConfig:
 def resnet50_32k_nus() -> RunConfig:
     """ResNet-50 at 32,768 in 90 epochs: LR 32, 14 epochs of warm-up, decay 1e-4, no epsilon [NUS].
 
-    Of these numbers the same source has the best curve over batches that is verified: 77.02 at 512, 76.96 at 16,384.
-    Not in what was read of it: the shape of the decay (poly 2 here) and label smoothing (none here). Batch norm and
-    biases are neither adapted nor decayed, which is an option there. Its LARS keeps the learning rate outside the
-    momentum buffer and multiplies the whole buffer by the newest trust ratio; ours has both inside, as published.
+    With these settings the source has the best verified results over batches: 77.02 at 512, 76.96 at 16,384. The parts
+    of it that were read do not give the shape of the decay (poly 2 here) and label smoothing (none here). Batch norm
+    and biases are neither adapted nor decayed, which is an option there. Its LARS keeps the learning rate outside the
+    momentum buffer and multiplies the whole buffer by the newest trust ratio; here both are inside, as published.
     """
     base = _resnet50(32768, 32, warmup_epochs=14, epochs=90)
     return replace(base, optim=replace(base.optim, variant="mlperf", weight_decay=1e-4))
 
 
 def _ffcv(epochs: float, resized: float) -> RunConfig:
-    """ResNet-50 in a budget of epochs, small images first [FFCV].
+    """ResNet-50 for a given number of epochs, with small images first [FFCV].
 
-    SGD, LR 1.7 at 8 x 512 images, which rises from 1e-4 of it over 2 epochs and falls to 0 in a straight line; decay
-    1e-4, not on batch norm; label smoothing 0.1; 160 pixels, then 192; evaluated at 256, cut out of 256 x 256/224. The
-    source interpolates the size by epochs in multiples of 32; ``resized`` is the first epoch that comes out as 192. It
-    has blur pooling besides, averages over both flips when it evaluates, and normalises over 512 images, 64 here.
+    SGD; LR 1.7 at 8 x 512 images, with a linear warm-up from 1e-4 of it over 2 epochs and linear decay to 0; weight
+    decay 1e-4, not on batch norm; label smoothing 0.1; 160 pixels, then 192; evaluation at 256, cropped from 256 x
+    256/224. The source interpolates the size by epochs in multiples of 32; ``resized`` is the first epoch at 192. It
+    also has blur pooling, averages over both flips in evaluation, and normalises over 512 images, here over 64.
     """
     return RunConfig(
         model="resnet50",

@@ -1,4 +1,4 @@
-"""What a recipe is, where they are registered, and what one becomes at another batch."""
+"""The registry of recipes, and their rules for another batch size."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ SOURCES = {
     "He": "Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2",
 }
 
-# By the batch: the optimizer and the learning rate over time of a method.
+# A function of the batch that returns a method's optimizer and learning-rate schedule.
 Method = Callable[[int], tuple[OptimConfig, ScheduleConfig]]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A configuration with a name, and what is known of the accuracy it reaches.
+    """A named configuration, with published and measured accuracies.
 
     Attributes:
-        published: top-1 that a source reports for these numbers, with the source.
-        measured: what this project itself has run, with the file that shows it, or "not run".
-        methods: other optimizers for the same training, by name.
+        published: top-1 that a source reports for these settings, with the source.
+        measured: top-1 of this project's own run, with its results, or "not run".
+        methods: rules of other optimizers for the same training, by name.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Recipe:
     methods: Mapping[str, Method]
 
     def config(self) -> RunConfig:
-        """The recipe's configuration, carrying the recipe's name."""
+        """Returns the recipe's configuration, with its name."""
         return replace(self.build(), recipe=self.name)
 
 
@@ -71,16 +71,16 @@ def recipe(
 
 
 def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
-    """A recipe at another batch, by its own optimizer or by another method's rule; all else stays.
+    """Returns a recipe at another batch size, with its own optimizer or another method; other settings are unchanged.
 
-    By its own optimizer, it is what that method's rule gives, if the rule gives the recipe at the recipe's batch.
-    Otherwise the recipe's learning rate grows with the batch as :func:`scaled` has it, and its warm-up takes as many
-    epochs as it did. Batches that a run begins with grow alike.
+    With its own optimizer, the method's rule is used if it reproduces the recipe at the recipe's batch. Otherwise the
+    learning rate follows :func:`scaled`, and the warm-up keeps its epochs. Batches of a batch-size warm-up are scaled
+    in proportion.
 
     Args:
         name: a key of ``RECIPES``.
-        optimizer: its own, or one of its ``methods``.
-        batch: images a step.
+        optimizer: the recipe's own, or one of its ``methods``.
+        batch: images per step.
 
     Raises:
         ConfigError: there is no rule for this optimizer.
@@ -99,7 +99,7 @@ def at_batch(name: str, optimizer: str, batch: int) -> RunConfig:
 
 
 def scaled(optim: OptimConfig, before: int, after: int) -> OptimConfig:
-    """An optimizer at another batch: the rate of SGD grows with it [Goyal], that of others with its root [NUS]."""
+    """Scales the learning rate to another batch: linearly for SGD [Goyal], with the square root for others [NUS]."""
     if optim.lr_scaling == "linear":
         return optim
     ratio = after / before

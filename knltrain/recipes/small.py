@@ -1,4 +1,4 @@
-"""CIFAR-10, and pictures as small that need no download."""
+"""Recipes for CIFAR-10, and for generated pictures of that size, which need no download."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _small(model: str, batch: int, method: Method, *, epochs: float) -> RunConfi
         epochs=epochs,
         global_batch=batch,
         local_batch=256,
-        # Of the two, only the ResNet has residual blocks.
+        # The other model has no residual blocks.
         zero_init_residual=model == "resnet20",
         optim=optim,
         schedule=schedule,
@@ -26,10 +26,10 @@ def _small(model: str, batch: int, method: Method, *, epochs: float) -> RunConfi
 
 
 def _small_sgd(lr: float, weight_decay: float) -> Method:
-    """Nesterov SGD by linear scaling, no decay on batch norm [Goyal]; warm-up and decay fit a few epochs."""
+    """Nesterov SGD by linear scaling, no decay on batch norm [Goyal]; warm-up and decay for few epochs."""
 
     def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
-        del batch  # the configuration multiplies
+        del batch  # lr_scaling applies it
         optim = OptimConfig(name="sgd", variant="nesterov", lr=lr, lr_scaling="linear", weight_decay=weight_decay,
                             decay_on="not-norm")  # fmt: skip
         return optim, ScheduleConfig(name="poly", power=2, warmup_epochs=2)
@@ -38,10 +38,10 @@ def _small_sgd(lr: float, weight_decay: float) -> Method:
 
 
 def _small_lars(lr: float, weight_decay: float) -> Method:
-    """LARS with ``lr`` at 2,048 and the root of the batch [NUS]; batch norm and biases left out, as in [MLPerf].
+    """LARS with ``lr`` at 2,048 and square-root scaling [NUS]; batch norm and biases are not adapted, as in [MLPerf].
 
-    What is left out takes steps of the plain learning rate. With [ICLR]'s eta of 0.001, the weights of these networks
-    want one of 10 to 30, too much for batch norm; with an eta ten times as large, both have what they need.
+    Batch norm and biases are trained with the global learning rate. With [ICLR]'s eta of 0.001, the weights of these
+    networks need a rate of 10 to 30, too high for batch norm; an eta ten times as large suits both.
     """
 
     def method(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
@@ -52,13 +52,13 @@ def _small_lars(lr: float, weight_decay: float) -> Method:
 
 
 def _small_lamb(batch: int) -> tuple[OptimConfig, ScheduleConfig]:
-    """LAMB with 0.02 at 2,048 and the root of the batch [LAMB]; batch norm and biases left out."""
+    """LAMB with 0.02 at 2,048 and square-root scaling [LAMB]; batch norm and biases are not adapted."""
     optim = OptimConfig(name="lamb", variant="mlperf", lr=0.02, weight_decay=0.01, eps=1e-6)
     return scaled(optim, 2048, batch), ScheduleConfig(name="poly", power=2, warmup_epochs=2)
 
 
 _CIFAR: Mapping[str, Method] = {"sgd": _small_sgd(0.1, 5e-4), "lars": _small_lars(3.2, 5e-4), "lamb": _small_lamb}
-# [He]: 0.1 at 128, decay 1e-4. For LARS nothing is published; it starts where the other network does.
+# [He]: 0.1 at 128, decay 1e-4. For LARS nothing is published; it has the settings of the other network.
 _CIFAR_RESNET20: Mapping[str, Method] = {"sgd": _small_sgd(0.2, 1e-4), "lars": _small_lars(3.2, 1e-4)}
 
 
@@ -78,27 +78,27 @@ def cifar_256() -> RunConfig:
 
 @recipe(published="-", measured="83.28 [perf/results]", methods=_CIFAR)
 def cifar_2k() -> RunConfig:
-    """CIFAR-10 at 2,048 with LARS: as few steps an epoch as a batch of 52K has on ImageNet."""
+    """CIFAR-10 at 2,048 with LARS: as few steps per epoch as a batch of 52K has on ImageNet."""
     base = _cifar(2048, "lars")
     return replace(base, optim=replace(base.optim, lr=6.4))
 
 
 @recipe(published="-", methods=_CIFAR)
 def cifar_2k_goyal() -> RunConfig:
-    """CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]: what ``cifar-2k`` is held against."""
+    """CIFAR-10 at 2,048 by linear scaling with warm-up [Goyal]: the baseline for ``cifar-2k``."""
     return _cifar(2048, "sgd")
 
 
 @recipe(published="-", measured="74.35 [perf/results]", methods=_CIFAR)
 def cifar_8k() -> RunConfig:
-    """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few an epoch as a batch of 210K has on ImageNet."""
+    """CIFAR-10 at 8,192 with LARS: 92 steps in 15 epochs, as few per epoch as a batch of 210K has on ImageNet."""
     base = _cifar(8192, "lars")
     return replace(base, optim=replace(base.optim, lr=3.2))
 
 
 @recipe(published="-", measured="diverges [perf/results]", methods=_CIFAR)
 def cifar_8k_goyal() -> RunConfig:
-    """CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]: what ``cifar-8k`` is held against."""
+    """CIFAR-10 at 8,192 by linear scaling with warm-up [Goyal]: the baseline for ``cifar-8k``."""
     return _cifar(8192, "sgd")
 
 
@@ -132,22 +132,22 @@ def cifar_resnet20_8k_goyal() -> RunConfig:
     return _cifar_resnet20(8192, "sgd")
 
 
-# What later work does besides, each added to ``cifar-2k`` or ``cifar-8k`` by itself. Their numbers are this project's,
-# and not tuned.
+# Techniques of later work, each added alone to ``cifar-2k`` or ``cifar-8k``. Their settings are this project's, and not
+# tuned.
 
 
 @recipe(published="-", measured="80.24; 82.25 with LR 0.05 [perf/results]", methods=_CIFAR)
 def cifar_2k_lamb() -> RunConfig:
-    """``cifar-2k`` with LAMB [LAMB], which leaves batch norm and biases alone, and decays by 0.01."""
+    """``cifar-2k`` with LAMB [LAMB], which does not adapt batch norm and biases; weight decay 0.01."""
     return _cifar(2048, "lamb")
 
 
 @recipe(published="-", measured="83.94 [perf/results]")
 def cifar_2k_nesterov() -> RunConfig:
-    """``cifar-2k`` that looks ahead along the momentum buffer; eta 0.04, a lower rate that falls in a straight line.
+    """``cifar-2k`` with Nesterov momentum; eta 0.04, and a lower learning rate with linear decay.
 
-    What LARS leaves alone, batch norm and biases, has an eighth of the learning rate that it has there, and the weights
-    half.
+    Compared with ``cifar-2k``, batch norm and biases, which LARS does not adapt, have an eighth of the learning rate,
+    and the weights half.
     """
     base = cifar_2k()
     return replace(
@@ -159,7 +159,7 @@ def cifar_2k_nesterov() -> RunConfig:
 
 @recipe(published="-", measured="83.48 [perf/results]")
 def cifar_2k_ema() -> RunConfig:
-    """``cifar-2k`` whose weights are averaged over the last two epochs or so."""
+    """``cifar-2k`` with a moving average of the weights over about the last two epochs."""
     return replace(cifar_2k(), ema_decay=0.98)
 
 
@@ -179,14 +179,14 @@ def cifar_2k_resizing() -> RunConfig:
 
 @recipe(published="-", measured="78.98 [perf/results]")
 def cifar_8k_batches() -> RunConfig:
-    """``cifar-8k`` that begins with batches of 2,048, for as long as its learning rate rises."""
+    """``cifar-8k`` with batches of 2,048 during the learning-rate warm-up."""
     base = cifar_8k()
     return replace(base, schedule=replace(base.schedule, batches=(2048,), batch_epochs=(2,)))
 
 
 @recipe(published="-", measured="98.80 in 8 epochs [perf/results]", methods=_CIFAR)
 def quickstart() -> RunConfig:
-    """Pictures drawn by rule, LARS at 512: everything that an ImageNet run uses, in a minute or two."""
+    """Generated pictures, LARS at 512: everything that an ImageNet run uses, in a minute or two."""
     base = _cifar(512, "lars")
     return replace(
         base,
