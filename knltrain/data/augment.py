@@ -1,6 +1,6 @@
-"""Which part of an image is seen: boxes in source pixels, drawn from uniform numbers, and the pixels inside them.
+"""Augmentation: random boxes in source pixels, and the pixels inside them.
 
-An augmentation is a box and a flip; decoding, cropping and resizing then happen at once, on what the box covers.
+An augmentation is a box and a flip; decoding, cropping and resizing are then done together, for the box only.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from knltrain.config import RunConfig
 
 NUM_DRAWS = 24
 _RRC_TRIES = 10
-_FLIPPED = 0.5
+_FLIP_PROBABILITY = 0.5
 
 Pixels = NDArray[np.uint8]
 
 
 class Box(NamedTuple):
-    """A part of an image in source pixels (it may reach over the border), and whether it is mirrored."""
+    """A part of an image in source pixels, which may extend beyond the border, and whether it is flipped."""
 
     left: float
     top: float
@@ -31,14 +31,14 @@ class Box(NamedTuple):
     flip: bool = False
 
     def scaled(self, x: float, y: float) -> Box:
-        """The same part of the image decoded at another size."""
-        # Rounded, lest a box that ends on the image's border reach over it by an error of multiplication.
+        """Returns the same part of the image decoded at another size."""
+        # Rounded, so that a box that ends on the border does not extend beyond it by a rounding error.
         left, top, right, bottom = (round(v, 6) for v in (self.left * x, self.top * y, self.right * x, self.bottom * y))
         return Box(left, top, right, bottom, self.flip)
 
 
 def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
-    """What evaluation sees: short side scaled to ``resize``, centre crop of ``size``; to the pixel as torchvision does.
+    """Scales the short side to ``resize`` and crops the centre, for evaluation; the same pixels as torchvision.
 
     Args:
         image: H x W x 3.
@@ -53,27 +53,27 @@ def centre_crop(image: Pixels, *, resize: int, size: int) -> Pixels:
 
 
 def centre(height: int, width: int, size: int) -> Box:
-    """The middle ``size`` x ``size`` pixels of an image that has as many."""
+    """Returns the centre box of ``size`` x ``size`` pixels."""
     top, left = round((height - size) / 2), round((width - size) / 2)
     return Box(left, top, left + size, top + size)
 
 
-def flips(draws: NDArray[np.float64]) -> bool:
-    """Whether training sees an image mirrored; for the arguments see :func:`training_box`."""
-    return bool(draws[0] < _FLIPPED)
+def is_flipped(draws: NDArray[np.float64]) -> bool:
+    """Whether an image is flipped in training; for the arguments see :func:`training_box`."""
+    return bool(draws[0] < _FLIP_PROBABILITY)
 
 
 def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.float64]) -> Box:
-    """What training sees of one image, where there is an augmentation at all.
+    """Returns the box of one image in training.
 
     Args:
-        config: names the augmentation (not ``none``) and its numbers.
-        height: of the source image, pixels.
-        width: of the source image, pixels.
+        config: the augmentation, which is not ``none``, and its parameters.
+        height: height of the source image, pixels.
+        width: width of the source image, pixels.
         draws: ``NUM_DRAWS`` uniform numbers in [0, 1).
     """
     size, augment = config.image_size, config.augment
-    flip = flips(draws)
+    flip = is_flipped(draws)
     if augment.name == "rrc":
         return _random_resized_box(height, width, augment.min_area, draws)._replace(flip=flip)
     pad = augment.pad if augment.name == "pad-crop-flip" else 0
@@ -85,7 +85,7 @@ def training_box(config: RunConfig, height: int, width: int, draws: NDArray[np.f
 
 
 def centre_box(side: int, *, resize: int, size: int) -> NDArray[np.float64]:
-    """The box of :func:`centre_crop` in a square image of ``side`` pixels: top, left, height and width."""
+    """Returns the box of :func:`centre_crop` in a square image of ``side`` pixels: top, left, height, width."""
     first = float(round((resize - size) / 2))
     box: NDArray[np.float64] = _scaled(np.array([[first, first]]), size, side / resize)[0]
     return box
@@ -94,15 +94,15 @@ def centre_box(side: int, *, resize: int, size: int) -> NDArray[np.float64]:
 def training_boxes(
     config: RunConfig, side: int, draws: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """:func:`training_box` of many square images at once.
+    """Returns the :func:`training_box` of many square images.
 
     Args:
-        config: names the augmentation (not ``none``) and its numbers.
+        config: the augmentation, which is not ``none``, and its parameters.
         side: height and width of the images, pixels.
         draws: N x ``NUM_DRAWS`` uniform numbers in [0, 1).
 
     Returns:
-        N x 4: top, left, height and width in pixels; and N: which are mirrored.
+        N x 4: top, left, height and width in pixels; and N: which are flipped.
     """
     size, augment = config.image_size, config.augment
     if augment.name == "rrc":
@@ -113,25 +113,25 @@ def training_boxes(
         pad = augment.pad if augment.name == "pad-crop-flip" else 0
         corners = np.floor(draws[:, [2, 1]] * (config.resize + 2 * pad - size + 1)) - pad
         boxes = _scaled(corners, size, side / config.resize)
-    return boxes, draws[:, 0] < _FLIPPED
+    return boxes, draws[:, 0] < _FLIP_PROBABILITY
 
 
 def _scaled(corners: NDArray[np.float64], size: int, scale: float) -> NDArray[np.float64]:
-    """Top, left, height and width of square boxes in the image decoded at another size, as :meth:`Box.scaled` rounds.
+    """Returns top, left, height and width of square boxes at another scale, rounded as :meth:`Box.scaled`.
 
     Args:
         corners: N x 2: top and left.
-        size: height and width of all.
-        scale: of the other size.
+        size: height and width of all boxes.
+        scale: factor of the other size.
     """
     begin, end = (np.round(edges * scale, 6) for edges in (corners, corners + size))
     return np.concatenate([begin, end - begin], axis=1)
 
 
 def cut(image: Pixels, box: Box, size: int) -> Pixels:
-    """Resamples the box to size x size pixels (bilinear, antialiased); what lies over the border is black.
+    """Resamples the box to size x size pixels (bilinear, antialiased); pixels beyond the border are black.
 
-    The result is that part of the whole image resampled: near its edges, pixels just outside the box have a say.
+    The result is a crop of the resampled image: near its edges, pixels just outside the box contribute.
 
     Args:
         image: H x W x 3.
@@ -139,7 +139,7 @@ def cut(image: Pixels, box: Box, size: int) -> Pixels:
         size: height and width of the result.
 
     Returns:
-        size x size x 3; a view of ``image`` where nothing had to be resampled.
+        size x size x 3; a view of ``image`` if nothing is resampled.
     """
     height, width = image.shape[:2]
     left, top, right, bottom = math.floor(box.left), math.floor(box.top), math.ceil(box.right), math.ceil(box.bottom)
@@ -152,7 +152,7 @@ def cut(image: Pixels, box: Box, size: int) -> Pixels:
     if (right - left, bottom - top) == (size, size) and box[:4] == (left, top, right, bottom):
         part = image[top:bottom, left:right]
     else:
-        # Only what the filter reaches is handed to Pillow, which copies it.
+        # Pillow copies its input: pass only what the filter reaches.
         margin_x, margin_y = (math.ceil(max(1.0, side / size)) for side in (right - left, bottom - top))
         x, y = max(0, left - margin_x), max(0, top - margin_y)
         around = image[y : bottom + margin_y, x : right + margin_x]
@@ -162,14 +162,14 @@ def cut(image: Pixels, box: Box, size: int) -> Pixels:
 
 
 def short_side(height: int, width: int, resize: int) -> tuple[int, int]:
-    """Height and width after scaling the short side; the long one cut to a whole pixel, as torchvision does."""
+    """Returns height and width after scaling the short side; the long one is truncated, as in torchvision."""
     if height <= width:
         return resize, int(resize * width / height)
     return int(resize * height / width), resize
 
 
 def _random_resized_box(height: int, width: int, min_area: float, draws: NDArray[np.float64]) -> Box:
-    """Area in [min_area, 1] of the image's, aspect ratio in [3/4, 4/3], ten tries, then the centre (Szegedy 2014)."""
+    """Random resized crop (Szegedy 2014): area in [min_area, 1], aspect ratio in [3/4, 4/3], ten tries, then centre."""
     for attempt in range(_RRC_TRIES):
         area = height * width * (min_area + (1 - min_area) * draws[3 + 2 * attempt])
         ratio = math.exp(math.log(3 / 4) + draws[4 + 2 * attempt] * math.log(16 / 9))

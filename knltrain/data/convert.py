@@ -1,4 +1,4 @@
-"""Encoded images to what a prepared folder holds. Runs in worker processes, which never import torch."""
+"""Conversion of images for a prepared folder. Runs in worker processes, which do not import torch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from knltrain.data.decode import DecodeError, EncodedImage, is_bad, read_image, 
 from knltrain.data.folder import SUFFIXES
 from knltrain.files import open_regular, replacing_path
 
-# As most who store ImageNet for training do; of a photograph, about a seventh of its pixels' bytes.
+# Common settings for ImageNet; a photograph takes about a seventh of its pixels' bytes.
 _QUALITY = 90
 _SUBSAMPLING = "420"
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
@@ -31,18 +31,18 @@ class Encoded(NamedTuple):
     suffix: str
 
 
-def end_with(parent: int) -> None:
-    """Makes this process end when its parent does, however that ends: it would wait for work for ever."""
+def exit_with_parent(parent: int) -> None:
+    """Makes the kernel kill this process when its parent ends: it would wait for work for ever."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has ended already
         os._exit(1)
 
 
 def read(path: str, offset: int, size: int) -> bytes:
-    """A part of a file; size -1 is all of it.
+    """Reads a part of a file; size -1 is the whole file.
 
     Raises:
-        OSError: it cannot be read, is no file, or is more than 1 GiB.
+        OSError: it cannot be read, is not a regular file, or is more than 1 GiB.
     """
     if size < 0:
         return read_image(path)
@@ -60,7 +60,7 @@ def scaled(image: EncodedImage, size: int) -> Pixels:
     """
     height, width = short_side(image.height, image.width, size)
     refuse_large(height, width, " after scaling")
-    # Twice as large at least, so that the filter below decides what is seen.
+    # At least twice as large, so that the filter below determines the result.
     pixels = image.pixels(2 * height, 2 * width)
     if pixels.shape[:2] != (height, width):
         pixels = np.asarray(Image.fromarray(pixels).resize((width, height), Image.Resampling.BILINEAR))
@@ -68,10 +68,10 @@ def scaled(image: EncodedImage, size: int) -> Pixels:
 
 
 def to_square(data: bytes, size: int) -> Pixels:
-    """The middle of an image, size x size x 3, its short side being scaled to ``size``.
+    """Returns the centre of an image, size x size x 3, after scaling its short side to ``size``.
 
     Raises:
-        DecodeError: the bytes are no image, or not a whole one.
+        DecodeError: the bytes are not an image, or an incomplete one.
     """
     pixels = scaled(EncodedImage(data), size)
     left, top, right, bottom = map(int, centre(pixels.shape[0], pixels.shape[1], size)[:4])
@@ -79,16 +79,16 @@ def to_square(data: bytes, size: int) -> Pixels:
 
 
 def to_jpeg(data: bytes, size: int) -> Encoded:
-    """A JPEG whose short side has ``size`` pixels; as it came where it is no larger, or size is 0.
+    """Returns a JPEG with a short side of ``size`` pixels; the original if it is no larger, or size is 0.
 
-    What cannot be named by its format becomes a JPEG too, in its own size: readers of tar files would not see a GIF.
+    An original in a format that readers of tar shards do not know, such as GIF, is converted to JPEG in its own size.
 
     Raises:
-        DecodeError: the bytes are no image, or not a whole one.
+        DecodeError: the bytes are not an image, or an incomplete one.
     """
     image = EncodedImage(data)
     if size == 0 or min(image.height, image.width) <= size:
-        pixels = image.pixels()  # whether it can be decoded
+        pixels = image.pixels()  # raises if it cannot be decoded
         if f".{image.suffix}" in SUFFIXES:
             return Encoded(data, image.suffix)
     else:
@@ -97,7 +97,7 @@ def to_jpeg(data: bytes, size: int) -> Encoded:
 
 
 def short_sides(images: list[tuple[str, int, int]]) -> list[int]:
-    """Of those whose header can be read, pixels."""
+    """Returns the short sides, in pixels, of the images whose header can be read."""
     sides = []
     for source, offset, length in images:
         try:
@@ -109,13 +109,13 @@ def short_sides(images: list[tuple[str, int, int]]) -> list[int]:
 
 
 def squares_into(path: str, first: int, images: list[tuple[str, int, int]], size: int) -> list[str | None]:
-    """Writes images side by side into a file that is there already, the first at byte ``first``.
+    """Writes images consecutively into an existing file, the first at byte ``first``.
 
     Returns:
-        For each why it is not there, or None.
+        For each image, why it was rejected, or None.
 
     Raises:
-        OSError: one cannot be read now, which may pass, or the disk takes no more.
+        OSError: an image cannot be read, perhaps temporarily, or the file cannot be written.
     """
     reasons: list[str | None] = []
     file = os.open(path, os.O_WRONLY)
@@ -135,17 +135,17 @@ def squares_into(path: str, first: int, images: list[tuple[str, int, int]], size
 
 
 def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int) -> tuple[int, str]:
-    """Makes a .npy file of images that lie behind room for its header, and gives it its name.
+    """Completes a .npy file of images that were written after space for its header, and renames it.
 
     Args:
         part: the file.
-        path: its name when it is whole.
-        count: images, with those that are missing.
-        gaps: places where one is missing; what follows moves up.
+        path: its final name.
+        count: number of images, rejected ones included.
+        gaps: indices of rejected images; later ones move up.
         size: height and width of the images, pixels.
 
     Returns:
-        Its size in bytes, and its checksum.
+        The file's size in bytes, and its checksum.
     """
     num_bytes = size * size * 3
     with replacing_path(Path(path), aside=Path(part)) as aside, open(aside, "r+b") as file:
@@ -166,10 +166,10 @@ def finish_squares(part: str, path: str, count: int, gaps: list[int], size: int)
 
 
 def jpegs(images: list[tuple[str, int, int]], size: int) -> list[Encoded | str]:
-    """Encodes images; where that cannot be, the reason.
+    """Encodes images; returns the reason instead of an image that is rejected.
 
     Raises:
-        OSError: one cannot be read now, which may pass.
+        OSError: an image cannot be read, perhaps temporarily.
     """
     done: list[Encoded | str] = []
     for source, offset, length in images:
@@ -181,7 +181,7 @@ def jpegs(images: list[tuple[str, int, int]], size: int) -> list[Encoded | str]:
 
 
 def checksum(path: str) -> str:
-    """SHA-256 of a file."""
+    """Returns the SHA-256 of a file."""
     digest = hashlib.sha256()
     with open(path, "rb", buffering=0) as file:
         while block := file.read(1 << 22):
@@ -196,10 +196,10 @@ def _write_all(file: int, data: memoryview, offset: int) -> None:
 
 
 def _why_bad(error: DecodeError | OSError, path: str) -> str:
-    """Why an image is left out.
+    """Returns why an image is rejected.
 
     Raises:
-        OSError: it is not the image that is at fault; its name is ``path``.
+        OSError: the error is not due to the image; it names ``path``.
     """
     if isinstance(error, DecodeError):
         return str(error)

@@ -1,4 +1,4 @@
-"""The data that a configuration names, whatever its format."""
+"""Opening the data set of a configuration, in any format."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from knltrain.data.synthetic import Synthetic
 from knltrain.data.tar import Tar, shards_of
 from knltrain.errors import ConfigError
 
-# Decoded at start-up: enough to notice a data set that is bad throughout, too few to delay a start.
-_CHECKED = {"train": 256, "val": 64}
+# Images decoded at start-up: enough to detect a data set that is mostly bad, without a noticeable delay.
+_NUM_CHECKED = {"train": 256, "val": 64}
 
 
 def open_part(config: RunConfig, part: str) -> Dataset:
-    """Opens the ``train`` or ``val`` part of the data that a configuration names, and decodes a sample of it.
+    """Opens the ``train`` or ``val`` part of a configuration's data, and decodes a sample of it.
 
     Raises:
-        ConfigError: no data was named, or images of another size than the configuration needs.
-        DataError: it is missing, empty, or holds an image that is none.
+        ConfigError: no data was given, or prepared images are too small.
+        DataError: it is missing, empty, or an image cannot be decoded.
     """
     if not config.data:
         raise ConfigError(
-            "no data: give --data FOLDER (train/CLASS and val/CLASS, tar shards, or what knltrain prepare wrote), "
+            "no data: give --data FOLDER (train/CLASS and val/CLASS, tar shards, or output of knltrain prepare), "
             "synthetic or shapes"
         )
     if config.data == "synthetic":
@@ -40,15 +40,15 @@ def open_part(config: RunConfig, part: str) -> Dataset:
             "again with a larger --size"
         )
     if config.on_bad == "fail":
-        dataset.check(_CHECKED[part])
+        dataset.check(_NUM_CHECKED[part])
     return dataset
 
 
 def open_folder(root: Path, part: str) -> Folder | Packed | Tar:
-    """Opens one part of a folder: what ``knltrain prepare`` wrote, tar shards, or a folder for each class.
+    """Opens one part of a folder: output of ``knltrain prepare``, tar shards, or a folder for each class.
 
     Raises:
-        DataError: it is missing, empty, damaged or not whole.
+        DataError: it is missing, empty, damaged or incomplete.
     """
     manifest = read_manifest(root)
     if manifest is not None and manifest.format == "raw":
@@ -62,7 +62,7 @@ def open_data(config: RunConfig) -> tuple[Dataset, Dataset]:
     """Opens both parts.
 
     Raises:
-        ConfigError: no data was named.
+        ConfigError: no data was given.
         DataError: a part cannot be used, or the two have different classes.
     """
     train, val = open_part(config, "train"), open_part(config, "val")

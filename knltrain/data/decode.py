@@ -1,4 +1,4 @@
-"""Image files to pixels: libjpeg-turbo for JPEG, Pillow for everything else, always upright 8-bit RGB."""
+"""Decoding of image files to upright 8-bit RGB: libjpeg-turbo for JPEG, Pillow for other formats."""
 
 from __future__ import annotations
 
@@ -21,44 +21,44 @@ from knltrain.files import open_regular
 
 _ORIENTATION = 0x0112
 _SIDEWAYS = {5, 6, 7, 8}
-# What decoding may take: 400 MB of pixels. No photograph of a data set is that large; any header can claim to be.
-_MOST_PIXELS = 1 << 27
-# A progressive JPEG has some ten scans, each of which passes over the whole image.
-_MOST_SCANS = 500
-_LARGEST_FILE = 1 << 30
-# What opening says of a name that is no image's, but a pipe's, a socket's, a link's to itself.
-_NO_FILE = (errno.EINVAL, errno.EFBIG, errno.ENXIO, errno.ELOOP)
-# Not all that Pillow knows: it hands some formats to other programs (EPS to Ghostscript).
+# Limit of 400 MB of pixels. No photograph of a data set is that large, but any header can claim to be.
+_MAX_PIXELS = 1 << 27
+# A progressive JPEG has about ten scans, and each takes a pass over the whole image.
+_MAX_SCANS = 500
+_MAX_FILE_BYTES = 1 << 30
+# Errors of opening a pipe, a socket, or a link to itself.
+_NOT_A_FILE = (errno.EINVAL, errno.EFBIG, errno.ENXIO, errno.ELOOP)
+# Not all of Pillow's formats: it runs other programs for some (Ghostscript for EPS).
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Of large pictures, transparent palettes, damaged tags: all are handled, or refused with a DecodeError. Once and for
-# the process: catch_warnings, in threads beside each other, may leave everybody's filters as one of them set them.
+# Warnings about large images, transparent palettes, damaged tags: all are handled, or raise DecodeError. Filtered for
+# the whole process, because catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.(Image|\w+ImagePlugin)$")
 
 
 class DecodeError(ValueError):
-    """The bytes are no image, or not a whole one."""
+    """The bytes are not an image, or an incomplete one."""
 
 
 def is_bad(error: DecodeError | OSError) -> bool:
-    """Whether an image is at fault. Other errors are of the disk, the network or the process, and may pass."""
-    return isinstance(error, DecodeError) or error.errno in _NO_FILE
+    """Whether an error is due to the image itself; errors of disk, network or process may be temporary."""
+    return isinstance(error, DecodeError) or error.errno in _NOT_A_FILE
 
 
 def refuse_large(height: int, width: int, how: str = "") -> None:
-    """Refuses more pixels than an image may have, as its header says or ``how`` they came about.
+    """Checks the number of pixels of an image; ``how`` is appended to them in the message.
 
     Raises:
         DecodeError: there are more than 134 million.
     """
-    if height * width > _MOST_PIXELS:
-        raise DecodeError(f"{width:,} x {height:,} pixels{how} are more than the {_MOST_PIXELS:,} that are decoded")
+    if height * width > _MAX_PIXELS:
+        raise DecodeError(f"{width:,} x {height:,} pixels{how} are more than the {_MAX_PIXELS:,} that are decoded")
 
 
 @functools.cache
 def decoder_of_parts() -> Any | None:
-    """The native class that decodes parts of JPEGs, or None where it was not built or finds no libjpeg-turbo.
+    """Returns the native class that decodes parts of JPEGs, or None if it was not built or finds no libjpeg-turbo.
 
-    It uses the library that came with Pillow, because the one in simplejpeg can be called for whole images only.
+    It uses Pillow's copy of the library, because simplejpeg's decodes whole images only.
     """
     try:
         module = importlib.import_module("knltrain._kernels")
@@ -70,20 +70,20 @@ def decoder_of_parts() -> Any | None:
 
 
 def refuse_long(num_bytes: int, path: str | Path) -> None:
-    """Refuses an image's bytes before they are read, if they are more than 1 GiB.
+    """Checks the size of an image file before it is read.
 
     Raises:
-        OSError: they are.
+        OSError: it is more than 1 GiB.
     """
-    if num_bytes > _LARGEST_FILE:
-        raise OSError(errno.EFBIG, f"more than {_LARGEST_FILE:,} bytes", str(path))
+    if num_bytes > _MAX_FILE_BYTES:
+        raise OSError(errno.EFBIG, f"more than {_MAX_FILE_BYTES:,} bytes", str(path))
 
 
 def read_image(path: str | Path) -> bytes:
-    """The bytes of an image's file.
+    """Reads an image file.
 
     Raises:
-        OSError: it cannot be read, or is no file, or one of more than 1 GiB.
+        OSError: it cannot be read, is not a regular file, or is more than 1 GiB.
     """
     with open_regular(path, buffering=0) as file:
         refuse_long(os.fstat(file.fileno()).st_size, path)
@@ -91,7 +91,7 @@ def read_image(path: str | Path) -> bytes:
 
 
 class DecodedImage:
-    """A picture that is pixels already.
+    """An image that needs no decoding.
 
     Args:
         image: H x W x 3.
@@ -106,23 +106,23 @@ class DecodedImage:
         return self._image
 
     def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
-        """The picture and the box."""
+        """Returns the image and the box."""
         return self._image, box
 
 
 class EncodedImage:
-    """An image file's bytes, whose size is known and whose pixels are decoded when asked for.
+    """An encoded image: its header is read at once, its pixels on demand.
 
     Attributes:
-        height: pixels.
-        width: pixels.
-        suffix: that files of its format have.
+        height: height, pixels.
+        width: width, pixels.
+        suffix: file name suffix of its format.
 
     Args:
         data: the whole file.
 
     Raises:
-        DecodeError: the header is no image's, or that of one with more than 134 million pixels.
+        DecodeError: it has no image header, or more than 134 million pixels.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -132,8 +132,8 @@ class EncodedImage:
         self._turbo = data[:2] == b"\xff\xd8"
         self._parts: Any = None
         if self._turbo:
-            if data.count(b"\xff\xda") > _MOST_SCANS:
-                raise DecodeError(f"a JPEG of more than {_MOST_SCANS} scans")
+            if data.count(b"\xff\xda") > _MAX_SCANS:
+                raise DecodeError(f"a JPEG of more than {_MAX_SCANS} scans")
             native, header = decoder_of_parts(), 65536
             try:
                 if native is not None:
@@ -143,16 +143,16 @@ class EncodedImage:
                 else:
                     height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
                     self._turbo = colorspace not in ("CMYK", "YCCK")
-            except (ValueError, KeyError):  # KeyError: of a colour space that it has no name for
+            except (ValueError, KeyError):  # KeyError: unknown colour space
                 raise DecodeError("a JPEG with a damaged header") from None
-            # An orientation tag is rare, and asking Pillow for it costs as much as a small decode.
+            # Orientation tags are rare, and reading one with Pillow costs as much as a small decode.
             if data.find(b"Exif\0", 0, header) >= 0:
                 self._orientation = self._read_orientation()
         else:
             with self._open() as image:
                 width, height = image.size
                 self.suffix = (image.format or "").lower()
-            # Pillow turns a TIFF itself as it decodes it, and the size that it has said is the turned one's.
+            # Pillow rotates a TIFF itself when it decodes it, and reports its rotated size.
             if self.suffix != "tiff":
                 self._orientation = self._read_orientation()
         refuse_large(height, width)
@@ -162,11 +162,11 @@ class EncodedImage:
         """Decodes to H x W x 3.
 
         Args:
-            min_height: JPEGs may come decoded at a half, a quarter or an eighth if that is no smaller than both.
+            min_height: JPEGs may be decoded at 1/2, 1/4 or 1/8 of their size if that is no smaller than both.
             min_width: see ``min_height``; 0 for both means full size.
 
         Raises:
-            DecodeError: the file is damaged or cut short.
+            DecodeError: the file is damaged or truncated.
         """
         if not self._turbo:
             return self._pillow()
@@ -181,23 +181,23 @@ class EncodedImage:
                 self._data, "RGB", min_height=min_height, min_width=min_width, min_factor=factor
             )
         except ValueError:
-            # libjpeg-turbo is strict about stray bytes that others skip; Pillow has the last word on what is damaged.
+            # libjpeg-turbo rejects stray bytes that other decoders skip; Pillow decides whether the file is damaged.
             return self._pillow()
         return _upright(image, self._orientation)
 
     def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
-        """Decodes what a box is resampled from, and little more.
+        """Decodes the pixels that a box is resampled from.
 
         Args:
-            box: in this image's pixels.
-            size: height and width of what will be made of it; a JPEG of which twice as much or more is there comes at a
-                half, a quarter or an eighth.
+            box: the box, in this image's pixels.
+            size: height and width of the result; if a JPEG's box is at least twice as large, it is decoded at 1/2, 1/4
+                or 1/8.
 
         Returns:
-            H x W x 3, with all that the filter of :func:`~knltrain.data.augment.cut` reaches; and the box in it.
+            H x W x 3, with all pixels that the filter of :func:`~knltrain.data.augment.cut` reaches; and the box in it.
 
         Raises:
-            DecodeError: the file is damaged or cut short. Only what is decoded is looked at.
+            DecodeError: the decoded part of the file is damaged or truncated.
         """
         sides = (box.right - box.left, box.bottom - box.top)
         denominator = next((d for d in (8, 4, 2) if d * size <= min(sides)), 1)
@@ -211,7 +211,7 @@ class EncodedImage:
         return whole, box.scaled(whole.shape[1] / self.width, whole.shape[0] / self.height)
 
     def _part(self, box: Box, size: int, height: int, width: int, denominator: int) -> tuple[Pixels, Box] | None:
-        """What is around a box in the image of height x width that a denominator makes; None if that is damaged."""
+        """Decodes the surroundings of a box in the image scaled to height x width; returns None if it is damaged."""
         (left, top), (right, bottom) = map(math.floor, box[:2]), map(math.ceil, box[2:4])
         if (right - left, bottom - top) != (size, size) or box[:4] != (left, top, right, bottom):
             margin_x, margin_y = (math.ceil(max(1.0, side / size)) for side in (right - left, bottom - top))
@@ -228,14 +228,14 @@ class EncodedImage:
     def _open(self) -> Image.Image:
         try:
             return Image.open(io.BytesIO(self._data), formats=_FORMATS)
-        except Exception as error:  # Pillow's plugins raise whatever their parser raises
+        except Exception as error:  # Pillow's plugins raise many types
             raise DecodeError(_reason(error)) from None
 
     def _read_orientation(self) -> int:
         try:
             with self._open() as image:
                 orientation = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # a damaged tag directory says nothing about the picture
+        except Exception:  # a damaged tag directory does not matter
             return 1
         return orientation if orientation in range(1, 9) else 1
 
@@ -243,7 +243,7 @@ class EncodedImage:
         try:
             with self._open() as image:
                 if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-                    # Sixteen-bit grey: Pillow's own conversion cuts off at 255 instead of scaling.
+                    # 16-bit grey: Pillow's conversion clips at 255 instead of scaling.
                     grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                     return _upright(np.repeat(grey[:, :, None], 3, axis=2), self._orientation)
                 if image.mode == "P" and "transparency" in image.info:

@@ -1,4 +1,4 @@
-"""A folder of images in ImageFolder layout: PART/CLASS/FILE, the classes in the order of their sorted names."""
+"""Data sets in ImageFolder layout: PART/CLASS/FILE, with classes numbered in the order of their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Folder:
         labels: class number of every image.
 
     Args:
-        part: the directory that holds a folder for each class. Images lie in it or below it.
+        part: the directory with a folder for each class; images may be in subfolders of it.
 
     Raises:
         DataError: the directory is missing, cannot be read, has no class folders, a class has no image, or its name is
@@ -65,20 +65,20 @@ class Folder:
         return len(self._files)
 
     def name(self, index: int) -> str:
-        """The image's path, for error messages."""
+        """Returns the image's path, for error messages."""
         return self._files[index]
 
     def image(self, index: int) -> EncodedImage:
         """Reads an image's file.
 
         Raises:
-            DecodeError: it is no image.
+            DecodeError: it is not an image.
             OSError: it cannot be read.
         """
         return EncodedImage(read_image(self._files[index]))
 
     def where(self, index: int) -> tuple[str, int, int]:
-        """The file that holds an image, and which of its bytes: path, 0, and -1 for all."""
+        """Returns the location of an image: path, offset 0, and size -1 for the whole file."""
         return self._files[index], 0, -1
 
     def check(self, count: int) -> None:
@@ -86,17 +86,17 @@ class Folder:
         check_some(self, count)
 
     def bad(self, index: int, error: DecodeError | OSError) -> DataError:
-        """The error of an image that cannot be used."""
+        """Returns the error for an image that cannot be used."""
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = "replace or remove this image, or pass --on-bad skip" if is_bad(error) else "see that it can be read"
         return DataError(f"{self.name(index)}: {reason}; {remedy}")
 
     def close(self) -> None:
-        """No file stays open between images."""
+        """Does nothing: no file stays open between images."""
 
 
 class Images(Protocol):
-    """What :func:`check_some` needs to know of a data set."""
+    """The interface of a data set that :func:`check_some` uses."""
 
     def __len__(self) -> int: ...
 
@@ -104,14 +104,14 @@ class Images(Protocol):
         """Opens one image."""
 
     def bad(self, index: int, error: DecodeError | OSError) -> DataError:
-        """The error of an image that cannot be used."""
+        """Returns the error for an image that cannot be used."""
 
 
 def check_some(dataset: Images, count: int) -> None:
     """Decodes ``count`` images, evenly spread, so that a bad data set fails before the first step.
 
     Raises:
-        DataError: one is no image, or cut short; the message says which.
+        DataError: one is damaged or truncated; the message names it.
     """
     for index in np.unique(np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)).tolist():
         try:
@@ -121,7 +121,7 @@ def check_some(dataset: Images, count: int) -> None:
 
 
 def is_utf8(name: str) -> bool:
-    """Whether a file can hold a name; a folder's may be any bytes, which arrive as lone surrogates."""
+    """Whether a name is valid UTF-8; file names may be any bytes, which arrive as lone surrogates."""
     try:
         name.encode()
     except UnicodeEncodeError:
@@ -130,7 +130,7 @@ def is_utf8(name: str) -> bool:
 
 
 def _is_class(entry: os.DirEntry[str]) -> bool:
-    """Whether it is a folder, or a link to one. A link that leads nowhere may have been one."""
+    """Whether it is a folder, or a link to one. Raises for a dangling link, which may have been a class."""
     if entry.is_symlink():
         return stat.S_ISDIR(os.stat(entry.path).st_mode)
     return entry.is_dir()

@@ -1,4 +1,4 @@
-"""``prepare.jsonl``: how far a folder that is being prepared is, so that an interrupted run goes on."""
+"""``prepare.jsonl``: the finished shards of a folder, from which an interrupted ``knltrain prepare`` resumes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from knltrain.errors import ConfigError
 from knltrain.files import open_regular, replacing
 
 
-def _is_whole(line: dict[str, Any], *, head: bool) -> bool:
-    """Whether a line has what it is asked for later: the first what is being prepared, the others a shard."""
+def _is_valid(line: dict[str, Any], *, head: bool) -> bool:
+    """Whether a line has its required fields: the first the settings, the others a shard."""
     if head:
         return isinstance(count := line.get("images_a_shard"), int) and count > 0
     try:
@@ -35,11 +35,11 @@ class _Record(msgspec.Struct):
 
 
 class Journal:
-    """What is being prepared, then a line for each finished shard.
+    """A line with the settings, then a line for each finished shard.
 
     Attributes:
-        records: of the finished shards, by file: ``images``, ``bytes``, ``sha256``, and ``rejected``, pairs of a place
-            in the shard and a reason.
+        records: finished shards by file: ``images``, ``bytes``, ``sha256``, and ``rejected``, pairs of an index in the
+            shard and a reason.
 
     Args:
         dst: the folder.
@@ -58,22 +58,22 @@ class Journal:
             self._file.close()
 
     def begin(self, settings: dict[str, Any], images_a_shard: Callable[[], int]) -> int:
-        """Reads what is there, or starts anew; returns the number of images of a shard.
+        """Reads an existing journal, or starts one; returns the number of images per shard.
 
         Raises:
-            ConfigError: something else is being prepared there.
+            ConfigError: the folder was begun with other settings, or the journal is damaged.
         """
         lines: list[dict[str, Any]] = []
         if self._path.exists():
             with open_regular(self._path) as file:
                 content = file.read()
-            # A line that was being written when the machine went down is no JSON.
+            # A line that a crash truncated is not JSON.
             for text in content.splitlines():
                 try:
                     line = json.loads(text)
                 except (ValueError, RecursionError):
                     break
-                if not isinstance(line, dict) or not _is_whole(line, head=not lines):
+                if not isinstance(line, dict) or not _is_valid(line, head=not lines):
                     raise ConfigError(f"{self._path} is damaged; give another folder, or delete this one")
                 lines.append(line)
         if lines:
@@ -92,11 +92,11 @@ class Journal:
         return count
 
     def forget_rejected(self) -> None:
-        """Shards that bad images are missing from are made again."""
+        """Drops the records of shards with rejected images, which are then made again."""
         self.records = {file: record for file, record in self.records.items() if not record["rejected"]}
 
     def add(self, file: str, record: dict[str, Any]) -> None:
-        """Notes that a shard is finished."""
+        """Records a finished shard, synced."""
         assert self._file is not None
         self.records[file] = {"file": file, **record}
         self._file.write(json.dumps(self.records[file]) + "\n")
@@ -104,7 +104,7 @@ class Journal:
         os.fsync(self._file.fileno())
 
     def remove(self) -> None:
-        """The folder is whole."""
+        """Removes the journal of a complete folder."""
         self._path.unlink()
 
     def _rewrite(self, head: dict[str, Any]) -> None:

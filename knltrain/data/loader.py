@@ -1,4 +1,4 @@
-"""Batches of a data set, decoded ahead of time in threads that release the interpreter's lock."""
+"""Data loader: batches are prefetched by decoder threads, which release the GIL."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from knltrain.node.cpulist import format_cpu_list
 from knltrain.ops.crops import crop_flip_normalize, crop_flip_normalize_at
 from knltrain.ops.native import kernels
 
-# Micro-batches decoded ahead of the trainer: one that waits for it, one that the threads go on with.
-_AHEAD = 2
+# Micro-batches decoded ahead: one is ready for the trainer while threads work on the next.
+_PREFETCHED_BATCHES = 2
 
 _T = TypeVar("_T")
 
@@ -43,11 +43,11 @@ class SourceImage(Protocol):
         """H x W x 3."""
 
     def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
-        """What a box is resampled to ``size`` pixels each way from, perhaps at another scale; and the box in it."""
+        """Returns pixels, perhaps at another scale, from which a box is resampled to ``size``; and the box in them."""
 
 
 class Dataset(Protocol):
-    """Images with labels, addressed by number."""
+    """Images with labels, by index."""
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
@@ -55,7 +55,7 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """What to call the image in an error message."""
+        """Returns the image's name, for error messages."""
 
     def image(self, index: int) -> SourceImage:
         """Opens one image."""
@@ -64,15 +64,15 @@ class Dataset(Protocol):
         """Decodes some images and raises DataError for a bad one."""
 
     def bad(self, index: int, error: DecodeError | OSError) -> DataError:
-        """The error of an image that cannot be used: where it is, and what to do."""
+        """Returns the error for an image that cannot be used: its name, and what to do."""
 
     def close(self) -> None:
-        """Closes what is open."""
+        """Closes all files."""
 
 
 def replaced(images: float) -> str:
-    """What people are told where ``on_bad`` is ``skip``, and did."""
-    return f"{images:,.0f} images could not be decoded; the next good ones took their places"
+    """Returns the message about skipped images, with ``on_bad`` ``skip``."""
+    return f"{images:,.0f} images could not be decoded; the next good ones were used instead"
 
 
 class Batch(NamedTuple):
@@ -84,17 +84,17 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class RankBatch:
-    """Which part of every global batch is this rank's, in which micro-batches it comes, and how it is seen.
+    """This rank's part of every global batch, its micro-batches, and their image size and augmentation.
 
     Attributes:
         global_batch: images of a step over all ranks.
         local_batch: images of a micro-batch.
         rank: this rank.
         world_size: ranks.
-        first_step: the first step that is divided so.
-        first_image: the stream position that it begins with.
-        image_size: pixels; None: the configuration's.
-        augmented: as the configuration says, or else as in evaluation.
+        first_step: first step with these settings.
+        first_image: position of its first image in the stream.
+        image_size: pixels; None for the configuration's.
+        augmented: whether the configuration's augmentation is used, or evaluation's crop.
     """
 
     global_batch: int
@@ -108,25 +108,25 @@ class RankBatch:
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches of this rank in a step."""
+        """Number of micro-batches of this rank in a step."""
         return self.global_batch // self.world_size // self.local_batch
 
     def ranges(self, step: int) -> list[tuple[int, int]]:
-        """The stream positions [first, stop) of this rank's micro-batches in a step."""
+        """Returns the stream positions [first, stop) of this rank's micro-batches in a step."""
         start = self.first_image + (step - self.first_step) * self.global_batch
         first = start + self.rank * (self.global_batch // self.world_size)
         return [(first + i * self.local_batch, first + (i + 1) * self.local_batch) for i in range(self.accumulate)]
 
 
 class _Item(NamedTuple):
-    """A sample, and its random numbers, or None for the centre crop."""
+    """A sample's index and its random numbers, None for the centre crop."""
 
     sample: int
     draws: NDArray[np.float64] | None
 
 
-class _Here(Executor):
-    """Runs what is submitted at once, in the thread that submits it."""
+class _SynchronousExecutor(Executor):
+    """Runs submitted functions immediately, in the submitting thread."""
 
     def submit(self, fn: Callable[..., _T], /, *args: Any, **kwargs: Any) -> Future[_T]:
         future: Future[_T] = Future()
@@ -141,11 +141,11 @@ class Loader:
     """Decodes, augments and normalises the images of a data set.
 
     Args:
-        dataset: where images come from; closed with the loader.
-        config: names the augmentation and the size.
-        dtype: of the images, float32 or bf16.
-        workers: decode threads; with 0 the thread that takes a batch makes it.
-        cpus: logical CPUs they run on; by default those of the thread that makes the loader.
+        dataset: the data set; closed with the loader.
+        config: the configuration, with augmentation and image size.
+        dtype: data type of the images, float32 or bf16.
+        workers: decoder threads; with 0, batches are decoded in the consumer's thread.
+        cpus: logical CPUs of the threads; by default those of the creating thread.
     """
 
     def __init__(
@@ -158,51 +158,53 @@ class Loader:
         self._cpus = frozenset(cpus)
         self._threads: list[int] = []
         self._bad: set[int] = set()
-        # A worker's few torch calls must not start OpenMP threads of their own. The setting is per thread for threads
-        # that have computed already, as the trainer's has by now.
+        # torch calls of workers must not start OpenMP threads of their own, see _init_worker. After this call the
+        # trainer's thread keeps its own number of threads.
         torch.get_num_threads()
-        self._ahead = _AHEAD if workers else 0
-        self._pool = ThreadPoolExecutor(workers, "decode", initializer=self._begin) if workers else _Here()
+        self._ahead = _PREFETCHED_BATCHES if workers else 0
+        self._pool = (
+            ThreadPoolExecutor(workers, "decode", initializer=self._init_worker) if workers else _SynchronousExecutor()
+        )
 
-    def _begin(self) -> None:
-        """What a decode thread does first."""
+    def _init_worker(self) -> None:
+        """Initialises a decoder thread."""
         torch.set_num_threads(1)
         if self._cpus:
-            # The trainer may be told to take MCDRAM or HBM first; images from disk would fill it for nothing.
+            # The trainer may prefer MCDRAM or HBM; images from disk must not fill it.
             prefer_memory(())
-            with contextlib.suppress(OSError):  # moved() will tell
+            with contextlib.suppress(OSError):  # moved() reports it
                 os.sched_setaffinity(0, self._cpus)
             self._threads.append(threading.get_native_id())
 
     def moved(self) -> str:
-        """Says where decode threads are that are not on their CPUs, which some library must have changed."""
+        """Returns a warning if a library has changed the CPUs of decoder threads; otherwise an empty string."""
         found = {frozenset(os.sched_getaffinity(thread)) for thread in self._threads} - {self._cpus}
         if not found:
             return ""
         where = " and ".join(sorted(map(format_cpu_list, found)))
-        return f"decoders were put on CPUs {format_cpu_list(self._cpus)} and are on {where} now"
+        return f"decoders were bound to CPUs {format_cpu_list(self._cpus)} and are on {where} now"
 
     def close(self) -> None:
-        """Stops the threads; what they have not begun is dropped. Closes the data set."""
+        """Stops the threads, cancels pending work, and closes the data set."""
         self._pool.shutdown(wait=True, cancel_futures=True)
         self._dataset.close()
 
     def __len__(self) -> int:
-        """Images of the data set."""
+        """Number of images of the data set."""
         return len(self._dataset)
 
     def skipped(self, total: Callable[..., list[float]]) -> int:
-        """Counts the images that the next good ones replaced on any rank, where ``on_bad`` is ``skip``; each once.
+        """Counts the distinct images skipped on any rank, with ``on_bad`` ``skip``.
 
         All ranks call it at once.
 
         Args:
-            total: sums numbers over all ranks.
+            total: sums values over all ranks, as ``Group.sum``.
         """
         (found,) = total(len(self._bad))
         if not found:
             return 0
-        # In another epoch a bad image is another rank's: the numbers of images cannot be added up.
+        # An image belongs to different ranks in different epochs: the ranks' counts must not be added.
         return sum(count > 0 for count in total(*(index in self._bad for index in range(len(self)))))
 
     def training(self, share: RankBatch, first_step: int, last_step: int) -> Generator[Batch, None, None]:
@@ -246,9 +248,9 @@ class Loader:
             for items in batches:
                 pending.append(self._submit(items, config))
                 if len(pending) > self._ahead:
-                    yield _finished(*pending.popleft())
+                    yield _wait(*pending.popleft())
             while pending:
-                yield _finished(*pending.popleft())
+                yield _wait(*pending.popleft())
         finally:
             for _, futures in pending:
                 for future in futures:
@@ -258,7 +260,7 @@ class Loader:
         size = config.image_size
         images = torch.empty((len(items), 3, size, size), dtype=self._dtype, memory_format=torch.channels_last)
         labels = torch.from_numpy(self._dataset.labels[[item.sample for item in items]])
-        # Small enough that all workers are busy to the end of a batch, large enough that handing it over costs little.
+        # Small enough to keep all workers busy until the end of a batch, large enough for little overhead.
         chunk = max(1, min(32, -(-len(items) // (2 * max(1, self._workers)))))
         futures = [
             self._pool.submit(
@@ -279,12 +281,12 @@ class Loader:
         parts: list[Pixels] = []
         boxes: list[Box] = []
         for place, item in enumerate(items):
-            part, box, sample = self._seen(item, config)
+            part, box, sample = self._decode_box(item, config)
             parts.append(np.ascontiguousarray(part))
             boxes.append(box)
             if sample != item.sample:
                 labels[place] = int(self._dataset.labels[sample])
-        flips = torch.tensor([item.draws is not None and augment.flips(item.draws) for item in items])
+        flips = torch.tensor([item.draws is not None and augment.is_flipped(item.draws) for item in items])
         if kernels() is None:
             size = config.image_size
             pixels = np.stack([augment.cut(part, box, size) for part, box in zip(parts, boxes, strict=True)])
@@ -295,14 +297,14 @@ class Loader:
             np.array([part.shape[:2] for part in parts]),
             torch.tensor(
                 [(box.top, box.left, box.bottom - box.top, box.right - box.left) for box in boxes],
-                dtype=torch.float64,  # in float32 a box that ends on the image's border may end behind it
+                dtype=torch.float64,  # in float32 a box that ends on the border may be rounded beyond it
             ),
             flips,
             out,
         )
 
     def _crop(self, dataset: Packed, items: list[_Item], out: Tensor, config: RunConfig) -> None:
-        """From the mapped files straight into the batch."""
+        """Crops from the mapped files directly into the batch."""
         samples = np.array([item.sample for item in items])
         if items[0].draws is None:
             box = augment.centre_box(dataset.size, resize=config.resize, size=config.image_size)
@@ -318,8 +320,8 @@ class Loader:
             sizes = np.full((len(items), 2), dataset.size)
             crop_flip_normalize_at(dataset.addresses(samples), sizes, where, mirrored, out)
 
-    def _seen(self, item: _Item, config: RunConfig) -> tuple[Pixels, Box, int]:
-        """Pixels, the box of them that is seen, and of which sample: the next good one may take a bad one's place."""
+    def _decode_box(self, item: _Item, config: RunConfig) -> tuple[Pixels, Box, int]:
+        """Returns pixels, the box in them, and the sample: the next good one if a bad one is skipped."""
         sample = item.sample
         while True:
             try:
@@ -345,7 +347,7 @@ class Loader:
         return image.around(box._replace(flip=False), size)
 
 
-def _finished(batch: Batch, futures: list[Future[None]]) -> Batch:
+def _wait(batch: Batch, futures: list[Future[None]]) -> Batch:
     for future in futures:
         future.result()
     return batch

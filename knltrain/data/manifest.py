@@ -1,4 +1,4 @@
-"""``meta.json`` of a prepared folder: what is in it, and how to tell that it is whole."""
+"""``meta.json``, the manifest of a prepared folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
     """A file of images.
 
     Attributes:
-        file: its path in the folder.
-        images: how many it holds.
-        bytes: its size.
-        sha256: its checksum.
+        file: path in the folder.
+        images: number of images.
+        bytes: file size.
+        sha256: checksum.
     """
 
     file: str
@@ -35,17 +35,17 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Manifest(msgspec.Struct, kw_only=True):
-    """What ``knltrain prepare`` wrote. It is written last: a folder without one is not whole.
+    """Contents of a folder that ``knltrain prepare`` wrote. Written last: a folder without it is incomplete.
 
     Attributes:
         format: raw or tar.
-        size: of the short side, pixels; raw images are squares of it. 0: as they came.
+        size: short side, pixels; raw images are squares. 0 if images were not resized.
         classes: names, in the order of their numbers.
         counts: images of each part.
         shards: files of each part.
-        labels: raw: the checksum of each part's ``labels.npy``.
-        source: tells one source from another: a hash of names and labels.
-        rejected: how many images of the source are not here, see ``rejected.jsonl``.
+        labels: raw: checksum of each part's ``labels.npy``.
+        source: hash of the source's names and labels.
+        rejected: number of images of the source that were left out, see ``rejected.jsonl``.
     """
 
     format: Format
@@ -58,15 +58,15 @@ class Manifest(msgspec.Struct, kw_only=True):
     rejected: Count = 0
 
     def check_shards(self, root: Path, part: str, found: list[Path] | None = None) -> None:
-        """Compares names and sizes of a part's files with what was written.
+        """Compares names and sizes of a part's files with the manifest.
 
         Args:
             root: the folder.
             part: ``train`` or ``val``.
-            found: the files that are there, if other files than those of the manifest would be read too.
+            found: the existing files, to find files that are not in the manifest.
 
         Raises:
-            DataError: a file is missing, cut short, or one too many.
+            DataError: a file is missing, has another size, or is not in the manifest.
         """
         if part not in self.shards:
             raise DataError(f"{root}: it was prepared without {part}")
@@ -87,19 +87,19 @@ class Manifest(msgspec.Struct, kw_only=True):
 
 
 def read_manifest(root: Path) -> Manifest | None:
-    """The manifest of a folder; None where ``knltrain prepare`` has not been.
+    """Reads the manifest of a folder; returns None if ``knltrain prepare`` did not write it.
 
     Raises:
-        DataError: it is damaged, or preparing the folder has not finished.
+        DataError: it is damaged, or ``knltrain prepare`` has not finished.
     """
     if (root / JOURNAL).exists():
-        raise DataError(f"{root}: knltrain prepare has not finished it; the same command goes on")
+        raise DataError(f"{root}: knltrain prepare has not finished it; run the same command again to continue")
     path = root / NAME
     try:
         text = path.read_bytes()
         content = msgspec.json.decode(text)
         if not isinstance(content, dict) or not content.keys() & {"format", "shards"}:
-            return None  # somebody else's: it is a common name
+            return None  # another program's: it is a common name
         manifest = msgspec.json.decode(text, type=Manifest)
     except FileNotFoundError:
         return None
@@ -109,20 +109,22 @@ def read_manifest(root: Path) -> Manifest | None:
         raise DataError(f"{path}: not what knltrain prepare writes ({error}); copy it again") from None
     outside = [shard.file for shards in manifest.shards.values() for shard in shards if not _is_inside(shard.file)]
     if outside:
-        raise DataError(f"{path}: {outside[0]} is no file of this folder; prepare writes no such thing, do not use it")
+        raise DataError(
+            f"{path}: {outside[0]} is not a file of this folder; prepare does not write such paths, do not use it"
+        )
     return manifest
 
 
 def _is_inside(file: str) -> bool:
-    """Whether a path stays in the folder that it is of, wherever that is."""
+    """Whether a relative path stays inside its folder."""
     path = PurePosixPath(file)
     return bool(path.parts) and not path.is_absolute() and ".." not in path.parts and "\0" not in file
 
 
-# What is finished while a folder is being prepared; gone when it is whole.
+# The journal of finished shards; removed when the folder is complete.
 JOURNAL = "prepare.jsonl"
 
 
 def encode_manifest(manifest: Manifest) -> bytes:
-    """The file's text."""
+    """Returns the contents of the file."""
     return json.dumps(msgspec.to_builtins(manifest), indent=1).encode() + b"\n"

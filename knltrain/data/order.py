@@ -1,14 +1,14 @@
-"""Which sample comes when, and with which random draws: a function of (seed, epoch, position) alone.
+"""Order of samples and random draws, as functions of (seed, epoch, position) only.
 
-Nothing here depends on the number of ranks, on worker threads or on where a run was interrupted, and nothing on the
-version of a random number library: the numbers come from the finaliser of SplitMix64 (Steele, Lea and Flood 2014),
-applied to counters.
+They do not depend on the number of ranks, on worker threads, on where a run was interrupted, or on the version of a
+random number library: the numbers come from the finaliser of SplitMix64 (Steele, Lea and Flood 2014), applied to
+counters.
 
-Training is one endless stream of positions p = 0, 1, 2, …; position p is place ``p % N`` of epoch ``p // N``. Step t
-takes the positions [t B, (t+1) B), so an epoch need not be a whole number of steps, no batch is short, and resuming
-needs the step alone.
+Training reads an endless stream of positions p = 0, 1, 2, …; position p is index ``p % N`` of epoch ``p // N``. Step t
+has the positions [t B, (t+1) B), so an epoch need not be a whole number of steps, no batch is short, and resuming needs
+only the step.
 
-``python -m knltrain.data.order SEED IMAGES EPOCHS`` prints the stream: a sample's number on each line.
+``python -m knltrain.data.order SEED IMAGES EPOCHS`` prints the stream, one sample per line.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def random_bits(*counters: NDArray[np.int64] | int) -> NDArray[np.uint64]:
 
 @functools.lru_cache(maxsize=2)
 def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
-    """The order of the samples 0 … count-1 in one epoch, read-only."""
+    """Returns the order of the samples 0 … count-1 in one epoch, read-only."""
     keys = random_bits(seed, _ORDER, epoch, np.arange(count))
     order = np.argsort(keys, kind="stable")
     order.setflags(write=False)
@@ -48,7 +48,7 @@ def permutation(seed: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def samples(seed: int, count: int, first: int, stop: int) -> NDArray[np.int64]:
-    """The samples at the stream positions [first, stop), of ``count`` samples in all."""
+    """Returns the samples at the stream positions [first, stop), for a data set of ``count`` samples."""
     positions = np.arange(first, stop)
     epochs, places = np.divmod(positions, count)
     chosen = np.empty(stop - first, np.int64)
@@ -59,7 +59,7 @@ def samples(seed: int, count: int, first: int, stop: int) -> NDArray[np.int64]:
 
 
 def draws(seed: int, first: int, stop: int, num_draws: int) -> NDArray[np.float64]:
-    """Uniform numbers in [0, 1) for the augmentation at stream positions [first, stop): positions x num_draws."""
+    """Returns uniform numbers in [0, 1) for the augmentation at stream positions [first, stop): positions x draws."""
     positions = np.arange(first, stop)[:, None]
     bits = random_bits(seed, _DRAWS, positions, np.arange(num_draws))
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

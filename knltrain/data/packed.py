@@ -1,4 +1,4 @@
-"""Images as NumPy arrays on disk: nothing is decoded, and only the pages that a crop covers are read."""
+"""Memory-mapped NumPy arrays of images: no decoding, and only the pages that a crop covers are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from knltrain.files import open_regular
 
 
 class Packed:
-    """One part (``train`` or ``val``) of what ``knltrain prepare --format raw`` wrote, mapped into memory.
+    """One part (``train`` or ``val``) of a folder by ``knltrain prepare --format raw``, memory-mapped.
 
     Attributes:
         classes: names.
@@ -25,10 +25,10 @@ class Packed:
     Args:
         root: the folder.
         part: ``train`` or ``val``.
-        manifest: of the folder.
+        manifest: the folder's manifest.
 
     Raises:
-        DataError: a file is missing, damaged, or does not fit the others.
+        DataError: a file is missing, damaged, or inconsistent with the others.
     """
 
     def __init__(self, root: Path, part: str, manifest: Manifest) -> None:
@@ -47,39 +47,39 @@ class Packed:
                 raise DataError(f"{path}: {images.dtype} of shape {images.shape}, not images of {self.size} pixels")
             self._shards.append(images)
         if [len(images) for images in self._shards] != [shard.images for shard in manifest.shards[part]]:
-            raise DataError(f"{root}: {part} does not hold as many images as {NAME} says; copy it again")
+            raise DataError(f"{root}: {part} does not have the number of images in {NAME}; copy it again")
         self._first = np.cumsum([0, *(len(images) for images in self._shards)])
         labels = _load(root / part / "labels.npy", mapped=False)
         fits = labels.shape == (len(self),) and np.issubdtype(labels.dtype, np.integer)
         if not fits or (len(self) and not 0 <= labels.min() <= labels.max() < len(self.classes)):
-            raise DataError(f"{root / part}/labels.npy: it does not fit the images; run knltrain prepare again")
+            raise DataError(f"{root / part}/labels.npy: does not match the images; run knltrain prepare again")
         self.labels: NDArray[np.int64] = labels.astype(np.int64)
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
     def name(self, index: int) -> str:
-        """Shard and place, for error messages."""
+        """Returns shard and index, for error messages."""
         shard = int(np.searchsorted(self._first, index, "right")) - 1
         return f"{self._paths[shard]}: image {index - self._first[shard]}"
 
     def image(self, index: int) -> DecodedImage:
-        """One image, in the mapped file."""
+        """Returns a view of one image in the mapped file."""
         shard = int(np.searchsorted(self._first, index, "right")) - 1
         return DecodedImage(self._shards[shard][index - self._first[shard]])
 
     def addresses(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where in memory images begin. Valid until :meth:`close`."""
+        """Returns the memory addresses of images, valid until :meth:`close`."""
         shards = np.searchsorted(self._first, indices, "right") - 1
         bases = np.array([images.ctypes.data for images in self._shards])
         found: NDArray[np.int64] = bases[shards] + (indices - self._first[shards]) * (self.size * self.size * 3)
         return found
 
     def check(self, count: int) -> None:
-        """Every pixel is an image's; names and sizes of the files have been checked."""
+        """Does nothing: pixels need no decoding, and file sizes have been checked."""
 
     def bad(self, index: int, error: Exception) -> DataError:
-        """The error of an image that cannot be used."""
+        """Returns the error for an image that cannot be used."""
         return DataError(f"{self.name(index)}: {error}")
 
     def close(self) -> None:
@@ -95,7 +95,7 @@ def _load(path: Path, *, mapped: bool) -> NDArray[np.uint8]:
             )
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}; run knltrain prepare again") from None
-    except Exception as error:  # of a damaged header NumPy says what its parsers say
+    except Exception as error:  # NumPy raises many types for a damaged header
         raise DataError(f"{path}: damaged ({error}); copy it again, or run knltrain prepare again") from None
     if not isinstance(array, np.ndarray):  # an archive of several
         raise DataError(f"{path}: damaged; copy it again, or run knltrain prepare again")

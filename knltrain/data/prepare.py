@@ -1,7 +1,7 @@
-"""``knltrain prepare``: a data set in few large files, decoded and checked once.
+"""``knltrain prepare``: converts a data set to few large files, decoded and checked once.
 
-A journal in the folder says which shards are finished, so that an interrupted run goes on; it is removed when the
-manifest, written last, says that the folder is whole.
+A journal in the folder lists finished shards, so that an interrupted run can resume. The manifest is written last, and
+the journal removed after it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.convert import Encoded, checksum, end_with, finish_squares, jpegs, short_sides, squares_into
+from knltrain.data.convert import Encoded, checksum, exit_with_parent, finish_squares, jpegs, short_sides, squares_into
 from knltrain.data.folder import DataError
 from knltrain.data.journal import Journal
 from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encode_manifest, read_manifest
@@ -36,17 +36,17 @@ from knltrain.files import replacing
 from knltrain.runlog.console import Console, ImageProgress
 
 REJECTED = "rejected.jsonl"
-# Few files, each large: what parallel file systems like.
+# Parallel file systems are efficient with few large files.
 _SHARD_BYTES = 1 << 30
-# Images handed to a worker at once.
-_CHUNK = 32
-# Images that tell how large the others will be, encoded.
-_SAMPLE = 64
+# Images per task of a worker.
+_CHUNK_IMAGES = 32
+# Images sampled to estimate encoded sizes.
+_NUM_SAMPLED = 64
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One shard: images [first, stop) of a part, in the order in which they are stored."""
+    """One shard: images [first, stop) of a part, in stored order."""
 
     part: str
     number: int
@@ -56,11 +56,11 @@ class _Job:
 
 
 class _Plan:
-    """What a folder will hold, in which order: the same whenever it is asked."""
+    """The shards of a folder and the order of their images, the same in every run."""
 
     def __init__(self, sources: dict[str, Source], format: Format, images_a_shard: int) -> None:
         self.sources, self.format = sources, format
-        # Mixed, for readers that go through a shard from its beginning.
+        # Shuffled, for readers that read shards sequentially.
         self.orders = {part: permutation(0, 0, len(source.labels)) for part, source in sources.items()}
         self.jobs = [
             _Job(part, number, first, min(first + images_a_shard, len(order)), _shard_name(part, number, format))
@@ -86,42 +86,42 @@ def _shard_name(part: str, number: int, format: Format) -> str:
 def prepare(
     src: Path, dst: Path, console: Console, *, format: Format, size: int, workers: int | None, on_bad: str
 ) -> dict[str, Any]:
-    """Writes what ``src`` holds into ``dst``; goes on where an earlier call was interrupted.
+    """Converts ``src`` to ``dst``; resumes an interrupted earlier call.
 
     Args:
         src: a folder of images, of tar shards, or of ImageNet's archives; see :mod:`knltrain.data.sources`.
         dst: a folder that does not exist, is empty, or was begun by the same call.
-        console: where to speak.
+        console: for messages and progress.
         format: ``raw``, squares of pixels, or ``tar``, JPEGs.
-        size: of the short side, pixels; 0 with ``tar``: images stay as they are.
-        workers: processes; default one for each core that this process may use.
-        on_bad: ``fail`` or ``skip``: what an image that cannot be decoded means.
+        size: short side, pixels; 0 with ``tar`` keeps images as they are.
+        workers: processes; by default one for each CPU that this process may use.
+        on_bad: ``fail`` or ``skip``, for images that cannot be decoded.
 
     Returns:
         The manifest's counts and ``rejected``, with ``bytes``, ``seconds`` and ``images_per_s`` of this call.
 
     Raises:
-        ConfigError: what was asked for is not possible.
+        ConfigError: the arguments contradict each other, or ``dst`` has other contents.
         DataError: ``src`` cannot be read; with ``fail``, images of it cannot be decoded.
-        KnltrainError: a disk, or this machine's memory, failed; the same call goes on.
+        KnltrainError: a disk, or this machine's memory, failed; the same call resumes.
     """
     if format == "raw" and size == 0:
-        raise ConfigError("--size 0 with --format raw: its images all have one size; take --format tar, or a size")
+        raise ConfigError("--size 0 with --format raw: raw images need one size; use --format tar, or give a size")
     if workers is None:
         workers = len(os.sched_getaffinity(0))
     _refuse_nested(src, dst)
-    done = _already(dst, format, size)
+    done = _finished_manifest(dst, format, size)
     sources = find_sources(src)
     settings: dict[str, Any] = {"format": format, "size": size, "source": _fingerprint(sources)}
     if done is not None:
         if done.source != settings["source"]:
-            raise ConfigError(f"{dst} was made from other images than those of {src}; give another folder")
+            raise ConfigError(f"{dst} was made from other images than {src}; give another folder")
         without = f" without {done.rejected:,} images that {REJECTED} lists" if done.rejected else ""
-        console.line(f"{dst} is whole{without}; knltrain prepare --verify {dst} compares its checksums")
+        console.line(f"{dst} is complete{without}; knltrain prepare --verify {dst} compares its checksums")
         return _summary(done, dst, 0, 0.0)
     dst.mkdir(parents=True, exist_ok=True)
-    with _goes_on(dst), _pool(workers) as pool, Journal(dst) as journal:
-        images_a_shard = journal.begin(settings, lambda: _images_a_shard(pool, sources, format, size))
+    with _explain_errors(dst), _pool(workers) as pool, Journal(dst) as journal:
+        images_a_shard = journal.begin(settings, lambda: _images_per_shard(pool, sources, format, size))
         plan = _Plan(sources, format, images_a_shard)
         if on_bad == "fail":
             journal.forget_rejected()  # they may have been replaced
@@ -130,13 +130,13 @@ def prepare(
         if format == "raw" and sides and (usual := int(np.median(sides))) < size:
             console.warn(
                 f"most images have a short side of {usual} pixels or less and are enlarged to {size}; --size {usual} "
-                "would not"
+                "avoids that"
             )
         left = [job for job in plan.jobs if job.file not in journal.records]
         total = sum(len(order) for order in plan.orders.values())
         before = total - sum(job.stop - job.first for job in left)
         if before:
-            console.line(f"going on after {before:,} of {total:,} images")
+            console.line(f"resuming after {before:,} of {total:,} images")
         with ImageProgress(console, first=before, total=total) as progress:
             writer = _write_squares if format == "raw" else _write_tars
             for job, record in writer(plan, left, dst, size, pool, workers, progress):
@@ -155,11 +155,11 @@ def verify(dst: Path, console: Console, *, workers: int | None = None) -> dict[s
     """Compares every file of a prepared folder with its checksum.
 
     Raises:
-        DataError: the folder is not whole, or a file is not what was written.
+        DataError: the folder is incomplete, or a file does not match its checksum.
     """
     manifest = read_manifest(dst)
     if manifest is None:
-        raise DataError(f"{dst}: no {NAME}; this is not what knltrain prepare writes")
+        raise DataError(f"{dst}: no {NAME}; not a folder by knltrain prepare")
     files = {shard.file: shard.sha256 for part in manifest.shards.values() for shard in part}
     files |= {f"{part}/labels.npy": digest for part, digest in manifest.labels.items()}
     for part in manifest.shards:
@@ -174,10 +174,10 @@ def verify(dst: Path, console: Console, *, workers: int | None = None) -> dict[s
                 progress.add(1)
     if bad:
         raise DataError(
-            f"{dst / bad[0]}: not what was written{f', nor are {len(bad) - 1} other files' if bad[1:] else ''}; copy "
-            "it again, or delete the folder and run knltrain prepare again"
+            f"{dst / bad[0]}: does not match its checksum{f', nor do {len(bad) - 1} other files' if bad[1:] else ''}; "
+            "copy it again, or delete the folder and run knltrain prepare again"
         )
-    console.line(f"{dst}: {len(files)} files, {sum(manifest.counts.values()):,} images, all as they were written")
+    console.line(f"{dst}: {len(files)} files, {sum(manifest.counts.values()):,} images, all checksums match")
     return _summary(manifest, dst, 0, progress.seconds)
 
 
@@ -187,8 +187,8 @@ def _refuse_nested(src: Path, dst: Path) -> None:
         raise ConfigError(f"{dst} and {src}: one lies within the other; give a folder elsewhere")
 
 
-def _already(dst: Path, format: Format, size: int) -> Manifest | None:
-    """The manifest of a folder that is whole already; None if there is work to do."""
+def _finished_manifest(dst: Path, format: Format, size: int) -> Manifest | None:
+    """Returns the manifest of a complete folder; None if there is work to do."""
     if not dst.exists() or (dst / JOURNAL).exists():
         return None
     if not dst.is_dir():
@@ -196,7 +196,7 @@ def _already(dst: Path, format: Format, size: int) -> Manifest | None:
     manifest = read_manifest(dst)
     if manifest is None:
         if any(dst.iterdir()):
-            raise ConfigError(f"{dst}: not empty, and not what knltrain prepare writes; give another folder")
+            raise ConfigError(f"{dst}: not empty, and not a folder by knltrain prepare; give another folder")
         return None
     if (manifest.format, manifest.size) != (format, size):
         raise ConfigError(
@@ -206,7 +206,7 @@ def _already(dst: Path, format: Format, size: int) -> Manifest | None:
 
 
 def _fingerprint(sources: dict[str, Source]) -> str:
-    """Of names and labels: what decides which image comes where."""
+    """Returns a hash of names and labels, which determine the order of images."""
     digest = sha256()
     for part, source in sorted(sources.items()):
         digest.update(json.dumps([part, source.classes]).encode())
@@ -218,26 +218,28 @@ def _fingerprint(sources: dict[str, Source]) -> str:
 
 
 def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
-    """Images that tell what the others are like."""
+    """Returns the locations of a sample of images."""
     source = max(sources.values(), key=lambda source: len(source.labels))
-    chosen = np.unique(np.linspace(0, len(source.labels) - 1, _SAMPLE).astype(int)).tolist()
+    chosen = np.unique(np.linspace(0, len(source.labels) - 1, _NUM_SAMPLED).astype(int)).tolist()
     return [source.where(sample) for sample in chosen]
 
 
 @contextlib.contextmanager
-def _goes_on(dst: Path) -> Iterator[None]:
-    """Says of what fails for now that nothing is lost."""
+def _explain_errors(dst: Path) -> Iterator[None]:
+    """Turns errors of disks and workers into KnltrainErrors that say how to resume."""
     try:
         yield
     except BrokenProcessPool:
-        raise KnltrainError("a worker process was ended; was there memory enough? The same command goes on") from None
+        raise KnltrainError(
+            "a worker process was killed, perhaps for lack of memory; run the same command again to resume"
+        ) from None
     except OSError as error:
         raise KnltrainError(
-            f"{error.filename or dst}: {error.strerror or error}; what is finished stays, the same command goes on"
+            f"{error.filename or dst}: {error.strerror or error}; run the same command again to resume"
         ) from None
 
 
-def _images_a_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], format: Format, size: int) -> int:
+def _images_per_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], format: Format, size: int) -> int:
     if format == "raw":
         return max(1, _SHARD_BYTES // (size * size * 3))
     encoded = pool.submit(jpegs, _sample(sources), size).result()
@@ -246,11 +248,11 @@ def _images_a_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], forma
 
 
 def _refuse_full_disk(dst: Path, plan: _Plan, journal: Journal, size: int) -> None:
-    """Raw files have a size that is known before hours are spent."""
+    """Checks the free space for raw files, whose size is known in advance."""
     if plan.format != "raw":
         return
     needed = sum(job.stop - job.first for job in plan.jobs if job.file not in journal.records) * size * size * 3
-    # What an interrupted run left of its last shards will be written over.
+    # Shards that an interrupted run has left unfinished will be overwritten.
     free = shutil.disk_usage(dst).free + sum(path.stat().st_blocks * 512 for path in dst.glob("*/*.part"))
     if needed > free:
         raise KnltrainError(
@@ -267,11 +269,11 @@ def _write_squares(
     workers: int,
     progress: ImageProgress,
 ) -> Iterator[tuple[_Job, dict[str, Any]]]:
-    """Workers write into the shard's file, each its images, and one of them closes the gaps that bad ones leave."""
+    """Workers write their images into the shard's file, and one of them closes the gaps of rejected images."""
     waiting: deque[tuple[_Job, Future[Any], bool]] = deque()
     reasons: dict[str, list[str | None]] = {job.file: [] for job in jobs}
 
-    def take() -> Iterator[tuple[_Job, dict[str, Any]]]:
+    def pop_result() -> Iterator[tuple[_Job, dict[str, Any]]]:
         job, future, last = waiting.popleft()
         if last:
             size_bytes, digest = future.result()
@@ -286,23 +288,23 @@ def _write_squares(
         path.parent.mkdir(exist_ok=True)
         count = job.stop - job.first
         with open(path, "wb") as file:
-            os.posix_fallocate(file.fileno(), 0, _HEADER + count * size * size * 3)
-        for first in range(job.first, job.stop, _CHUNK):
-            images = plan.where(job, first, min(first + _CHUNK, job.stop))
-            at = _HEADER + (first - job.first) * size * size * 3
+            os.posix_fallocate(file.fileno(), 0, _HEADER_BYTES + count * size * size * 3)
+        for first in range(job.first, job.stop, _CHUNK_IMAGES):
+            images = plan.where(job, first, min(first + _CHUNK_IMAGES, job.stop))
+            at = _HEADER_BYTES + (first - job.first) * size * size * 3
             waiting.append((job, pool.submit(squares_into, str(path), at, images, size), False))
             while len(waiting) > 4 * workers:
-                yield from take()
+                yield from pop_result()
         while any(one is job for one, _, _ in waiting):
-            yield from take()
+            yield from pop_result()
         gaps = [place for place, reason in enumerate(reasons[job.file]) if reason]
         waiting.append((job, pool.submit(finish_squares, str(path), str(dst / job.file), count, gaps, size), True))
     while waiting:
-        yield from take()
+        yield from pop_result()
 
 
-# Room for the header of a .npy file of any shape that images have here.
-_HEADER = 128
+# Size of the header of a .npy file, padded, for any number and size of images.
+_HEADER_BYTES = 128
 
 
 def _write_tars(
@@ -314,12 +316,12 @@ def _write_tars(
     workers: int,
     progress: ImageProgress,
 ) -> Iterator[tuple[_Job, dict[str, Any]]]:
-    """Workers encode, this process writes."""
+    """Workers encode images, this process writes them."""
 
     def chunks() -> Iterator[tuple[_Job, int, Future[list[Encoded | str]]]]:
         for job in jobs:
-            for first in range(job.first, job.stop, _CHUNK):
-                images = plan.where(job, first, min(first + _CHUNK, job.stop))
+            for first in range(job.first, job.stop, _CHUNK_IMAGES):
+                images = plan.where(job, first, min(first + _CHUNK_IMAGES, job.stop))
                 yield job, first, pool.submit(jpegs, images, size)
 
     ahead: deque[tuple[_Job, int, Future[list[Encoded | str]]]] = deque()
@@ -335,7 +337,7 @@ def _write_tars(
         reasons: list[str | None] = []
         with replacing(dst / job.file, aside=dst / f"{job.file}.part") as file:
             tar = _TarWriter(file)
-            for _ in range(job.first, job.stop, _CHUNK):
+            for _ in range(job.first, job.stop, _CHUNK_IMAGES):
                 _, first, future = next_chunk()
                 for place, encoded in enumerate(future.result(), first - job.first):
                     if isinstance(encoded, str):
@@ -345,14 +347,14 @@ def _write_tars(
                     key = f"{job.part}-{job.first + place:08}"
                     tar.add(f"{key}.{encoded.suffix}", encoded.data)
                     tar.add(f"{key}.cls", str(labels[place]).encode())
-                progress.add(min(_CHUNK, job.stop - first))
+                progress.add(min(_CHUNK_IMAGES, job.stop - first))
             tar.end()
             record = _record(file.tell(), tar.digest.hexdigest(), reasons)
         yield job, record
 
 
 class _TarWriter:
-    """Appends files to a tar file, the same bytes for the same files, and sums them up as it writes."""
+    """Writes a reproducible tar file, and computes its checksum."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -377,7 +379,7 @@ def _record(num_bytes: int, digest: str, reasons: list[str | None]) -> dict[str,
 
 
 def _list_rejected(plan: _Plan, journal: Journal, dst: Path) -> int:
-    """Writes ``rejected.jsonl``, or removes it where there is nothing to list; returns the number of images."""
+    """Writes ``rejected.jsonl``, or removes it if no image was rejected; returns their number."""
     lines = [
         json.dumps({"path": plan.name(job, place), "reason": reason})
         for job in plan.jobs
@@ -421,11 +423,11 @@ def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, re
 
 
 class _Pool(ProcessPoolExecutor):
-    """Worker processes that Ctrl-C does not reach: it goes to all processes of a terminal, and one answer is enough."""
+    """Worker processes that ignore Ctrl-C, which a terminal sends to all processes: this one handles it."""
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        # Processes are started here, with the signals blocked that are blocked now. An interrupt waits until what they
-        # are told is written; Python would act on it, whichever thread it reaches.
+        # submit() starts processes, which inherit blocked signals. An interrupt here is deferred until the task is
+        # written to them; Python would otherwise handle it at once, whichever thread receives it.
         interrupts: list[int] = []
         handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -440,7 +442,7 @@ class _Pool(ProcessPoolExecutor):
 
 
 def _pool(workers: int) -> _Pool:
-    return _Pool(workers, multiprocessing.get_context("spawn"), end_with, (os.getpid(),))
+    return _Pool(workers, multiprocessing.get_context("spawn"), exit_with_parent, (os.getpid(),))
 
 
 def _summary(manifest: Manifest, dst: Path, images: int, seconds: float) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Pictures drawn by rule: ten classes of rotated shapes, plain or striped, that a network must learn and cannot guess.
+"""Generated pictures: ten classes of rotated shapes, plain or striped.
 
-Colour, place, size, angle, background and noise are the same mixture in every class, so only form and texture tell
-them apart. They are written as JPEG files in ImageFolder layout, made once, into the cache folder.
+Colour, position, size, angle, background and noise have the same distribution in every class, so only shape and texture
+distinguish them. They are JPEG files in ImageFolder layout, generated once into the cache folder.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ TEXTURES = ("plain", "striped")
 COUNTS = {"train": 1200, "val": 100}  # a class
 SIZE = 48
 
-# Part of the folder's name: pictures drawn by other rules belong into another folder.
+# Part of the folder's name, to change with the pictures.
 _VERSION = 1
 _NUM_DRAWS = 16
 
 
 def shapes_folder() -> Path:
-    """Returns the ImageFolder directory of the pictures, drawn now if it is not there yet.
+    """Returns the ImageFolder directory of the pictures, and generates them if it does not exist.
 
     Raises:
         DataError: the cache folder cannot be written.
@@ -43,7 +43,7 @@ def shapes_folder() -> Path:
         aside = Path(tempfile.mkdtemp(prefix=folder.name, dir=folder.parent))
         try:
             _write(aside)
-            # Another process may have been faster: its folder is as good as this one.
+            # Another process may have been faster; its folder has the same contents.
             if not folder.is_dir():
                 aside.rename(folder)
         finally:
@@ -66,13 +66,13 @@ def draw(label: int, first: int, count: int) -> Pixels:
     angle = 2 * np.pi * u[3]
     x, y = x * np.cos(angle) - y * np.sin(angle), x * np.sin(angle) + y * np.cos(angle)
 
-    # The edge is soft over a pixel, so that small pictures have no stairs.
+    # Antialiased: the edge is one pixel wide.
     inside = np.clip(0.5 - _distance(shape, x, y) * radius, 0, 1)
     if texture == "striped":
         stripes = 0.5 + 0.5 * np.clip(3 * np.sin(x * (2 * np.pi / 0.55) + 2 * np.pi * u[4]), -1, 1)
         inside = inside * stripes
     ink, paper = u[5:8], u[8:11]
-    # Far enough from each other to be seen: half of the range at least, in a random direction.
+    # Shift each channel of the ink away from the background by 0.35 to 0.65 of the range, so that shapes are visible.
     ink = (paper + 0.35 + 0.3 * ink) % 1.0
     slope = (u[11] - 0.5) * (grid / SIZE - 0.5)[None, None, :] + (u[12] - 0.5) * (grid / SIZE - 0.5)[None, :, None]
     noise_bits = random_bits(label, np.arange(first, first + count)[:, None, None], np.arange(SIZE * SIZE * 3) + 100)
@@ -83,7 +83,7 @@ def draw(label: int, first: int, count: int) -> Pixels:
 
 
 def _distance(shape: str, x: NDArray[np.float64], y: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Distance to the shape's edge, in units of its radius, negative inside."""
+    """Returns the distance to the shape's edge, in units of its radius, negative inside."""
     if shape == "disc":
         return np.hypot(x, y) - 0.9
     if shape == "ring":

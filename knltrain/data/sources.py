@@ -1,4 +1,4 @@
-"""What ``knltrain prepare`` reads: folders of images, WebDataset's tar files, and ImageNet's own archives."""
+"""Sources of ``knltrain prepare``: folders of images, WebDataset's tar files, and ImageNet's archives."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Source:
     Attributes:
         classes: names, in the order of their numbers.
         labels: class number of every image.
-        where: file, offset and size in bytes of an image, by number; size -1 is the rest of the file.
-        name: what to call an image in a message, by number.
+        where: function from an image's index to its file, offset and size in bytes; -1 for the rest of the file.
+        name: function from an image's index to its name for messages.
     """
 
     classes: tuple[str, ...]
@@ -41,17 +41,17 @@ class Source:
 
 
 def find_sources(root: Path) -> dict[str, Source]:
-    """What a folder holds, by part.
+    """Returns the sources in a folder, by part.
 
     Raises:
-        ConfigError: there is no such folder, or nothing in it that is known.
-        DataError: something in it cannot be used.
+        ConfigError: there is no such folder, or no known format in it.
+        DataError: its contents are damaged or inconsistent.
     """
     if not root.is_dir():
         raise ConfigError(f"{root}: no such folder")
     manifest = read_manifest(root)
     if manifest is not None and manifest.format == "raw":
-        raise ConfigError(f"{root} holds pixels of {manifest.size} already; prepare what it was made from")
+        raise ConfigError(f"{root} holds images of {manifest.size} pixels already; prepare their source instead")
     if (root / IMAGENET_TRAIN).exists() or (root / IMAGENET_VAL).exists():
         return _imagenet(root)
     parts: dict[str, Source] = {}
@@ -73,7 +73,7 @@ def find_sources(root: Path) -> dict[str, Source]:
 
 
 def _imagenet(root: Path) -> dict[str, Source]:
-    """The archives as they are distributed: a tar file of a tar file for each class, and one of all for validation."""
+    """Reads ImageNet's archives: one with a tar file for each class, and one with all validation images."""
     parts: dict[str, Source] = {}
     classes: tuple[str, ...] = ()
     path = root / IMAGENET_TRAIN
@@ -88,7 +88,7 @@ def _imagenet(root: Path) -> dict[str, Source]:
         classes = tuple(sorted({entry[0] for entry in entries}))
         if not classes:
             raise DataError(f"{path}: no tar files of classes in it")
-        parts["train"] = _in_one_file(path, classes, sorted(entries))
+        parts["train"] = _source_in_archive(path, classes, sorted(entries))
     path = root / IMAGENET_VAL
     if path.exists():
         with open_regular(path) as file:
@@ -102,7 +102,7 @@ def _imagenet(root: Path) -> dict[str, Source]:
                 reason = f"is of {wnid}, which is not in {IMAGENET_TRAIN}" if wnid else "is not listed"
                 raise DataError(f"{from_file}: {member.name} {reason}")
             entries.append((wnid, member.name, member.offset, member.size))
-        parts["val"] = _in_one_file(path, classes, entries)
+        parts["val"] = _source_in_archive(path, classes, entries)
     return parts
 
 
@@ -110,7 +110,7 @@ def _is_image(name: str) -> bool:
     return name.lower().endswith(SUFFIXES)
 
 
-def _in_one_file(path: Path, classes: tuple[str, ...], entries: list[tuple[str, str, int, int]]) -> Source:
+def _source_in_archive(path: Path, classes: tuple[str, ...], entries: list[tuple[str, str, int, int]]) -> Source:
     numbers = {name: number for number, name in enumerate(classes)}
     labels = np.array([numbers[entry[0]] for entry in entries], np.int64)
     return Source(
@@ -122,10 +122,10 @@ def _in_one_file(path: Path, classes: tuple[str, ...], entries: list[tuple[str, 
 
 
 def _ground_truth(root: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
-    """The class of each validation image, by its name without suffix, and the file that says so.
+    """Returns the class of each validation image, by its name without suffix, and the file that lists them.
 
-    A list has a line for each image: its name, and its class (nXXXXXXXX) behind a comma or a blank; what follows is of
-    no interest. ``LOC_val_solution.csv`` is such a list; ``LOC_train_solution.csv`` has none of these names.
+    A list has a line for each image: its name, a comma or blank, and its class (nXXXXXXXX); the rest of a line is
+    ignored. ``LOC_val_solution.csv`` is such a list; ``LOC_train_solution.csv`` has none of these names.
     """
     for path in sorted([*root.glob("*.csv"), *root.glob("*.txt")]):
         truth = {}
@@ -135,7 +135,7 @@ def _ground_truth(root: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
                     words = " ".join(row).split()
                     if len(words) >= 2 and _WNID.fullmatch(words[1]):
                         truth[Path(words[0]).stem] = words[1]
-        except (csv.Error, UnicodeDecodeError):  # some other file that lies there
+        except (csv.Error, UnicodeDecodeError):  # an unrelated file
             continue
         if truth.keys() & names:
             return truth, path
@@ -148,7 +148,7 @@ def _ground_truth(root: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
 
 
 def _devkit(path: Path) -> dict[str, str]:
-    """The devkit numbers classes in an order of its own, which only its MATLAB file has."""
+    """Reads the classes from the devkit, whose own numbering of classes is only in its MATLAB file."""
     try:
         from scipy.io import loadmat
     except ImportError:
@@ -166,5 +166,5 @@ def _devkit(path: Path) -> dict[str, str]:
             wnids = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
             numbers = [int(line) for line in truth.read().split()]
             return {f"ILSVRC2012_val_{place:08}": wnids[number] for place, number in enumerate(numbers, 1)}
-    except Exception as error:  # tarfile, zlib and SciPy raise whatever damage leads them to
+    except Exception as error:  # tarfile, zlib and SciPy raise many types for damage
         raise DataError(f"{path}: not the devkit, or damaged ({error or type(error).__name__})") from None

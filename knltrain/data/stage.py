@@ -1,4 +1,4 @@
-"""``--stage``: a prepared folder copied once to each node's own disk or memory, and kept there."""
+"""``--stage``: a copy of a prepared folder on each node's own disk or in its memory, made once and kept."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from knltrain.data.manifest import NAME, read_manifest
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.files import replacing
 
-_BLOCK = 1 << 24
-# Between two looks at whether all nodes are ready, and two lines about it.
-_POLL_S = 0.5
-_LINE_EVERY_S = 10.0
+_BLOCK_BYTES = 1 << 24
+# How often ranks check whether all nodes are ready, and report progress.
+_POLL_INTERVAL_S = 0.5
+_PROGRESS_INTERVAL_S = 10.0
 
 
 def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda done, total: None) -> Path:
-    """Copies what ``knltrain prepare`` wrote, or what is missing of it, and checks every file against the manifest.
+    """Copies the missing files of a prepared folder, and checks each against the manifest.
 
     Args:
         root: the prepared folder.
-        into: a folder of this node. The copy gets a folder in it, named after ``root`` and its contents.
-        progress: told bytes copied and bytes in all.
+        into: a folder of this node; the copy is a folder in it, named after ``root`` and a hash of its manifest.
+        progress: called with bytes copied and total bytes.
 
     Returns:
-        The copy. Its manifest is written last, so that it is whole or none.
+        The copy. Its manifest is written last, so that an incomplete copy has none.
 
     Raises:
         ConfigError: ``root`` was not prepared.
-        DataError: a file is not what the manifest says.
-        KnltrainError: ``into`` has not the room, or cannot be written.
+        DataError: a file does not match the manifest.
+        KnltrainError: ``into`` has too little space, or cannot be written.
     """
     manifest = read_manifest(root)
     if manifest is None:
-        raise ConfigError(f"--stage copies what knltrain prepare wrote, and {root} is not that; prepare it first")
+        raise ConfigError(f"--stage copies a folder by knltrain prepare, which {root} is not; prepare it first")
     text = (root / NAME).read_bytes()
     target = into / f"{root.resolve().name}-{hashlib.sha256(text).hexdigest()[:12]}"
     files = {shard.file: (shard.bytes, shard.sha256) for part in manifest.shards.values() for shard in part}
@@ -55,13 +55,13 @@ def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda 
         if total > free:
             raise KnltrainError(
                 f"--stage {into}: {total / 1e9:.1f} GB are to be copied and {free / 1e9:.1f} GB are free; prepare the "
-                "data as tar or in a smaller size, or leave --stage away"
+                "data as tar or in a smaller size, or omit --stage"
             )
         done = 0
         for file in missing:
             (target / file).parent.mkdir(exist_ok=True)
             done = _copy(root / file, target / file, files[file][1], done, lambda at: progress(at, total))
-        # The other ranks of the node call this when the copy is there: what all of them read is not written again.
+        # The other ranks of the node call this when the copy is complete: a manifest that they read is not rewritten.
         if not (target / NAME).exists() or (target / NAME).read_bytes() != text:
             with replacing(target / NAME) as meta:
                 meta.write(text)
@@ -81,13 +81,13 @@ def _copy(source: Path, target: Path, digest: str, done: int, progress: Callable
         open(source, "rb", buffering=0) as read,
         replacing(target, aside=target.with_name(f"{target.name}.part"), sync=False) as write,
     ):
-        while block := read.read(_BLOCK):
+        while block := read.read(_BLOCK_BYTES):
             write.write(block)
             found.update(block)
             done += len(block)
             progress(done)
         if found.hexdigest() != digest:
-            raise DataError(f"{source}: not what {NAME} says; copy it again, or run knltrain prepare again")
+            raise DataError(f"{source}: does not match {NAME}; copy it again, or run knltrain prepare again")
     return done
 
 
@@ -100,30 +100,30 @@ def stage_on_every_node(
     local_rank: int,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """One rank of each node copies; all wait until every node is ready, or fail together.
+    """Copies on one rank of each node; all ranks wait until every node is ready, or fail together.
 
     Args:
-        root: as of :func:`stage`.
-        into: likewise.
-        total: sums numbers over all ranks. It is called again and again, so no wait is longer than the network allows.
-        say: told now and then, in words, how far this node is.
-        local_rank: of this process on its node; 0 copies.
+        root: as for :func:`stage`.
+        into: as for :func:`stage`.
+        total: sums values over all ranks, as ``Group.sum``; called repeatedly, so that no collective times out.
+        say: called with messages about the progress on this node.
+        local_rank: this process on its node; rank 0 copies.
         stop_requested: whether this rank was asked to stop.
 
     Returns:
-        The copy on this node; None if any rank was asked to stop before all were ready.
+        The copy on this node; None if a rank was asked to stop before all were ready.
 
     Raises:
-        ConfigError: as of :func:`stage`.
-        KnltrainError: likewise, or another node failed.
+        ConfigError: as :func:`stage`.
+        KnltrainError: as :func:`stage`, or another node failed.
     """
-    said, given_up = time.monotonic(), threading.Event()
+    said, aborted = time.monotonic(), threading.Event()
 
     def progress(done: int, all_bytes: int) -> None:
         nonlocal said
-        if given_up.is_set():
-            raise KnltrainError(f"--stage {into}: given up")
-        if time.monotonic() - said > _LINE_EVERY_S:
+        if aborted.is_set():
+            raise KnltrainError(f"--stage {into}: aborted")
+        if time.monotonic() - said > _PROGRESS_INTERVAL_S:
             said = time.monotonic()
             say(f"staging: {done / 1e9:.1f} of {all_bytes / 1e9:.1f} GB")
 
@@ -137,13 +137,13 @@ def stage_on_every_node(
                 if failures and ready and not waiting:
                     if copying is not None:
                         copying.result()
-                    raise KnltrainError("another node could not stage the data; what it printed is the cause")
+                    raise KnltrainError("another node could not stage the data; see its messages for the cause")
                 if not waiting:
                     break
                 if stops:
                     return None
-                time.sleep(_POLL_S)
+                time.sleep(_POLL_INTERVAL_S)
         finally:
-            given_up.set()  # the pool waits for its thread, whatever ends this
-    # On a rank that copied nothing, this finds the copy that is there.
+            aborted.set()  # the pool waits for its thread
+    # On a rank that did not copy, this finds the existing copy.
     return copying.result() if copying else stage(root, into)

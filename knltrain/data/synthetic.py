@@ -1,4 +1,4 @@
-"""Images without a data set: noise for benchmarks, at ImageNet's counts and sizes."""
+"""Synthetic images for benchmarks: noise, with ImageNet's numbers of images and classes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _POOL = 64
 
 
 class Synthetic:
-    """As many images as ImageNet has, made of a few pictures of noise, with labels that mean nothing.
+    """A data set of ImageNet's size that repeats a few images of noise, with arbitrary labels.
 
     Args:
-        part: ``train`` or ``val``; the latter is short.
+        part: ``train`` or ``val``, which has only 512 images.
         size: height and width, pixels.
     """
 
@@ -31,19 +31,19 @@ class Synthetic:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """For error messages."""
+        """Returns the image's name, for error messages."""
         return f"synthetic image {index}"
 
     def image(self, index: int) -> DecodedImage:
-        """One of the few pictures."""
+        """Returns one of the few images."""
         return DecodedImage(self._pool[index % _POOL])
 
     def check(self, count: int) -> None:
-        """Nothing can be wrong with noise."""
+        """Does nothing: noise is always valid."""
 
     def bad(self, index: int, error: Exception) -> DataError:
-        """The error of an image that cannot be used."""
+        """Returns the error for an image that cannot be used."""
         return DataError(f"{self.name(index)}: {error}")
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing: no file is open."""

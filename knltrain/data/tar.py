@@ -1,4 +1,4 @@
-"""Images in tar files, as WebDataset has them: an index made once, then one read for each sample."""
+"""WebDataset's tar shards: an index is created once, then each sample is one read."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from knltrain.data.folder import SUFFIXES, DataError, check_some
 from knltrain.data.manifest import NAME, read_manifest
 from knltrain.files import cache_folder, open_regular, replacing
 
-# Part of an index's name: indexes made by other rules are not read.
+# Part of an index's file name: indexes of other versions are not read.
 _VERSION = 2
-MOST_CLASSES = 1 << 20
-_LONGEST_LABEL = 64  # bytes of a .cls file; what is longer is no number
+MAX_CLASSES = 1 << 20
+_MAX_LABEL_BYTES = 64  # of a .cls file
 
 
 class Member(NamedTuple):
-    """A file in a tar file: its name there, and where its bytes are."""
+    """A file in a tar file: its name, and the location of its bytes."""
 
     name: str
     offset: int
@@ -35,19 +35,19 @@ class Member(NamedTuple):
 
 
 def members(file: IO[bytes], begin: int = 0, end: int | None = None) -> Iterator[Member]:
-    """The regular files of the tar that is the bytes [begin, end) of ``file``.
+    """Yields the regular files of the tar file in the bytes [begin, end) of ``file``.
 
     Raises:
-        DataError: it is no tar file, or cut short.
+        DataError: it is not a tar file, or truncated.
     """
     end = os.fstat(file.fileno()).st_size if end is None else end
     file.seek(begin)
     behind, last = begin, "its beginning"
     try:
-        # Not "r:*": what is compressed cannot be read from the middle.
+        # Not "r:*": a compressed tar has no random access.
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for info in tar:
-                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep every one
+                tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all in memory
                 size = info.size if info.isfile() else 0
                 if size < 0 or info.offset_data < behind:
                     raise DataError(f"{file.name}: damaged at {info.name}; copy this file again")
@@ -60,22 +60,22 @@ def members(file: IO[bytes], begin: int = 0, end: int | None = None) -> Iterator
                 behind, last = info.offset_data + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE, info.name
     except RecursionError:
         raise DataError(f"{file.name}: a thousand headers without a file behind {last}; copy this file again") from None
-    # ValueError: of numbers in headers, which tarfile does not look at closely.
+    # ValueError: from malformed numbers in headers, which tarfile does not check.
     except (tarfile.TarError, EOFError, ValueError, OverflowError) as error:
         raise DataError(f"{file.name}: no tar file, or a damaged one ({error}); copy this file again") from None
-    # tarfile takes whatever follows for the end. Blocks of zeros are.
+    # tarfile ends at any invalid block. The true end is a block of zeros.
     file.seek(behind)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise DataError(f"{file.name}: cut short or damaged behind {last}; copy this file again")
 
 
 class TarIndex(NamedTuple):
-    """Where the images of some tar files are: an entry for each.
+    """Locations of images in tar files, with an entry for each image.
 
     Attributes:
         shard: number of the tar file.
-        offset: of the image's bytes in it.
-        size: of the image, bytes.
+        offset: offset of the image in it, bytes.
+        size: size of the image, bytes.
         label: class number.
     """
 
@@ -86,7 +86,7 @@ class TarIndex(NamedTuple):
 
 
 def shards_of(root: Path, part: str) -> list[Path]:
-    """The tar files of a part, in the order of their names: ``train-00000.tar``, ``train_0.tar`` or ``train/0.tar``."""
+    """Returns the tar files of a part by name: ``train-00000.tar``, ``train_0.tar`` or ``train/0.tar``."""
     named = [path for path in root.glob("*.tar") if re.match(rf"{part}\b|{part}_", path.name)]
     return sorted(path for path in [*named, *(root / part).glob("*.tar")] if not path.is_dir())
 
@@ -95,7 +95,7 @@ class Tar:
     """One part (``train`` or ``val``) of a folder of WebDataset shards: ``KEY.jpg`` beside ``KEY.cls``.
 
     Attributes:
-        classes: names, if ``knltrain prepare`` wrote the folder, or else numbers.
+        classes: names if ``knltrain prepare`` wrote the folder, otherwise numbers.
         labels: class number of every image.
 
     Args:
@@ -121,9 +121,9 @@ class Tar:
             if len(self) != images or (len(self) and self.labels.max() >= len(self.classes)):
                 raise DataError(f"{root}: {part} does not hold what {NAME} says; copy it again")
         else:
-            # Both parts have as many classes as the labels of either need.
+            # Both parts have the number of classes that their largest label needs.
             others = [_open_index(root, other, shards_of(root, other)) for other in ("train", "val") if other != part]
-            self.classes = _numbered([self._index, *others])
+            self.classes = _numbers_as_classes([self._index, *others])
         self._files: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -131,7 +131,7 @@ class Tar:
         return len(self.labels)
 
     def name(self, index: int) -> str:
-        """Shard and sample, for error messages."""
+        """Returns shard and sample, for error messages."""
         path, offset = self._paths[self._index.shard[index]], int(self._index.offset[index])
         try:
             with open(path, "rb") as file:
@@ -142,7 +142,7 @@ class Tar:
         return f"{path}: {inside}"
 
     def where(self, index: int) -> tuple[str, int, int]:
-        """The file that holds an image, and which of its bytes: path, offset, size."""
+        """Returns the location of an image: path, offset, size."""
         at = int(self._index.shard[index])
         return str(self._paths[at]), int(self._index.offset[index]), int(self._index.size[index])
 
@@ -150,7 +150,7 @@ class Tar:
         """Reads an image.
 
         Raises:
-            DecodeError: it is none, or the shard is cut short.
+            DecodeError: it is not an image, or the shard is truncated.
             OSError: the shard cannot be read, or the image is more than 1 GiB.
         """
         path, offset, size = self.where(index)
@@ -165,7 +165,7 @@ class Tar:
         check_some(self, count)
 
     def bad(self, index: int, error: DecodeError | OSError) -> DataError:
-        """The error of an image that cannot be used."""
+        """Returns the error for an image that cannot be used."""
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = "copy the shard again, or pass --on-bad skip" if is_bad(error) else "see that the shard can be read"
         return DataError(f"{self.name(index)}: {reason}; {remedy}")
@@ -178,19 +178,19 @@ class Tar:
     def _pread(self, shard: int, size: int, offset: int) -> bytes:
         with self._lock:
             try:
-                file = self._opened(shard)
+                file = self._dup_open(shard)
             except OSError as error:
                 if error.errno != errno.EMFILE or not self._files:
                     raise
                 self._close_files()  # more shards than a process may have open
-                file = self._opened(shard)
+                file = self._dup_open(shard)
         try:
             return os.pread(file, size, offset)
         finally:
             os.close(file)
 
-    def _opened(self, shard: int) -> int:
-        """A descriptor of the shard for one read: it stays open if another thread closes the others."""
+    def _dup_open(self, shard: int) -> int:
+        """Returns a descriptor of the shard for one read, valid even if another thread closes the shard."""
         if shard not in self._files:
             self._files[shard] = os.open(self._paths[shard], os.O_RDONLY | os.O_NONBLOCK)
         return os.dup(self._files[shard])
@@ -201,13 +201,13 @@ class Tar:
         self._files.clear()
 
 
-def _numbered(indexes: list[TarIndex]) -> tuple[str, ...]:
+def _numbers_as_classes(indexes: list[TarIndex]) -> tuple[str, ...]:
     count = 1 + max(int(index.label.max()) for index in indexes if len(index.label))
     return tuple(str(number) for number in range(count))
 
 
 def _open_index(root: Path, part: str, shards: list[Path]) -> TarIndex:
-    """Reads the index of some shards, or makes it and leaves it beside them, or in the cache if that cannot be."""
+    """Reads the index of shards, or creates it beside them, or in the cache folder if they are read-only."""
     if not shards:
         empty = np.empty(0, np.int64)
         return TarIndex(empty, empty, empty, empty)
@@ -237,16 +237,16 @@ def _read_index(path: Path, names: NDArray[np.str_], stamp: NDArray[np.int64]) -
                     return index
     except FileNotFoundError:
         pass
-    except Exception:  # NumPy and zipfile raise whatever damage leads them to; the index is made anew
+    except Exception:  # NumPy and zipfile raise many types for damage; the index is created again
         pass
     return None
 
 
 def _fits(index: TarIndex, sizes: NDArray[np.int64]) -> bool:
-    """Whether an index speaks of these shards, whose sizes in bytes are given; anybody may have written it."""
+    """Whether an index, which is not trusted, is valid for shards of these sizes in bytes."""
     if not all(column.ndim == 1 and 0 < len(column) == len(index.label) and column.min() >= 0 for column in index):
         return False
-    if index.shard.max() >= len(sizes) or index.label.max() >= MOST_CLASSES or index.offset.min() < tarfile.BLOCKSIZE:
+    if index.shard.max() >= len(sizes) or index.label.max() >= MAX_CLASSES or index.offset.min() < tarfile.BLOCKSIZE:
         return False
     return bool((index.size <= sizes[index.shard] - index.offset).all())
 
@@ -277,7 +277,7 @@ def _make_index(shards: list[Path]) -> TarIndex:
 
 
 def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
-    """The images of a shard with their labels. A sample's files have one key and lie side by side."""
+    """Yields the images of a shard with their labels. Files of a sample have the same key and are consecutive."""
     key, image, label = "", None, None
     for member in (*members(file), Member("", 0, 0)):
         folder, _, base = member.name.rpartition("/")
@@ -296,9 +296,9 @@ def _samples(file: IO[bytes]) -> Iterator[tuple[Member, int]]:
                 )
             image = member
         elif extension == "cls":
-            text = os.pread(file.fileno(), min(member.size, _LONGEST_LABEL), member.offset)
-            if not text.strip().isdigit() or int(text) >= MOST_CLASSES:
+            text = os.pread(file.fileno(), min(member.size, _MAX_LABEL_BYTES), member.offset)
+            if not text.strip().isdigit() or int(text) >= MAX_CLASSES:
                 raise DataError(
-                    f"{file.name}: {member.name} holds {text[:20]!r}, no class number from 0 to {MOST_CLASSES - 1:,}"
+                    f"{file.name}: {member.name} holds {text[:20]!r}, no class number from 0 to {MAX_CLASSES - 1:,}"
                 )
             label = int(text)

@@ -231,7 +231,7 @@ def test_an_image_that_cannot_be_read_now_is_not_skipped(image_folder, tmp_path,
     image.rename(away)
     image.symlink_to(away.with_name("not mounted"))
     for on_bad in ("fail", "skip"):
-        with pytest.raises(KnltrainError, match=r"class1/004\.jpg: No such file.*the same command goes on"):
+        with pytest.raises(KnltrainError, match=r"class1/004\.jpg: No such file.*run the same command again to resume"):
             prepare(src, tmp_path / "out", format=format, on_bad=on_bad)
     image.unlink()
     away.rename(image)
@@ -364,7 +364,7 @@ def test_a_disk_that_fills_up_is_one_line_and_the_same_command_goes_on(image_fol
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preparing.os, "posix_fallocate", full)
-        with pytest.raises(KnltrainError, match=r"No space left on device; what is finished stays"):
+        with pytest.raises(KnltrainError, match=r"No space left on device; run the same command again"):
             prepare(image_folder, tmp_path / "out")
     with pytest.raises(DataError, match="has not finished"):
         open_folder(tmp_path / "out", "train")
@@ -443,7 +443,7 @@ def test_the_command(image_folder, tmp_path):
     done = knltrain("prepare", image_folder, "raw", "--size", SIZE, "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["counts"] == {"train": 48, "val": 13}
-    assert "as they were written" in knltrain("prepare", "--verify", "raw").stdout
+    assert "all checksums match" in knltrain("prepare", "--verify", "raw").stdout
     shown = knltrain("data", "raw", "--image-size", 24)
     assert shown.returncode == 0, shown.stderr
     assert "train: raw, 48 images in 3 classes" in shown.stdout

@@ -145,7 +145,7 @@ def test_all_fail_with_the_one_that_fails(prepared, tmp_path, monkeypatch, image
     found = on_ranks([prepared] * 4, node, [0, 1, 0, 1])
     assert "--stage" in found[2]
     assert [found[0], found[1], found[3]] == [
-        "another node could not stage the data; what it printed is the cause"
+        "another node could not stage the data; see its messages for the cause"
     ] * 3  # fmt: skip
 
 

@@ -166,7 +166,7 @@ def test_no_path_of_a_manifest_leaves_its_folder(raw, path, tmp_path):
     manifest["shards"]["train"][0].update(file=path, bytes=25)
     (root / "meta.json").write_text(json.dumps(manifest))
     for use in (lambda: open_folder(root, "train"), lambda: stage(root, tmp_path / "node")):
-        with pytest.raises(DataError, match="is no file of this folder"):
+        with pytest.raises(DataError, match="is not a file of this folder"):
             use()
     assert not list((tmp_path / "node").glob("*"))
 
