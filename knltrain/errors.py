@@ -1,23 +1,23 @@
-"""Errors that are for people: one line that says what is wrong, where, and what to do."""
+"""Errors for users: one line that says what is wrong, where, and what to do."""
 
-# Of a line, characters: names within archives may be as long as their author likes.
-_LONGEST = 2000
+# Names in archives may have any length.
+_MAX_CHARS = 2000
 
 
 def one_line(text: str) -> str:
-    """Escapes what would break a line, or drive the terminal that shows it: names of files hold whatever they like."""
-    if len(text) > _LONGEST:
-        text = f"{text[: _LONGEST // 2]} ... {text[-_LONGEST // 4 :]}"
+    """Escapes line breaks and terminal control sequences, which file names may contain, and shortens long texts."""
+    if len(text) > _MAX_CHARS:
+        text = f"{text[: _MAX_CHARS // 2]} ... {text[-_MAX_CHARS // 4 :]}"
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 class KnltrainError(Exception):
-    """The run cannot go on. The command line prints the message alone and exits with 1.
+    """An error that ends the run. The command line prints only the message and exits with 1.
 
     Args:
-        message: made one line whatever names it holds.
+        message: the message, which :func:`one_line` converts to one line.
     """
 
     def __init__(self, message: str) -> None:
@@ -25,8 +25,8 @@ class KnltrainError(Exception):
 
 
 class ConfigError(KnltrainError):
-    """What was asked for is not possible. The command line prints the message alone and exits with 2."""
+    """An invalid or impossible request. The command line prints only the message and exits with 2."""
 
 
 class SharedError(KnltrainError):
-    """The run cannot go on, and all ranks raise this at the same step for the same reason: they end together."""
+    """An error that all ranks raise at the same step for the same reason, so that they end together."""

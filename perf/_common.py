@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from knltrain.training.engine import Engine
 
 WARMUP_STEPS = 3
-_GOODBYE_S = 10.0
+_SHUTDOWN_TIMEOUT_S = 10.0
 # What the networks are published with, as `knltrain bench` has it.
 _IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
 
@@ -145,7 +145,7 @@ def build_step(config: RunConfig) -> RankStep:
 
     Raises:
         ConfigError: the engine, precision or model cannot run here.
-        KnltrainError: the ranks do not find each other, or the data cannot be used.
+        KnltrainError: the rendezvous failed, or the data cannot be used.
     """
     from knltrain.bench.step import TrainingStep
     from knltrain.comm.gradients import data_parallel
@@ -213,7 +213,7 @@ def take_turns(
         for pipe in pipes.values():
             pipe.close()
         for process in processes:
-            process.join(_GOODBYE_S)
+            process.join(_SHUTDOWN_TIMEOUT_S)
             process.terminate()
     return answers, reasons
 

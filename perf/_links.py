@@ -13,14 +13,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
-from knltrain.bench.tune import what_was_said
+from knltrain.bench.tune import last_message
 from knltrain.errors import ConfigError, KnltrainError
 
 _PROGRAMS = ("unshare", "nsenter", "setpriv", "taskset", "ip", "tc", "hostname")
 _LINK = "link0"
 _PORT = 29400
 _START_S = 20.0
-_PATIENCE_S = 600.0
+_COMMAND_TIMEOUT_S = 600.0
 # What may pass at once at any speed: several packets of the largest size that the kernel hands over undivided, 64 KiB.
 _BURST = 1 << 20
 _BLAST_S = 1.0
@@ -130,11 +130,11 @@ class Hosts:
             said = []
             for process in processes:
                 try:
-                    out, errors = process.communicate(timeout=_PATIENCE_S)
+                    out, errors = process.communicate(timeout=_COMMAND_TIMEOUT_S)
                 except subprocess.TimeoutExpired:
-                    raise KnltrainError(f"{' '.join(words)}: no end after {_PATIENCE_S:g} s") from None
+                    raise KnltrainError(f"{' '.join(words)}: no end after {_COMMAND_TIMEOUT_S:g} s") from None
                 if process.returncode:
-                    raise KnltrainError(f"{' '.join(words)}: {what_was_said(errors)}")
+                    raise KnltrainError(f"{' '.join(words)}: {last_message(errors)}")
                 said.append(out)
             return said
 

@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 import click
 from _links import Hosts
 
-from knltrain.bench.tune import rank_command, timed_steps, training_words
+from knltrain.bench.tune import rank_command, timed_steps, train_arguments
 from knltrain.config import RunConfig
 from knltrain.node.layouts import Layout
 from knltrain.runlog.console import Console
 
 _T = TypeVar("_T")
-_PATIENCE_S = 1800.0
+_MEASUREMENT_TIMEOUT_S = 1800.0
 _TIMES = ("step_s", "comm_s", "exposed_comm_s", "data_s")
 
 
@@ -89,8 +89,8 @@ def train_in_turns(
             with tempfile.TemporaryDirectory() as folder:
                 out = Path(folder, "run")
                 config = setting.config
-                train = training_words(config, config.global_batch // setting.ranks, out, steps)
-                deadline = time.monotonic() + _PATIENCE_S
+                train = train_arguments(config, config.global_batch // setting.ranks, out, steps)
+                deadline = time.monotonic() + _MEASUREMENT_TIMEOUT_S
                 if setting.gbit is None:
                     layout = Layout(setting.ranks, setting.threads, 0, config.global_batch // setting.ranks)
                     command, environ = rank_command(layout, train)

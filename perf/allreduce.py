@@ -44,7 +44,7 @@ _ELEMENTS = 25_600_000  # ResNet-50's gradient
 _WARMUP = 2
 _ROUNDS = 4
 _CEILING = "oneCCL alone"
-_PATIENCE_S = 120.0
+_COMMAND_TIMEOUT_S = 120.0
 _PRODUCT = 192  # rows of the matrices: a product takes some 50 us of a core, from its caches
 _PRODUCTS = 40
 
@@ -91,10 +91,10 @@ def main(sizes: str | None, dtypes: str, repeats: int | None, out: str | None, a
         for problem in place.warnings:
             console.warn(problem)
         if group.world_size == 1:
-            # So that the call itself is timed: nothing travels.
+            # One rank times the call itself: nothing is communicated.
             store = dist.HashStore()  # type: ignore[attr-defined]
             dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-            console.warn("one rank: nothing travels, these are the times of the calls alone; start several")
+            console.warn("one rank: nothing is communicated, these are the times of the calls only; start several")
         backends: dict[str, Calls] = {}
         if group.backend and group.backend.name == "ccl":
             backends["ccl"] = _torch_calls(None)
@@ -265,7 +265,7 @@ def _program(group: Any) -> Iterator[Calls]:
         questions, answers = process.stdin, process.stdout
 
         def answer() -> str:
-            ready, _, _ = select.select([answers], [], [], _PATIENCE_S)
+            ready, _, _ = select.select([answers], [], [], _COMMAND_TIMEOUT_S)
             # oneCCL's remarks come on stdout too; neither an address nor times have a colon.
             while ready and (line := answers.readline()):
                 if ":" not in line:
@@ -286,7 +286,7 @@ def _program(group: Any) -> Iterator[Calls]:
             yield calls
             questions.close()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(_PATIENCE_S)
+                process.wait(_COMMAND_TIMEOUT_S)
         finally:
             process.kill()
             process.wait()
@@ -304,9 +304,9 @@ def _compile(program: Path) -> str:
     source = Path(__file__).with_name("ccl_allreduce.cpp")
     command = [compiler, "-std=c++17", "-O2", f"-I{include}", source, library, f"-Wl,-rpath,{library.parent}"]
     try:
-        made = subprocess.run([*command, "-o", program], capture_output=True, text=True, timeout=_PATIENCE_S)
+        made = subprocess.run([*command, "-o", program], capture_output=True, text=True, timeout=_COMMAND_TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        return f"g++ took longer than {_PATIENCE_S:g} s"
+        return f"g++ took longer than {_COMMAND_TIMEOUT_S:g} s"
     return f"g++: {made.stderr.strip().splitlines()[0]}" if made.returncode else ""
 
 

@@ -24,8 +24,8 @@ from rich.table import Table
 from knltrain.errors import KnltrainError
 from knltrain.runlog.console import Console
 
-# A checkpoint that takes longer is none that a run could wait for.
-_PATIENCE_S = 300.0
+# No run would wait longer for a checkpoint.
+_CHECKPOINT_TIMEOUT_S = 300.0
 
 
 def measure(step: RankStep, folder: Path, *, rounds: int, steps: int) -> list[dict[str, Any]]:
@@ -48,14 +48,14 @@ def measure(step: RankStep, folder: Path, *, rounds: int, steps: int) -> list[di
 
     rows = []
     # Decoders' cores are nobody's here, as nothing is decoded: the writer runs where training does, which is the worst.
-    with CheckpointWriter(folder, keep=1, cpus=(), warn=click.echo, timeout_s=_PATIENCE_S) as writer:
+    with CheckpointWriter(folder, keep=1, cpus=(), warn=click.echo, timeout_s=_CHECKPOINT_TIMEOUT_S) as writer:
         for number in range(rounds):
             without = [step().step_s for _ in range(steps)]
             began, start = time.time(), time.perf_counter()
             writer.begin(Progress(step=number), step.engine.state_dict(), step.engine.optimizer, meta={}, last=True)
             copy_s = time.perf_counter() - start
             meanwhile = [step().step_s]
-            while writer.writing and time.perf_counter() - start < _PATIENCE_S:
+            while writer.writing and time.perf_counter() - start < _CHECKPOINT_TIMEOUT_S:
                 meanwhile.append(step().step_s)
             if failure := writer.finish():
                 raise failure

@@ -34,7 +34,7 @@ from knltrain.runlog.provenance import provenance
 
 _SIZES = "4096,1048576,16777216,67108864"
 _CLOSE = 0.1
-_ANY_GBIT = 1.0  # nothing travels while layers are timed
+_ANY_GBIT = 1.0  # nothing is communicated while layers are timed
 _PERF = Path(__file__).parent
 
 
@@ -64,7 +64,7 @@ def main(
     if quick:
         models, image_size = ["alexnet_bn_small"], 32
     if min(hosts) < 2:
-        raise ConfigError(f"--hosts {min(hosts)}: nothing travels; give 2 or more")
+        raise ConfigError(f"--hosts {min(hosts)}: nothing is communicated; give 2 or more")
     console, folder = Console(json=as_json), out_folder(out)
     rounds, steps = rounds or (1 if quick else 2), steps or (1 if quick else 5)
     settings = [

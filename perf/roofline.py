@@ -61,7 +61,7 @@ class Ceilings:
 
 
 def better(one: Ceilings, other: Ceilings) -> Ceilings:
-    """The higher of each: nothing makes a machine faster than it is, and neighbours make it slower."""
+    """The higher of each: nothing makes a machine faster than it is, and other processes make it slower."""
     gflops = {dtype: max(rate, other.gflops[dtype]) for dtype, rate in one.gflops.items()}
     return Ceilings(gflops, max(one.gb_per_s, other.gb_per_s))
 

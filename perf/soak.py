@@ -23,7 +23,7 @@ import numpy as np
 from _common import finish, out_folder, output_options
 from matplotlib.figure import Figure
 
-from knltrain.bench.tune import what_was_said
+from knltrain.bench.tune import last_message
 from knltrain.errors import KnltrainError
 from knltrain.node.topology import read_node
 from knltrain.runlog.console import Console
@@ -31,7 +31,7 @@ from knltrain.runlog.metrics import read_metrics
 from knltrain.runlog.provenance import provenance
 
 _DEFAULT = ("--recipe", "quickstart", "--epochs", "100000")
-_GOODBYE_S = 300.0
+_SHUTDOWN_TIMEOUT_S = 300.0
 _STOPPED = 75
 _MIB = 2**20
 
@@ -74,12 +74,12 @@ def _watch(command: list[str], folder: Path, seconds: float) -> list[dict[str, f
                     samples.append({"s": now, **_look(process.pid)})
                 time.sleep(pause)
             process.send_signal(signal.SIGTERM)
-            code = process.wait(_GOODBYE_S)
+            code = process.wait(_SHUTDOWN_TIMEOUT_S)
         finally:
             process.kill()
         if code not in (0, _STOPPED):
             said.seek(0)
-            raise KnltrainError(f"the run ended with {code}: {what_was_said(said.read())}")
+            raise KnltrainError(f"the run ended with {code}: {last_message(said.read())}")
     return samples
 
 

@@ -104,12 +104,12 @@ if __name__ == "__main__":
     from knltrain.cli import train as cli
     from knltrain.cli.main import main
 
-    bind_rank = cli._take_place
+    bind_rank = cli._bind_rank
 
-    def take_place_and_inject(**options):
+    def bind_rank_and_inject(**options):
         place = bind_rank(**options)  # torch comes after it
         inject_all(os.environ["FAULTS"])
         return place
 
-    cli._take_place = take_place_and_inject
+    cli._bind_rank = bind_rank_and_inject
     main()

@@ -32,7 +32,7 @@ def test_long_names_leave_room_for_the_remedy():
     "error, words",
     [
         (MemoryError("Unable to allocate 2 TiB for an array"), "not enough memory (Unable to allocate 2 TiB"),
-        (MemoryError(), "not enough memory (no memory left); take a smaller local-batch"),
+        (MemoryError(), "not enough memory (no memory left); use a smaller local-batch"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: you tried to allocate 99 bytes. Error code 12"),
          "not enough memory (you tried to allocate 99 bytes)"),
         (OSError(2, "No such file or directory", "a\nb"), r"knltrain: a\nb: No such file"),

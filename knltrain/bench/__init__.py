@@ -1,4 +1,4 @@
-"""How fast a training step is on this node: alone, engine beside engine, layer by layer, over batches and threads."""
+"""Benchmarks of a training step on this node: single, by engine, by layer, over batches and threads."""
 
 from knltrain.bench.step import bench
 

@@ -1,4 +1,4 @@
-"""Engine beside engine: one process each, measured in turns, so that a noisy minute falls on all of them."""
+"""Comparison of engines: one process each, measured alternately, so that interference affects all of them."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from knltrain.runlog.tables import new_table, shown
 from knltrain.training.engine import choose_precision
 
 ENGINES: tuple[EngineName, ...] = tuple(name for name in typing.get_args(EngineName) if name != "auto")
-_ROUNDS = 5
+_MAX_ROUNDS = 5
 
 
 def compare(
     config: RunConfig, console: Console, *, steps: int, engines: Sequence[EngineName] = ENGINES
 ) -> dict[str, Any]:
-    """Times training steps of several engines on noise.
+    """Times training steps of several engines on synthetic images.
 
-    Each engine warms up in a process of its own. Then they take turns, in an order that moves on by one each round;
-    a turn starts with a step that is not timed. All processes are there at once, and so is their memory.
+    Each engine warms up in a process of its own. Then they are measured in turns, in an order that rotates each round;
+    a turn starts with a step that is not timed. All processes exist at the same time, so their memory adds up.
 
     Args:
-        config: as :func:`knltrain.bench.bench` takes it; its engine does not matter.
-        console: where to show the table while it fills.
-        steps: how many steps of each engine are timed.
-        engines: which.
+        config: as for :func:`knltrain.bench.bench`; its engine is ignored.
+        console: shows the table as it fills.
+        steps: timed steps of each engine.
+        engines: the engines to compare.
 
     Returns:
         ``engines``, a list in the order of the arguments: step times, images/s and peak memory as ``bench`` gives
-        them, and ``ratio``, images/s over those of ``ratio_to`` (eager, or the slowest where eager did not run). An
-        engine that does not run here has a ``reason`` in their place.
+        them, and ``ratio``, images/s relative to ``ratio_to`` (eager, or the slowest if eager did not run). An
+        engine that does not run here has a ``reason`` instead.
 
     Raises:
-        ConfigError: this machine cannot do what was asked for.
+        ConfigError: this machine does not support the configuration.
         KnltrainError: none of the engines runs.
     """
     node = read_node()
@@ -56,7 +56,7 @@ def compare(
     processes: dict[str, Process] = {}
     times: dict[str, list[StepTime]] = {name: [] for name in engines}
 
-    def give_up(name: str, error: KnltrainError) -> None:
+    def exclude(name: str, error: KnltrainError) -> None:
         rows[name] = {"engine": name, "reason": str(error)}
         console.line(f"{name} does not run here: {error}")
 
@@ -67,18 +67,18 @@ def compare(
             try:
                 processes[name] = stack.enter_context(Process(dataclasses.replace(config, engine=name)))
             except KnltrainError as error:
-                give_up(name, error)
+                exclude(name, error)
                 continue
             rows[name]["warmup_s"] = processes[name].warmup_s
             console.line(f"{name} is warm after {processes[name].warmup_s:.1f} s")
         show(_table(title, rows))
         turns: list[str] = list(processes)
-        for steps_of_round in _split(steps, _ROUNDS):
+        for steps_of_round in _split(steps, _MAX_ROUNDS):
             for turn in list(turns):
                 try:
                     measured, peak = processes[turn].measure(steps_of_round)
                 except KnltrainError as error:
-                    give_up(turn, error)
+                    exclude(turn, error)
                     turns.remove(turn)
                     continue
                 times[turn] += measured
@@ -94,7 +94,7 @@ def compare(
 
 
 def _split(steps: int, rounds: int) -> list[int]:
-    """As many rounds as there are steps for, as equal as can be."""
+    """Splits steps into at most ``rounds`` rounds, as equal as possible."""
     rounds = min(steps, rounds)
     return [steps // rounds + (index < steps % rounds) for index in range(rounds)]
 

@@ -1,4 +1,4 @@
-"""Where the time of a step goes, layer by layer."""
+"""Profile of a training step by layer."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from knltrain.runlog.console import Console
 from knltrain.runlog.provenance import provenance
 from knltrain.runlog.tables import new_table, print_table
 
-# What stands for a path where there is none.
+# Names of rows without a module path.
 _MODEL, _LOSS = "(model)", "(loss)"
-_MARK = "layer:"
-_NODE = "autograd::engine::evaluate_function"
-# A layer's kind is read off the name of its class, so that an engine's own layers are known too.
+_MARK_PREFIX = "layer:"
+_NODE_PREFIX = "autograd::engine::evaluate_function"
+# A layer's kind is found in the name of its class, so that engines' own layers are recognized.
 _KINDS = ("conv", "norm", "linear", "pool", "dropout", "activation")
 
 
 def profile(config: RunConfig, console: Console, *, steps: int) -> dict[str, Any]:
-    """Times each layer's part of a training step on noise.
+    """Times each layer's part of a training step on synthetic images.
 
-    A module's forward time is that between its hooks, less its children's. Its backward time is that of the nodes
-    which autograd made in between: both carry the same sequence numbers. So what a module's ``forward`` calls by
-    itself, as a residual block its addition, is that module's, and operations may work in place.
+    A module's forward time is the time between its hooks, minus its children's. Its backward time is that of the
+    autograd nodes that it created, matched by sequence numbers. Operations that a module's ``forward`` calls directly,
+    such as the addition of a residual block, count for that module, and may be in place.
 
     Args:
-        config: as :func:`knltrain.bench.bench` takes it, without data.
-        console: where to show the table.
-        steps: how many steps are timed without the profiler, and then as many with it.
+        config: as for :func:`knltrain.bench.bench`, without data.
+        console: shows the table.
+        steps: steps timed without the profiler, and as many with it.
 
     Returns:
-        ``layers``, in the order in which their gradients become ready: ``layer`` (the module's path, or ``(model)``
-        for what the outermost does by itself, or ``(loss)``), ``kind``, ``forward_s``, ``backward_s`` and
-        ``gradient_bytes``. Beside it ``optimizer_s``, what is left (``other_s``), and their sum,
-        ``profiled_step_s``. All these are medians over the steps; ``step_s`` is of those without the profiler.
+        ``layers``, in the order in which their gradients become ready: ``layer`` (the module's path, ``(model)``
+        for operations of the outermost module, or ``(loss)``), ``kind``, ``forward_s``, ``backward_s`` and
+        ``gradient_bytes``. Also ``optimizer_s``, the rest (``other_s``), and their sum, ``profiled_step_s``. All these
+        are medians over the steps; ``step_s`` is of the steps without the profiler.
 
     Raises:
-        ConfigError: the engine is compile, or this machine cannot do what was asked for.
+        ConfigError: the engine is compile, or this machine does not support the configuration.
     """
     step = TrainingStep(config)
     if step.engine.name == "compile":
-        raise ConfigError("--profile: engine compile merges the layers; take another engine to see them")
+        raise ConfigError("--profile: engine compile merges the layers; use another engine")
     console.line(f"{step}; {step.node.cpu_model}, {step.node.isa}")
     warmup_s = step.warm_up()
     step_s = spread([step().step_s for _ in range(steps)])
     times, profiled = [], []
-    with _marked(step.engine.model):
+    with _marked_layers(step.engine.model):
         for _ in range(steps):
             with profiler(activities=[ProfilerActivity.CPU]) as recorded:
                 times.append(step().step_s)
@@ -84,13 +84,13 @@ def profile(config: RunConfig, console: Console, *, steps: int) -> dict[str, Any
 
 
 @contextlib.contextmanager
-def _marked(model: nn.Module) -> Iterator[None]:
-    """Marks every module's forward in what a profiler records."""
+def _marked_layers(model: nn.Module) -> Iterator[None]:
+    """Marks every module's forward pass for the profiler."""
     running: list[record_function] = []
     with contextlib.ExitStack() as hooks:
         for path, module in model.named_modules():
 
-            def begin(module: nn.Module, inputs: Any, mark: str = _MARK + (path or _MODEL)) -> None:
+            def begin(module: nn.Module, inputs: Any, mark: str = _MARK_PREFIX + (path or _MODEL)) -> None:
                 running.append(record_function(mark))
                 running[-1].__enter__()
 
@@ -103,12 +103,12 @@ def _marked(model: nn.Module) -> Iterator[None]:
 
 
 class _Attribution:
-    """Where the seconds of one recorded step went.
+    """Times of one profiled step.
 
     Attributes:
-        forward_s: by layer; only layers that compute something themselves.
-        backward_s: by layer, in the order in which they were done.
-        optimizer_s: of the update.
+        forward_s: by layer; only layers with operations of their own.
+        backward_s: by layer, in the order in which they finished.
+        optimizer_s: time of the update.
     """
 
     def __init__(self, events: Sequence[FunctionEvent]) -> None:
@@ -116,15 +116,15 @@ class _Attribution:
         self.optimizer_s = _seconds(parts["optimizer"])
         self.forward_s: dict[str, float] = {}
         self.backward_s: dict[str, float] = {}
-        self._makers: dict[int, str] = {}  # sequence number of a node of autograd -> the layer that made it
+        self._layer_of_node: dict[int, str] = {}  # sequence number of an autograd node -> the layer that created it
         self._forward(parts["forward"], _MODEL)
         self._forward(parts["loss"], _LOSS)
         layer = _LOSS
         for node in parts["backward"].cpu_children:
-            if node.name.startswith(_NODE):
+            if node.name.startswith(_NODE_PREFIX):
                 # Nodes without a number write to .grad, directly after the one that computed the gradient.
-                layer = self._makers.get(node.sequence_nr, layer)
-                # Inserted anew, so that a layer stands where its last node was.
+                layer = self._layer_of_node.get(node.sequence_nr, layer)
+                # Reinserted, so that layers are in the order of their last nodes.
                 self.backward_s[layer] = self.backward_s.pop(layer, 0.0) + _seconds(node)
 
     def _forward(self, part: FunctionEvent, layer: str) -> None:
@@ -135,8 +135,8 @@ class _Attribution:
             parent, layer = waiting.pop()
             for event in parent.cpu_children:
                 inner = layer
-                if event.name.startswith(_MARK):
-                    inner = event.name.removeprefix(_MARK)
+                if event.name.startswith(_MARK_PREFIX):
+                    inner = event.name.removeprefix(_MARK_PREFIX)
                     own_s[layer] -= _seconds(event)
                     own_s[inner] += _seconds(event)
                 else:
@@ -144,8 +144,9 @@ class _Attribution:
                 waiting.append((event, inner))
         computing = {layer for _, _, layer in operations}
         self.forward_s |= {layer: seconds for layer, seconds in own_s.items() if layer in computing}
-        # An operation that makes no node carries the number of the next one that does: the last to carry it made it.
-        self._makers |= {number: layer for _, number, layer in sorted(operations) if number >= 0}
+        # An operation without a node has the number of the next one with a node: the last operation with a number
+        # created the node.
+        self._layer_of_node |= {number: layer for _, number, layer in sorted(operations) if number >= 0}
 
 
 def _seconds(event: FunctionEvent) -> float:
@@ -153,7 +154,7 @@ def _seconds(event: FunctionEvent) -> float:
 
 
 def _rows(model: nn.Module, profiled: Sequence[_Attribution]) -> list[dict[str, Any]]:
-    """Medians over the steps, in the order of the last one's backward pass; layers without a part in it come last."""
+    """Returns medians over the steps, in the order of the last backward pass, then layers without a backward part."""
     modules = {path or _MODEL: module for path, module in model.named_modules()}
     rows = []
     for layer in dict.fromkeys([*profiled[-1].backward_s, *profiled[-1].forward_s]):
@@ -194,7 +195,7 @@ def _table(result: dict[str, Any]) -> Table:
         )
 
     rows = result["layers"]
-    for row in reversed(rows):  # as the images pass
+    for row in reversed(rows):  # in forward order
         add(row["layer"], row["kind"], (row["forward_s"], row["backward_s"]), row["gradient_bytes"])
     table.add_section()
     for kind in dict.fromkeys(row["kind"] for row in reversed(rows)):

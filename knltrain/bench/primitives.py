@@ -1,4 +1,4 @@
-"""What oneDNN says that it ran, and what of that it has no fast code for on this processor."""
+"""oneDNN's verbose output: the primitives that it executed, and slow ones among them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ import torch
 _BYTES = {"f64": 8, "f32": 4, "s32": 4, "bf16": 2, "f16": 2, "s8": 1, "u8": 1}
 # "src:bf16::blocked:acdb::f0" since 3.5, "src_bf16::blocked:acdb:f0" before, "in:f32_nchw" before 1.0.
 _TYPE = re.compile(r"(?:^|[ _])(src|wei|dst|data|in|out)[:_](" + "|".join(_BYTES) + r")(?=[:_ ]|$)")
-# What convolutions fall back to: plain loops, and products of a copy that has each pixel once for each position.
-_SLOW = re.compile(r"(ref|gemm)\b")
+# Fallbacks for convolutions: reference loops, and im2col with GEMM.
+_SLOW_IMPLEMENTATION = re.compile(r"(ref|gemm)\b")
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,11 @@ class Primitive:
 
     Attributes:
         kind: convolution, matmul, reorder, ...
-        direction: forward, data gradient, weight gradient, or what oneDNN calls it ("undef" where there is none).
+        direction: forward, data gradient, weight gradient, or oneDNN's name ("undef" if there is none).
         implementation: for example ``brgconv_1x1:avx512_core_bf16``.
-        types: of source, weights and destination, as far as oneDNN prints them.
+        types: data types of source, weights and destination, as far as oneDNN prints them.
         shape: oneDNN's problem description, for example ``mb32_ic3oc64_ih224oh112kh7sh2dh0ph3_iw224...``.
-        ms: time.
+        ms: time, milliseconds.
     """
 
     kind: str
@@ -44,14 +44,14 @@ class Primitive:
 
     @property
     def gflop(self) -> float | None:
-        """10^9 operations, 2 per multiply-add, padding counted as work; None where products are not the work."""
+        """GFLOP, 2 FLOP per multiply-add, padding included; None if multiply-adds are not the main work."""
         if self.kind == "matmul":
             return _matmul_gflop(self.shape)
         size: dict[str, int] = defaultdict(
             lambda: 1, {name: int(value) for name, value in re.findall(r"([a-z]+)(\d+)", self.shape)}
         )
         kernel = size["kd"] * size["kh"] * size["kw"]
-        # A convolution has a product for each output pixel, a transposed one for each input pixel.
+        # A convolution multiplies for each output pixel, a transposed one for each input pixel.
         pixels = {
             "convolution": size["od"] * size["oh"] * size["ow"] * kernel,
             "deconvolution": size["id"] * size["ih"] * size["iw"] * kernel,
@@ -63,14 +63,14 @@ class Primitive:
 
     @property
     def megabytes(self) -> float | None:
-        """10^6 bytes that a reorder reads and writes, without the padding of blocked layouts; None for the others."""
+        """MB (10^6 bytes) that a reorder reads and writes, without padding of blocked layouts; None for others."""
         if self.kind != "reorder" or len(self.types) != 2 or not re.fullmatch(r"\d+(x\d+)*", self.shape):
             return None
         return 1e-6 * math.prod(map(int, self.shape.split("x"))) * sum(_BYTES[name] for name in self.types)
 
 
 def _matmul_gflop(shape: str) -> float | None:
-    """Of "MxK:KxN", with batch dimensions in front, of which either side's may be 1; versions before 3 add ":MxN"."""
+    """Returns the GFLOP of "MxK:KxN" with leading batch dimensions, which broadcast; before version 3 with ":MxN"."""
     operands = [
         [int(size) for size in part.split("x")] for part in shape.split(":") if re.fullmatch(r"\d+(x\d+)*", part)
     ]
@@ -81,15 +81,15 @@ def _matmul_gflop(shape: str) -> float | None:
 
 
 def parse(lines: Iterable[str]) -> Iterator[Primitive]:
-    """Yields the executed primitives in what oneDNN printed; other lines, and lines that are cut short, are left out.
+    """Yields the executed primitives in oneDNN's verbose output; other lines, and truncated ones, are skipped.
 
     Reads the formats of MKL-DNN 0.x (``mkldnn_verbose``), oneDNN 1.x (``dnnl_verbose``), 2.x and 3.x
-    (``onednn_verbose``), with or without time stamps. Graph partitions are left out: their primitives have lines too.
+    (``onednn_verbose``), with or without time stamps. Graph partitions are skipped: their primitives have lines too.
     """
     for line in lines:
         found = re.search(r"(?:one|mkl)?dnnl?_verbose,(.*)", line)
         fields = found[1].split(",") if found else []
-        # Before the word: version and time stamp, which are not always there, and which interface was called.
+        # Before "exec": optional version and time stamp, and the interface.
         if "exec" not in fields[:4] or "graph" in fields[:3]:
             continue
         fields = fields[fields.index("exec") + 1 :]
@@ -109,7 +109,7 @@ def parse(lines: Iterable[str]) -> Iterator[Primitive]:
 
 @contextmanager
 def native_stdout(into: IO[bytes]) -> Iterator[None]:
-    """Sends what anything in this process writes to file descriptor 1, C++ included, to a file."""
+    """Redirects file descriptor 1, and so also output of C++ code, to a file inside the block."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(into.fileno(), 1)
@@ -121,8 +121,8 @@ def native_stdout(into: IO[bytes]) -> Iterator[None]:
         os.close(kept)
 
 
-def observed(function: Callable[[], object]) -> list[Primitive]:
-    """The primitives of PyTorch's oneDNN that a call executes; none where it was built without its verbose mode."""
+def record_primitives(function: Callable[[], object]) -> list[Primitive]:
+    """Returns the oneDNN primitives that a call executes; empty if oneDNN was built without verbose mode."""
     with tempfile.TemporaryFile() as printed:
         with native_stdout(printed), torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
             function()
@@ -131,21 +131,21 @@ def observed(function: Callable[[], object]) -> list[Primitive]:
 
 
 def slow_convolutions(primitives: Iterable[Primitive]) -> str:
-    """What is wrong with the code that oneDNN has chosen for convolutions, in words; nothing if all is well."""
+    """Returns a warning if oneDNN uses slow implementations of convolutions; otherwise an empty string."""
     convolutions = [one for one in primitives if one.kind == "convolution"]
-    slow = [one for one in convolutions if _SLOW.match(one.implementation)]
+    slow = [one for one in convolutions if _SLOW_IMPLEMENTATION.match(one.implementation)]
     if not slow:
         return ""
     names = ", ".join(sorted({one.implementation for one in slow}))
     worst = max(slow, key=lambda one: one.ms)
     return (
         f"oneDNN has no fast code here for {len(slow)} of {len(convolutions)} convolutions ({names}); the slowest, "
-        f"{worst.direction} of {worst.shape}, took {worst.ms:.1f} ms. Another release of PyTorch may have some: "
+        f"{worst.direction} of {worst.shape}, took {worst.ms:.1f} ms. Another release of PyTorch may be faster: "
         f"this is torch {torch.__version__} with oneDNN {onednn_version()}"
     )
 
 
 def onednn_version() -> str:
-    """The version of PyTorch's oneDNN, or "unknown"."""
+    """Returns the version of PyTorch's oneDNN, or "unknown"."""
     found = re.search(r"(?:oneDNN|MKL-DNN) v([\d.]+)", torch.__config__.show())
     return found[1] if found else "unknown"

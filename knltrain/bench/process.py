@@ -1,4 +1,4 @@
-"""Training steps in a process of their own: malloc's arenas, thread pools and compiled code are not shared."""
+"""Training steps in a child process, which does not share malloc's arenas, thread pools and compiled code."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from knltrain.config import RunConfig
 from knltrain.errors import KnltrainError
 from knltrain.node.memory import peak_resident_mb
 
-# Spawned, not forked: a fork would inherit this process's torch and what it has allocated.
+# Spawned: a forked process would inherit torch's state and memory of this one.
 _SPAWN = multiprocessing.get_context("spawn")
-_GOODBYE_S = 5.0
+_SHUTDOWN_TIMEOUT_S = 5.0
 
 
 class Process:
-    """A :class:`TrainingStep` elsewhere; it sleeps while nothing is asked of it.
+    """A :class:`TrainingStep` in a child process, which sleeps between requests.
 
     Args:
-        config: as of TrainingStep.
-        threads: as of TrainingStep.
+        config: as for TrainingStep.
+        threads: as for TrainingStep.
 
     Attributes:
-        settings: of the step.
-        warmup_s: seconds of its first steps.
+        settings: settings of the step.
+        warmup_s: duration of its first steps, seconds.
 
     Raises:
-        KnltrainError: what TrainingStep raised there, or the process ended, as for want of memory.
+        KnltrainError: raised by TrainingStep in the child, or the child ended, for example for lack of memory.
     """
 
     def __init__(self, config: RunConfig, threads: int | None = None) -> None:
@@ -40,7 +40,7 @@ class Process:
         self._process.start()
         theirs.close()
         try:
-            self.settings, self.warmup_s = self._answer(to=(config, threads))
+            self.settings, self.warmup_s = self._request(to=(config, threads))
         except BaseException:
             self.close()
             raise
@@ -54,31 +54,31 @@ class Process:
         self.close()
 
     def measure(self, steps: int) -> tuple[list[StepTime], float]:
-        """Does one step that brings caches and threads back, then ``steps`` that are timed.
+        """Runs one step that warms caches and threads, then ``steps`` timed ones.
 
         Returns:
-            Their times, and the peak memory of the process so far, in MiB.
+            Their times, and the peak memory of the child so far, in MiB.
         """
-        times, peak_rss_mb = self._answer(to=steps)
+        times, peak_rss_mb = self._request(to=steps)
         return times, peak_rss_mb
 
     def close(self) -> None:
-        """Ends the process: of itself where it sleeps, and otherwise whatever it is doing."""
+        """Ends the child: it exits by itself if it sleeps, and is terminated otherwise."""
         self._pipe.close()
-        self._process.join(_GOODBYE_S)
+        self._process.join(_SHUTDOWN_TIMEOUT_S)
         if self._process.is_alive():
             self._process.terminate()
             self._process.join()
 
-    def _answer(self, to: object) -> Any:
+    def _request(self, to: object) -> Any:
         try:
             self._pipe.send(to)
             answer = self._pipe.recv()
-        except (EOFError, OSError):  # nobody is at the other end any more
+        except (EOFError, OSError):  # the child has ended
             self._process.join()
             code = self._process.exitcode or 0
             end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with {code}"
-            hint = "; was there memory enough?" if code == -signal.SIGKILL else ""
+            hint = "; perhaps for lack of memory" if code == -signal.SIGKILL else ""
             raise KnltrainError(f"the measuring process {end}{hint}") from None
         if isinstance(answer, KnltrainError):
             raise answer
@@ -86,7 +86,7 @@ class Process:
 
 
 def _serve(pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the process that started this one, which ends it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and ends this process
     with contextlib.suppress(EOFError, BrokenPipeError):
         try:
             step = TrainingStep(*pipe.recv())
@@ -98,5 +98,5 @@ def _serve(pipe: Connection) -> None:
                 pipe.send((times, peak_resident_mb()))
         except KnltrainError as error:
             pipe.send(error)
-        except RuntimeError as error:  # torch: no memory, a compiler that failed
+        except RuntimeError as error:  # torch: out of memory, a compiler error
             pipe.send(KnltrainError(str(error).strip().splitlines()[0]))

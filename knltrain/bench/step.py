@@ -1,4 +1,4 @@
-"""A whole training step, timed: the wait for its images, forward, loss, backward, optimizer."""
+"""Timing of a whole training step: waiting for images, forward, loss, backward, optimizer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import record_function
 
-from knltrain.bench.primitives import observed, slow_convolutions
+from knltrain.bench.primitives import record_primitives, slow_convolutions
 from knltrain.config import RunConfig
 from knltrain.data.datasets import open_part
 from knltrain.data.loader import Batch, Loader, RankBatch
@@ -37,27 +37,27 @@ _CLASSES = 1000
 
 
 class StepTime(NamedTuple):
-    """Seconds of one step, and how many of them it waited for images."""
+    """Duration of one step, and of its wait for images, in seconds."""
 
     step_s: float
     data_s: float
 
 
 class TrainingStep:
-    """A model, its optimizer and its input: one batch of noise, or batches of ``config.data``.
+    """A model, its optimizer and its input: one synthetic batch, or batches of ``config.data``.
 
     Attributes:
         engine: model and optimizer, ready to train.
         threads: compute threads.
-        settings: what is measured, as JSON types; the head of every result.
+        settings: the measured settings, as JSON types; part of every result.
 
     Args:
-        config: model, image size, global batch (all at once), precision, engine, optimizer, and where images are to
-            be read, data and augmentation.
-        threads: compute threads; by default what a single rank on this node takes.
+        config: model, image size, global batch (as one micro-batch), precision, engine, optimizer, and for real images
+            data and augmentation.
+        threads: compute threads; by default those of a single rank on this node.
 
     Raises:
-        ConfigError: this machine cannot do what was asked for.
+        ConfigError: this machine does not support the configuration.
         DataError: the data cannot be used.
     """
 
@@ -115,11 +115,11 @@ class TrainingStep:
         return f"{text}, {s['workers']} decoders of {s['data']}" if "data" in s else text
 
     def input_alone(self, steps: int) -> float:
-        """Returns images/s of reading, decoding and augmenting ``steps`` batches while nothing is computed.
+        """Returns images/s of reading, decoding and augmenting ``steps`` batches without training.
 
-        The steps that follow train on the images after these, which no cache has seen either.
+        Later steps continue with the next images, which are not cached either.
         """
-        assert self._loader is not None, "noise is not read"
+        assert self._loader is not None, "synthetic images are not read"
         start = time.perf_counter()
         for _ in self._loader.training(self._share, 0, steps):
             pass
@@ -128,7 +128,7 @@ class TrainingStep:
         return steps * self._share.global_batch / seconds
 
     def __call__(self) -> StepTime:
-        """Does one step; its parts have names that a profiler sees."""
+        """Runs one step, with its parts marked for the profiler."""
         start = time.perf_counter()
         images, labels = next(self._batches)
         data_s = time.perf_counter() - start
@@ -144,12 +144,12 @@ class TrainingStep:
         return StepTime(time.perf_counter() - start, data_s)
 
     def warm_up(self) -> float:
-        """Does the first steps, which are slower than the others, and returns their seconds."""
+        """Runs the first steps, which are slower, and returns their duration in seconds."""
         return sum(self().step_s for _ in range(_WARMUP_STEPS))
 
     def slow_convolutions(self) -> str:
-        """Does a step, and says which of its convolutions oneDNN has no fast code for; nothing if there are none."""
-        return slow_convolutions(observed(self))
+        """Runs a step, and returns a warning if oneDNN has no fast code for a convolution; otherwise empty."""
+        return slow_convolutions(record_primitives(self))
 
     def close(self) -> None:
         """Stops the decoders."""
@@ -162,18 +162,18 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
 
     Args:
         config: see :class:`TrainingStep`.
-        console: where to speak.
-        steps: how many steps are timed, after three that are not.
-        threads: compute threads; by default what a single rank on this node takes.
+        console: for messages.
+        steps: timed steps, after three that are not timed.
+        threads: compute threads; by default those of a single rank on this node.
 
     Returns:
-        Median, quartiles and extremes of the step time in seconds, images/s of the median step, where it ran, and how
-        many CPUs' worth of time others took of that meanwhile (``other_cpus``, ``stolen_cpus``).
-        With data also the same of the time spent waiting for images, its share of the steps (``data_fraction``), and
-        images/s of the input with nothing else running (``input_images_per_s``).
+        Median, quartiles and extremes of the step time in seconds, images/s of the median step, provenance, and the
+        CPU time, in CPUs, that others took meanwhile (``other_cpus``, ``stolen_cpus``). With data also the time spent
+        waiting for images, its fraction of the steps (``data_fraction``), and images/s of the input alone
+        (``input_images_per_s``).
 
     Raises:
-        ConfigError: this machine cannot do what was asked for.
+        ConfigError: this machine does not support the configuration.
         DataError: the data cannot be used.
     """
     with contextlib.closing(TrainingStep(config, threads)) as step:
@@ -187,17 +187,17 @@ def bench(config: RunConfig, console: Console, *, steps: int, threads: int | Non
             console.warn(slow)
         result["slow_convolutions"] = slow
         cpus, cores = len(step.node.cpus), len(step.node.cores)
-        neighbours = CpuContentionMonitor(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
+        contention = CpuContentionMonitor(step.node.cpus, spare=max(0, cores - step.threads) * cpus // cores)
         times = [step() for _ in range(steps)]
-        taken = neighbours.taken()
-    if problem := neighbours.describe(taken):
+        taken = contention.taken()
+    if problem := contention.describe(taken):
         console.warn(problem)
     result |= {"other_cpus": taken.other, "stolen_cpus": taken.steal}
     return {**result, **summary(times, step.settings), "peak_rss_mb": peak_resident_mb(), **provenance(step.node)}
 
 
 def summary(times: Sequence[StepTime], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The spread of step times, images/s of the median step, and where images were read, the time waited for them."""
+    """Returns the spread of step times, images/s of the median step, and with data the time spent waiting for it."""
     step_s = spread([time.step_s for time in times])
     result: dict[str, Any] = {"images_per_s": settings["batch"] / step_s["median"], "step_s": step_s}
     if "data" in settings:
@@ -207,7 +207,7 @@ def summary(times: Sequence[StepTime], settings: Mapping[str, Any]) -> dict[str,
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and extremes."""
+    """Returns median, quartiles and extremes."""
     quartiles = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return {
         "median": statistics.median(values),

@@ -1,4 +1,4 @@
-"""How the speed of a step depends on its batch and on the number of threads."""
+"""Speed of a training step over batch sizes and numbers of threads."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ from knltrain.training.engine import choose_engine, choose_precision
 def sweep(
     config: RunConfig, console: Console, *, batches: Sequence[int], threads: Sequence[int], steps: int, out: Path
 ) -> dict[str, Any]:
-    """Times training steps at every batch with every number of threads, each point in a process of its own.
+    """Times training steps at every batch with every number of threads, each point in a child process.
 
     Args:
-        config: as :func:`knltrain.bench.bench` takes it, but for the batch.
-        console: where to show the table while it fills.
-        batches: images a step; empty: the configuration's.
-        threads: compute threads; empty: what a single rank on this node takes.
-        steps: how many steps are timed at a point.
+        config: as for :func:`knltrain.bench.bench`; its batch is replaced.
+        console: shows the table as it fills.
+        batches: images per step; if empty, the configuration's.
+        threads: compute threads; if empty, those of a single rank on this node.
+        steps: timed steps of each point.
         out: folder of sweep.json and sweep.png.
 
     Returns:
-        ``points``, by threads and then by batch: what ``bench`` gives for each, or the ``reason`` why it gave nothing.
+        ``points``, by threads and then by batch: the result of ``bench`` for each, or the ``reason`` of an error.
 
     Raises:
-        ConfigError: this machine cannot do what was asked for.
+        ConfigError: this machine does not support the configuration.
         KnltrainError: no point was measured.
     """
     node = read_node()
@@ -52,7 +52,7 @@ def sweep(
         raise ConfigError(f"{max(threads)} threads: this process may use {len(node.cpus)} logical CPUs")
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
     engine = choose_engine(config.engine, model=config.model, precision=precision, node=node, threads=max(threads))
-    config = dataclasses.replace(config, engine=typing.cast(EngineName, engine))  # one engine, whatever the threads
+    config = dataclasses.replace(config, engine=typing.cast(EngineName, engine))  # the same engine at all points
     refuse_unbuildable(config)  # once, not at every point
     out.mkdir(parents=True, exist_ok=True)
     title = f"{config.model}, {config.image_size} px, {precision}, engine {engine}; {node.cpu_model}"
@@ -100,14 +100,14 @@ def _cells(point: dict[str, Any]) -> list[str]:
 
 
 def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draws images/s of the median step, with the quartiles as whiskers, to a PNG.
+    """Plots images/s of the median step to a PNG, with quartiles as error bars.
 
-    One line for each number of threads over the batch; over the threads where there is only one batch.
+    The plot has a line for each number of threads, over the batch; with a single batch, one line over the threads.
 
     Args:
-        points: with ``threads``, ``batch``, ``images_per_s`` and ``step_s``.
-        path: where to.
-        title: above the picture.
+        points: dictionaries with ``threads``, ``batch``, ``images_per_s`` and ``step_s``.
+        path: the PNG file.
+        title: title of the plot.
     """
     one_batch = len({point["batch"] for point in points}) == 1
     x, line = ("threads", "batch") if one_batch else ("batch", "threads")

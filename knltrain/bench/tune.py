@@ -1,4 +1,4 @@
-"""Measures what can be measured only here, and keeps the result for ``auto`` and ``plan``."""
+"""``knltrain tune``: measures engines and layouts on this node, and stores the fastest for ``auto`` and ``plan``."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ from knltrain.runlog.tables import new_table, shown
 
 # The first steps allocate, choose primitives and compile.
 _WARMUP_STEPS = 3
-_LOOK_S = 0.1
-# To finish a step and write a checkpoint.
-_GOODBYE_S = 60.0
+_POLL_INTERVAL_S = 0.1
+# For ranks to finish a step and write a checkpoint.
+_SHUTDOWN_TIMEOUT_S = 60.0
 
 
 def tune(config: RunConfig, console: Console, *, steps: int, budget_s: float) -> dict[str, Any]:
@@ -40,17 +40,17 @@ def tune(config: RunConfig, console: Console, *, steps: int, budget_s: float) ->
 
     Args:
         config: model, image size, global batch and precision.
-        console: where to show the tables while they fill.
-        steps: how many steps of each engine and each layout are timed.
-        budget_s: seconds for the layouts; those for which there is no time left are not measured.
+        console: shows the tables as they fill.
+        steps: timed steps of each engine and layout.
+        budget_s: time limit for the layouts, seconds; later ones are not measured.
 
     Returns:
-        What :func:`knltrain.bench.compare.compare` returns, ``fastest``, the engine of the shortest median step,
-        ``layouts``, each with ``images_per_s`` or a ``reason`` why not, ``layout``, the fastest of them or None, and
-        ``stored``, the file that now knows it.
+        The result of :func:`knltrain.bench.compare.compare`; ``fastest``, the engine of the shortest median step;
+        ``layouts``, each with ``images_per_s`` or a ``reason``; ``layout``, the fastest of them or None; and
+        ``stored``, the file of the results.
 
     Raises:
-        ConfigError: this machine cannot do what was asked for.
+        ConfigError: this machine does not support the configuration.
         KnltrainError: no engine runs here, or the cache folder cannot be written.
     """
     check_writable()
@@ -80,17 +80,17 @@ def tune(config: RunConfig, console: Console, *, steps: int, budget_s: float) ->
 def measure_layouts(
     config: RunConfig, console: Console, candidates: Sequence[Layout], *, steps: int, budget_s: float
 ) -> list[dict[str, Any]]:
-    """Trains on synthetic images in each layout, as ``knltrain train`` does, one after the other.
+    """Runs ``knltrain train`` on synthetic images in each layout, one after the other.
 
     Args:
         config: model, image size, global batch, precision and engine.
-        console: where to show the table while it fills.
-        candidates: the layouts, those that matter most first.
-        steps: how many steps of each are timed.
-        budget_s: seconds for all of them.
+        console: shows the table as it fills.
+        candidates: the layouts, the most important first.
+        steps: timed steps of each.
+        budget_s: time limit for all, seconds.
 
     Returns:
-        A row for each: its fields, and ``images_per_s`` and ``step_s`` of the median step, or a ``reason``.
+        A row for each layout: its fields, and ``images_per_s`` and ``step_s`` of the median step, or a ``reason``.
     """
     deadline = time.monotonic() + budget_s
     rows: list[dict[str, Any]] = [dataclasses.asdict(layout) for layout in candidates]
@@ -100,25 +100,25 @@ def measure_layouts(
             show(_table(title, rows))
             try:
                 if deadline <= time.monotonic():
-                    raise KnltrainError(f"the {budget_s:g} s were over")
+                    raise KnltrainError(f"the time limit of {budget_s:g} s was reached")
                 row |= _measure(config, layout, steps, deadline)
                 outcome = f"{row['images_per_s']:.1f} img/s"
             except KnltrainError as error:
                 row["reason"] = outcome = str(error)
             left = max(0.0, deadline - time.monotonic())
-            console.line(f"{_words(layout)}: {outcome}; {left:.0f} s of {budget_s:g} left")
+            console.line(f"{_describe(layout)}: {outcome}; {left:.0f} s of {budget_s:g} left")
         show(_table(title, rows))
     return rows
 
 
-def _words(layout: Layout) -> str:
+def _describe(layout: Layout) -> str:
     comm = f" + {layout.comm_cores} cores for communication" if layout.comm_cores else ""
     return f"{layout.ranks_per_node} x {layout.threads} threads{comm}, local batch {layout.local_batch}"
 
 
 def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = new_table(title, numbers=("ranks", "threads", "comm cores", "local batch", "img/s", "step, ms"))
-    most = max((row["images_per_s"] for row in rows if "images_per_s" in row), default=0.0)
+    fastest_rate = max((row["images_per_s"] for row in rows if "images_per_s" in row), default=0.0)
     for row in rows:
         cells = [str(row[field.name]) for field in dataclasses.fields(Layout)]
         if "reason" in row:
@@ -126,7 +126,7 @@ def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         elif "step_s" not in row:
             table.add_row(*cells, "", "")
         else:
-            style = "bold" if row["images_per_s"] == most else None
+            style = "bold" if row["images_per_s"] == fastest_rate else None
             table.add_row(*cells, f"{row['images_per_s']:.1f}", f"{1e3 * row['step_s']:.1f}", style=style)
     return table
 
@@ -139,7 +139,7 @@ def _measure(config: RunConfig, layout: Layout, steps: int, deadline: float) -> 
     """
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "run")
-        command, environ = rank_command(layout, training_words(config, layout.local_batch, out, steps))
+        command, environ = rank_command(layout, train_arguments(config, layout.local_batch, out, steps))
         times = [row["step_s"] for row in timed_steps(command, environ, out, steps, deadline)]
     step_s = statistics.median(times)
     return {"images_per_s": config.global_batch / step_s, "step_s": step_s}
@@ -148,24 +148,24 @@ def _measure(config: RunConfig, layout: Layout, steps: int, deadline: float) -> 
 def timed_steps(
     command: Sequence[str], environ: Mapping[str, str], out: Path, steps: int, deadline: float
 ) -> list[dict[str, Any]]:
-    """Starts ranks, reads what they log until it is enough, and ends them.
+    """Starts ranks, reads their metrics until there are enough steps, and terminates them.
 
     Args:
-        command: starts all ranks, with :func:`training_words`, and ends with them.
+        command: a command that runs all ranks, with :func:`train_arguments`.
         environ: its environment.
         out: the run's folder.
-        steps: how many are wanted.
-        deadline: of ``time.monotonic``.
+        steps: number of steps to return.
+        deadline: deadline by ``time.monotonic``.
 
     Returns:
-        The metrics of each step, those of the first few left out.
+        The metrics of each step after the warm-up.
 
     Raises:
-        KnltrainError: the ranks ended before that, or the time was over.
+        KnltrainError: the ranks ended earlier, or the deadline has passed.
     """
     wanted = _WARMUP_STEPS + steps
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
-        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=said, stderr=said,
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as output:
+        process = subprocess.Popen(command, env=environ, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
                                    start_new_session=True)  # fmt: skip
         try:
             while True:
@@ -174,34 +174,34 @@ def timed_steps(
                 if len(rows) >= wanted:
                     return rows[_WARMUP_STEPS:wanted]
                 if ended:
-                    said.seek(0)
-                    raise KnltrainError(f"training ended with {process.returncode}: {what_was_said(said.read())}")
+                    output.seek(0)
+                    raise KnltrainError(f"training ended with {process.returncode}: {last_message(output.read())}")
                 if time.monotonic() > deadline:
-                    raise KnltrainError(f"step {len(rows)} of {wanted} when the time was over")
-                time.sleep(_LOOK_S)
+                    raise KnltrainError(f"step {len(rows)} of {wanted} when the time limit was reached")
+                time.sleep(_POLL_INTERVAL_S)
         finally:
-            _end(process)
+            _terminate(process)
 
 
 def _steps_in(path: Path) -> list[dict[str, Any]]:
     return [row for row in read_metrics(path) if "step_s" in row] if path.exists() else []
 
 
-def what_was_said(text: str) -> str:
-    """The line that matters: knltrain's own, the first one of a launcher's framed message, or else the last."""
+def last_message(text: str) -> str:
+    """Returns the most relevant line: knltrain's, the first of a launcher's framed message, or else the last."""
     lines = [line.strip() for line in text.splitlines() if any(map(str.isalpha, line))]
     framed = lines[:1] if text.startswith("---") else lines[-1:]
     return next((line for line in lines if line.startswith("knltrain:")), *framed or ("no message",))
 
 
-def training_words(config: RunConfig, local_batch: int, out: Path, steps: int) -> list[str]:
-    """What follows the interpreter on the command line of a rank that trains on noise for :func:`timed_steps`."""
+def train_arguments(config: RunConfig, local_batch: int, out: Path, steps: int) -> list[str]:
+    """Returns the interpreter's arguments of a rank that trains on synthetic images for :func:`timed_steps`."""
     fields = {"model": config.model, "image-size": config.image_size, "global-batch": config.global_batch,
               "local-batch": local_batch, "precision": config.precision, "engine": config.engine,
               "force-bf16": str(config.force_bf16).lower(), "data": "synthetic", "out": out,
-              # Ended sooner, unless who should do that was killed.
+              # timed_steps() terminates it earlier, unless it was killed.
               "max-steps": 2 * (_WARMUP_STEPS + steps),
-              # On noise a usual rate may end in a loss that is no number.
+              # On noise a usual rate may lead to NaN.
               "optim.lr": 1e-4}  # fmt: skip
     fields |= {f"comm.{name}": value for name, value in dataclasses.asdict(config.comm).items()
                if value != getattr(CommConfig(), name)}  # fmt: skip
@@ -210,8 +210,8 @@ def training_words(config: RunConfig, local_batch: int, out: Path, steps: int) -
 
 
 def rank_command(layout: Layout, train: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """What starts the ranks of a layout on this node, and its environment."""
-    # By the plan, cores that have no thread are those for communication.
+    """Returns the command that starts the ranks of a layout on this node, and its environment."""
+    # In the plan, cores without a compute thread are reserved for communication.
     environ = {**os.environ, "OMP_NUM_THREADS": str(layout.threads)}
     if layout.ranks_per_node == 1:
         return [sys.executable, *train], environ
@@ -225,11 +225,11 @@ def rank_command(layout: Layout, train: Sequence[str]) -> tuple[list[str], dict[
     return command_line(mpiexec, ranks, ranks, [], [sys.executable, *train], environ), environ
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Asks for an end, as a batch system does, and then ends it."""
+def _terminate(process: subprocess.Popen[bytes]) -> None:
+    """Sends SIGTERM, as a batch system does, and SIGKILL after a time-out."""
     process.terminate()
     try:
-        process.wait(_GOODBYE_S)
+        process.wait(_SHUTDOWN_TIMEOUT_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

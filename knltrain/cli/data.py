@@ -1,4 +1,4 @@
-"""The verbs about data: nothing but parsing and printing."""
+"""The data commands, ``prepare`` and ``data``: parsing and printing only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, field_options, given, recipe_named, reports_errors
+from knltrain.cli.options import JSON, config_of_recipe, field_options, given_fields, reports_errors
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
 
@@ -22,18 +22,18 @@ from knltrain.errors import ConfigError
 @click.option("--format", type=click.Choice(["raw", "tar"]), default="raw", show_default=True,
               help="raw: pixels, read at memory speed; tar: JPEGs, a seventh of the size.")  # fmt: skip
 @click.option("--size", type=click.IntRange(min=0, max=16384), default=256, show_default=True,
-              help="Short side, pixels; raw images are squares of it. 0 with tar: images as they are.")  # fmt: skip
+              help="Short side, pixels; raw images are square. 0 with tar: keep the original images.")  # fmt: skip
 @click.option("--workers", type=click.IntRange(min=1, max=1024), help="Processes; default one per core.")
 @click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
-              help="What an image that cannot be decoded means; DST/rejected.jsonl lists them.")  # fmt: skip
-@click.option("--verify", metavar="DST", help="Compare a prepared folder with its checksums, and do nothing else.")
+              help="End, or skip images that cannot be decoded; DST/rejected.jsonl lists them.")  # fmt: skip
+@click.option("--verify", metavar="DST", help="Only compare a prepared folder with its checksums.")
 @JSON
 @reports_errors
 def prepare(
     src: str | None, dst: str | None, format: Literal["raw", "tar"], size: int, workers: int | None, on_bad: str,
     verify: str | None, as_json: bool,
 ) -> None:  # fmt: skip
-    """Pack the images of SRC into few large files in DST, as train's --data; decodes each once.
+    """Convert the images of SRC to few large files in DST, for train's --data; decodes each once.
 
     SRC holds train/CLASS/IMAGE and val/CLASS/IMAGE, or WebDataset's train-*.tar and val-*.tar, or ImageNet's
     ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with LOC_val_solution.csv or the devkit beside them.
@@ -44,11 +44,11 @@ def prepare(
     console = Console(json=as_json)
     if verify is not None:
         if src is not None:
-            raise ConfigError("--verify with SRC: it reads what was written; give the one or the other")
+            raise ConfigError("--verify with SRC: it only reads DST; give one of them")
         result = preparing.verify(Path(verify), console, workers=workers)
     else:
         if src is None or dst is None:
-            raise ConfigError("give SRC, what to read, and DST, the folder to write; or --verify DST")
+            raise ConfigError("give SRC, the images, and DST, the folder to write; or --verify DST")
         result = preparing.prepare(
             Path(src), Path(dst), console, format=format, size=size, workers=workers, on_bad=on_bad
         )
@@ -64,8 +64,8 @@ def prepare(
 
 @click.command()
 @click.argument("words", nargs=-1, required=True, metavar="FOLDER | cifar10 ARCHIVE DIR")
-@click.option("--recipe", metavar="NAME", help="Show what this recipe's augmentation makes of the images.")
-@click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="The picture's file.")
+@click.option("--recipe", metavar="NAME", help="Show the images with this recipe's augmentation.")
+@click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="File of the picture.")
 @JSON
 @field_options("image_size", "augment.name", "augment.resize")
 @click.pass_context
@@ -73,7 +73,7 @@ def prepare(
 def data(
     context: click.Context, words: tuple[str, ...], recipe: str | None, sheet: str, as_json: bool, **values: str | None
 ) -> None:
-    """Say what a data FOLDER is, how fast it can be read, and draw a batch of it as the network sees it.
+    """Describe a data FOLDER, measure how fast it is read, and draw a batch as the network sees it.
 
     `knltrain data cifar10 ARCHIVE DIR` makes such a folder: DIR/train/CLASS/NNNNN.png and DIR/val/CLASS/NNNNN.png of
     the published cifar-10-python.tar.gz. A folder that is called cifar10 is looked at where it is the only word.
@@ -81,7 +81,7 @@ def data(
     if len(words) > 1:
         result = _unpack(context, words, as_json=as_json)
     else:
-        config = configuration.override(recipe_named(recipe) if recipe else RunConfig(), given(values))
+        config = configuration.override(config_of_recipe(recipe) if recipe else RunConfig(), given_fields(values))
 
         from knltrain.data.inspect import describe
         from knltrain.runlog.console import Console

@@ -1,6 +1,6 @@
-"""The command: one subcommand per verb.
+"""The command ``knltrain`` and its subcommands.
 
-Only what parsing needs is imported here; torch is loaded by the verb that computes.
+Only modules for parsing are imported here; subcommands that compute import torch when they run.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from knltrain.cli.train import evaluate, export, train
 _CONTEXT = {
     "help_option_names": ["-h", "--help"],
     "max_content_width": 110,
-    # Fields are written with underscores in files; on the command line both spellings are the same option.
+    # Fields have underscores in files; on the command line both spellings are accepted.
     "token_normalize_func": lambda token: token.replace("_", "-"),
 }
 
@@ -36,7 +36,7 @@ def main(context: click.Context) -> None:
         context.color = False
 
 
-for _verb in (
+for _command in (
     train,
     evaluate,
     export,
@@ -52,4 +52,4 @@ for _verb in (
     report,
     recipes,
 ):
-    main.add_command(_verb)
+    main.add_command(_command)

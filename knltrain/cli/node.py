@@ -1,4 +1,4 @@
-"""The verbs about the machine: nothing but parsing and printing, and nothing that loads torch."""
+"""The commands about the node, ``plan``, ``doctor`` and ``launch``: parsing and printing only, without torch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ import click
 from knltrain.cli.options import FAILED, JSON, comma_list, reports_errors
 from knltrain.errors import ConfigError
 
-_RUN_BY_RANKS = ("train", "eval")
+_PARALLEL_COMMANDS = ("train", "eval")
 
 
 @click.command()
 @click.option(
-    "--ranks-per-node", type=click.IntRange(min=1), help="Default what tune measured, or one per NUMA domain."
+    "--ranks-per-node", type=click.IntRange(min=1), help="Default: as measured by tune, or one per NUMA domain."
 )
-@click.option("--topology", metavar="DIR", help="Plan for another node: DIR holds copies of files of its sys and proc.")
+@click.option("--topology", metavar="DIR", help="Plan for another node, from copies of its sys and proc in DIR.")
 @click.option(
     "--format", type=click.Choice(["text", "json", "env", "mpiexec", "slurm"]), default="text", show_default=True,
     help="text: a picture; env: lines for a shell; mpiexec: its arguments; slurm: lines of a batch script.",
@@ -30,7 +30,7 @@ _RUN_BY_RANKS = ("train", "eval")
 @JSON
 @reports_errors
 def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json: bool) -> None:
-    """Show which rank gets which cores of this node, and where its threads, decoders and memory are."""
+    """Show the placement of ranks on this node: their cores, threads, decoders and memory."""
     from knltrain.launch.mpiexec import openmpi_arguments
     from knltrain.node import plan_formats
     from knltrain.node.topology import read_node
@@ -60,19 +60,19 @@ _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
 
 
 @click.command()
-@click.option("--data", metavar="DIR", help="Try this data folder as well: how fast it opens, reads and decodes.")
+@click.option("--data", metavar="DIR", help="Also check how fast this data folder opens, reads and decodes.")
 @JSON
 @reports_errors
 def doctor(data: str | None, as_json: bool) -> None:
-    """Say what is wrong with this node, what it costs, and what to do about it.
+    """Check this node for problems, and show their effects and remedies.
 
-    Exit code 1 with an error among the findings, 0 otherwise: a warning is no failure.
+    Exit code 1 if a finding is an error, 0 otherwise.
     """
     from knltrain.doctor import examine
     from knltrain.doctor.finding import SEVERITIES, as_row, worst, worst_first
 
     if sys.stderr.isatty():
-        click.echo("trying torch and two ranks takes some seconds", err=True)
+        click.echo("checks with torch and two ranks take some seconds", err=True)
     findings = worst_first(examine(Path(data) if data else None))
     for finding in findings:
         row = as_row(finding)
@@ -88,25 +88,29 @@ def doctor(data: str | None, as_json: bool) -> None:
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("-n", "ranks", metavar="RANKS", type=click.IntRange(min=1), help="Ranks in all; default --ppn per node.")
-@click.option("--ppn", type=click.IntRange(min=1), help="Ranks per node; default what plan has for this one.")
+@click.option(
+    "-n", "ranks", metavar="RANKS", type=click.IntRange(min=1), help="Total number of ranks; default --ppn per node."
+)
+@click.option("--ppn", type=click.IntRange(min=1), help="Ranks per node; default as in plan for this one.")
 @click.option("--hosts", metavar="A,B,...", help="Nodes; default this one, or those of the Slurm job.")
-@click.option("--dry-run", is_flag=True, help="Print the line and start nothing.")
+@click.option("--dry-run", is_flag=True, help="Only print the command.")
 @JSON
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- train ...")
 @reports_errors
 def launch(
     ranks: int | None, ppn: int | None, hosts: str | None, dry_run: bool, as_json: bool, arguments: tuple[str, ...]
 ) -> None:
-    """Start ranks with the mpiexec there is (Intel MPI, MPICH or Open MPI); each takes its place by the plan."""
+    """Start ranks with mpiexec (Intel MPI, MPICH or Open MPI); each binds itself according to the plan."""
     from knltrain.launch.mpiexec import command_line, count_ranks, find_mpiexec
     from knltrain.node.topology import read_node
     from knltrain.node.tuned_plan import tuned_plan
 
-    if not arguments or arguments[0] not in _RUN_BY_RANKS:
-        raise ConfigError("nothing to launch: end with -- and what every rank runs, as in `-- train --recipe NAME`")
+    if not arguments or arguments[0] not in _PARALLEL_COMMANDS:
+        raise ConfigError(
+            "nothing to launch: end with -- and the command of every rank, as in `-- train --recipe NAME`"
+        )
     if as_json and not dry_run:
-        raise ConfigError("--json: only --dry-run has a result; for that of the training, give --json after `train`")
+        raise ConfigError("--json: only --dry-run has a result; for the result of training, give --json after `train`")
     names = list(comma_list("--hosts", hosts, str)) if hosts else []
     mpiexec = find_mpiexec()
     nodes = len(names) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
@@ -115,13 +119,13 @@ def launch(
     environment = {**os.environ, **mpiexec.environment}
     line = command_line(mpiexec, ranks, ppn, names, program, environment)
     text = shlex.join([*(f"{name}={value}" for name, value in mpiexec.environment.items()), *line])
-    # What is started may end its own output with JSON.
+    # The started command may print JSON itself.
     click.echo(text, err=as_json or not dry_run)
     if as_json:
         click.echo(json.dumps({"command": line, "environment": dict(mpiexec.environment), "mpi": mpiexec.kind,
                                "ranks": ranks, "ranks_per_node": ppn, "hosts": names}))  # fmt: skip
     if not dry_run:
-        # In our place: signals reach mpiexec, which passes them on, its exit code is ours, and nothing stays behind.
+        # exec: signals reach mpiexec, which forwards them, and its exit code is that of this command.
         sys.stdout.flush()
         sys.stderr.flush()
         os.execve(line[0], line, environment)

@@ -1,4 +1,4 @@
-"""What every verb's command has: --json, errors that are one line, exit codes."""
+"""Common parts of the commands: --json, one-line errors, exit codes, options for fields."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from knltrain.recipes import RECIPES
 _T = TypeVar("_T")
 
 FAILED, BAD_USAGE, STOPPED = 1, 2, 75
-# Pixels of an image of a network, where nobody says.
-USUAL_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
+# Default image sizes of networks, pixels; 224 for others.
+DEFAULT_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
 _PACKAGE = os.path.dirname(knltrain.__file__) + os.sep
-_TOO_LARGE = "not enough memory ({}); take a smaller local-batch, image-size or number of workers"
+_TOO_LARGE = "not enough memory ({}); use a smaller local-batch, image-size or number of workers"
 
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, people's text on stderr.")
 
 
 def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turns the project's errors into one line and an exit code, and its warnings into a line."""
+    """Decorates a command: errors become one line and an exit code, and knltrain's warnings one line."""
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
@@ -50,7 +50,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except MemoryError as error:
             fail(_TOO_LARGE.format(str(error) or "no memory left"), FAILED)
         except RuntimeError as error:
-            # torch has no exception of its own for it.
+            # torch has no exception class for it.
             reason = re.search(r"you tried to allocate \d+ bytes", str(error))
             if not reason:
                 raise
@@ -65,14 +65,14 @@ def _show_warning(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, file: object = None,
     line: str | None = None,
 ) -> None:  # fmt: skip
-    """Ours without the line of code that gave it; those of other packages as Python shows them."""
+    """Shows knltrain's warnings without their source line, and others as Python does."""
     ours = category is UserWarning and filename.startswith(_PACKAGE)
     text = f"warning: {one_line(str(message))}" if ours else warnings.formatwarning(message, category, filename, lineno)
     click.echo(text.rstrip(), err=True)
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Says what is wrong, and which rank says so, and ends the process; of several ranks, all."""
+    """Prints an error with this rank's number, and ends the process; under a launcher, the whole job."""
     rank = launcher_rank()
     click.echo(f"knltrain: {f'rank {one_line(rank)}: ' if rank else ''}{one_line(message)}", err=True)
     if rank:
@@ -91,15 +91,15 @@ def fail(message: str, code: int) -> NoReturn:
 def field_options(
     *names: str, short: Mapping[str, str] | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Options for configuration fields: the named ones, or all; ``short`` has second names for some."""
+    """Returns a decorator that adds options for fields: the named ones, or all; ``short`` has short names."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         for field in reversed([f for f in configuration.fields() if not names or f.name in names]):
             if field.name != "recipe":
                 flag = "--" + field.name.replace("_", "-")
-                parameter = field.name.replace(".", "__")  # click wants identifiers
+                parameter = field.name.replace(".", "__")  # click needs identifiers
                 flags = (flag, short[field.name]) if short and field.name in short else (flag,)
-                # What is true or false may stand alone, and is true then.
+                # A boolean option without a value is true.
                 alone: dict[str, Any] = {"is_flag": False, "flag_value": "true"} if field.type is bool else {}
                 option = click.option(*flags, parameter, metavar=_metavar(field.type), help=field.help, **alone)
                 command = option(command)
@@ -109,7 +109,7 @@ def field_options(
 
 
 def _metavar(kind: Any) -> str:
-    """What stands for a value in the help text: the choices, or the type."""
+    """Returns the placeholder of a value in the help text: its choices or type."""
     if get_origin(kind) is Annotated:
         return _metavar(get_args(kind)[0])
     if get_origin(kind) is Literal:
@@ -121,16 +121,16 @@ def _metavar(kind: Any) -> str:
     return {bool: "[true|false]", int: "INTEGER", float: "NUMBER"}.get(kind, "TEXT")
 
 
-def given(values: dict[str, str | None]) -> dict[str, str]:
-    """The fields that were set on the command line, by dotted name."""
+def given_fields(values: dict[str, str | None]) -> dict[str, str]:
+    """Returns the fields set on the command line, by dotted name."""
     return {name.replace("__", "."): value for name, value in values.items() if value is not None}
 
 
-def recipe_named(name: str) -> RunConfig:
-    """The configuration of a recipe.
+def config_of_recipe(name: str) -> RunConfig:
+    """Returns the configuration of a recipe.
 
     Raises:
-        ConfigError: there is none of that name; the nearest is offered.
+        ConfigError: unknown name; the message suggests the nearest.
     """
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
@@ -140,7 +140,7 @@ def recipe_named(name: str) -> RunConfig:
 
 
 def positive(word: str) -> int:
-    """A whole number of 1 or more; ValueError otherwise."""
+    """Parses a whole number of 1 or more; raises ValueError otherwise."""
     number = int(word)
     if number < 1:
         raise ValueError(word)
@@ -151,11 +151,11 @@ _KINDS: dict[Any, str] = {str: "names", int: "whole numbers", float: "numbers", 
 
 
 def comma_list(flag: str, text: str, kind: Callable[[str], _T]) -> tuple[_T, ...]:
-    """The values of an option that takes several, separated by commas.
+    """Parses an option's comma-separated values.
 
     Args:
         flag: the option, for the message.
-        text: what was given.
+        text: the option's value.
         kind: ``str``, ``int``, ``float`` or :func:`positive`.
 
     Raises:

@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, comma_list, field_options, given, positive, recipe_named, reports_errors
+from knltrain.cli.options import JSON, comma_list, config_of_recipe, field_options, given_fields, positive, reports_errors
 from knltrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def predict(
     """Say how long a run will take on so many nodes of a machine, where the time goes, and what to change."""
     if _run_subcommand(context):
         return
-    fields = given({name: value for name, value in values.items() if name not in _ALIAS_OPTIONS})
+    fields = given_fields({name: value for name, value in values.items() if name not in _ALIAS_OPTIONS})
     if batches and "global_batch" in fields:
         raise ConfigError("--batches with --global-batch: give the one or the other")
     config, counts = _config_and_nodes(recipe, nodes, fields)
@@ -119,7 +119,7 @@ def accounting(
     from knltrain.predict.run import images_for
     from knltrain.runlog.console import Console
 
-    config, counts = _config_and_nodes(recipe, nodes, given(values))
+    config, counts = _config_and_nodes(recipe, nodes, given_fields(values))
     sizes = comma_list("--batches", batches, positive) if batches else None
     rows = _accounting(Console(json=as_json), config, counts, sizes, images or images_for(config.model)[0])
     if as_json:
@@ -192,7 +192,7 @@ def _config_and_nodes(
 ) -> tuple[configuration.RunConfig, Sequence[int]]:
     if recipe is None or nodes is None:
         raise ConfigError("give --recipe NAME (`knltrain recipes` lists them) and --nodes N")
-    return configuration.override(recipe_named(recipe), fields), comma_list("--nodes", nodes, positive)
+    return configuration.override(config_of_recipe(recipe), fields), comma_list("--nodes", nodes, positive)
 
 
 def _profile(path: str) -> dict[str, Any]:

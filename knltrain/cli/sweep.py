@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING
 import click
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, STOPPED, comma_list, field_options, given, recipe_named, reports_errors
+from knltrain.cli.options import (
+    JSON,
+    STOPPED,
+    comma_list,
+    config_of_recipe,
+    field_options,
+    given_fields,
+    reports_errors,
+)
 from knltrain.errors import ConfigError
 from knltrain.sweep.plan import OWN_FIELDS, Cell, Sweep
 
@@ -47,12 +55,12 @@ def sweep(
     """
     if recipe is None:
         raise ConfigError("nothing to sweep: give --recipe NAME (`knltrain recipes` lists them)")
-    base = recipe_named(recipe)
+    base = config_of_recipe(recipe)
     everywhere, at = _factors(lr_factors)
     all_seeds = comma_list("--seeds", seeds, int)
     plan = Sweep(
         recipe,
-        given(values),
+        given_fields(values),
         comma_list("--batches", batches or str(base.global_batch), int),
         comma_list("--optimizers", optimizers or base.optim.name, str),
         everywhere,

@@ -1,4 +1,4 @@
-"""The verbs that train, evaluate and export. Torch is loaded in them, once this rank is bound."""
+"""The commands ``train``, ``eval`` and ``export``. They import torch after this rank is bound."""
 
 from __future__ import annotations
 
@@ -11,24 +11,30 @@ from typing import Any
 import click
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, STOPPED, USUAL_IMAGE_SIZE, field_options, given, recipe_named, reports_errors
+from knltrain.cli.options import (
+    DEFAULT_IMAGE_SIZE,
+    JSON,
+    STOPPED,
+    config_of_recipe,
+    field_options,
+    given_fields,
+    reports_errors,
+)
 from knltrain.config import RunConfig
 from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
 from knltrain.errors import ConfigError
 from knltrain.recipes import RECIPES
 
-_NO_STRICT = click.option(
-    "--no-strict-affinity", is_flag=True, help="Run on fewer cores than planned, where these are all there are."
-)
+_NO_STRICT = click.option("--no-strict-affinity", is_flag=True, help="Run even on fewer cores than planned.")
 
 
-def _take_place(*, strict: bool) -> Any:
-    """Moves this rank to its cores, which must come before torch is loaded."""
+def _bind_rank(*, strict: bool) -> Any:
+    """Binds this rank to its cores, before torch is imported."""
     from knltrain.launch.placement import bind_rank
 
     place = bind_rank(strict=strict)
     for problem in place.warnings:
-        # What is so of a node is said once on each, what is so of a rank by itself.
+        # Warnings about a node are printed once per node, those about a rank by that rank.
         if place.ranks.local_rank == 0 or f"rank {place.ranks.rank} " in problem:
             click.echo(f"warning: {problem}", err=True)
     return place
@@ -38,7 +44,7 @@ def _take_place(*, strict: bool) -> Any:
 @click.option("--recipe", metavar="NAME", help="Recipe to start from; `knltrain recipes` lists them.")
 @click.option("--config", "file", metavar="FILE", help="TOML file of fields; overrides the recipe.")
 @click.option("--allow-change", metavar="FIELD,...",
-              help="Go on with a run although these fields are others than it began with.")  # fmt: skip
+              help="Resume a run although these fields have changed.")  # fmt: skip
 @_NO_STRICT
 @JSON
 @field_options()
@@ -47,7 +53,7 @@ def train(
     recipe: str | None, file: str | None, allow_change: str | None, no_strict_affinity: bool, as_json: bool,
     **values: str | None,
 ) -> None:  # fmt: skip
-    """Train a network: alone, or as one rank under torchrun, mpiexec or srun.
+    """Train a network, as a single process or as one rank under torchrun, mpiexec or srun.
 
     Fields come from the recipe, then from the file, then from the options below.
     """
@@ -57,13 +63,13 @@ def train(
     if recipe is None and not file:
         raise ConfigError("nothing to train: give --recipe NAME (`knltrain recipes` lists them) or --config FILE")
     if recipe is not None:
-        config = recipe_named(recipe)
+        config = config_of_recipe(recipe)
     from_file.pop("recipe", None)
-    flags = given(values)
+    flags = given_fields(values)
     config = configuration.override(config, {**from_file, **flags})
     allowed = configuration.names(allow_change) if allow_change is not None else frozenset()
 
-    place = _take_place(strict=not no_strict_affinity)
+    place = _bind_rank(strict=not no_strict_affinity)
 
     from knltrain.runlog.console import Console
 
@@ -93,7 +99,7 @@ def train(
             f"top-1 {_percent(summary['top1'])} (best {_percent(summary['best_top1'])})"
             + (
                 f", {summary['images_per_s']:.0f} img/s, {summary['data_fraction']:.1%} waiting for data"
-                if summary["images_per_s"] is not None  # nothing was left but an evaluation
+                if summary["images_per_s"] is not None  # only an evaluation was left
                 else ""
             )
             + f"; {summary['out']}/curves.png"
@@ -102,31 +108,31 @@ def train(
             click.echo(json.dumps(summary))
 
 
-# What a checkpoint says of itself, as does what `export` makes of it, but no other file of weights.
-_OF_A_FILE = ("model", "image_size", "augment.resize")
+# Fields that checkpoints and files by `export` contain, but other files of weights do not.
+_NETWORK_FIELDS = ("model", "image_size", "augment.resize")
 
 
 @click.command(name="eval")
 @click.argument("checkpoint")
 @_NO_STRICT
 @JSON
-@field_options("data", "precision", "force_bf16", "workers", "on_bad", *_OF_A_FILE)
+@field_options("data", "precision", "force_bf16", "workers", "on_bad", *_NETWORK_FIELDS)
 @reports_errors
 def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data.
 
-    CHECKPOINT may be a file of weights too: what `knltrain export` wrote as safetensors says what it is of; of another
-    one, safetensors or a state dict as torchvision has it, --model names the network.
+    CHECKPOINT may also be a file of weights. Safetensors by `knltrain export` name their network; for other
+    safetensors, or a state dict like torchvision's, --model names it.
     """
-    fields, classes = given(values), None
-    useless = [f"--{name.replace('_', '-')}" for name in _OF_A_FILE if name in fields]
+    fields, classes = given_fields(values), None
+    unused = [f"--{name.replace('_', '-')}" for name in _NETWORK_FIELDS if name in fields]
     if Path(checkpoint).is_file():
-        fields, classes = _of_a_file(checkpoint, fields)
-    elif useless:
-        raise ConfigError(f"{useless[0]} has no effect on {checkpoint}: a checkpoint says what it is of; leave it out")
+        fields, classes = _fields_of_file(checkpoint, fields)
+    elif unused:
+        raise ConfigError(f"{unused[0]} has no effect on {checkpoint}: a checkpoint names its network; omit the option")
     config = configuration.override(RunConfig(), fields)
 
-    place = _take_place(strict=not no_strict_affinity)
+    place = _bind_rank(strict=not no_strict_affinity)
 
     from knltrain.runlog.console import Console
     from knltrain.training.evaluate import evaluate_checkpoint
@@ -142,16 +148,16 @@ def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values:
         click.echo(json.dumps(result))
 
 
-def _of_a_file(path: str, given: dict[str, str]) -> tuple[dict[str, str], Sequence[str] | None]:
-    """The fields with which a file of weights is evaluated, and the names of its classes where it has them."""
+def _fields_of_file(path: str, given: dict[str, str]) -> tuple[dict[str, str], Sequence[str] | None]:
+    """Returns the fields for the evaluation of a file of weights, and its class names if it has them."""
     from knltrain.weights.metadata import about
 
     said = about(Path(path))
     if said is None:
         if "model" not in given:
-            raise ConfigError(f"{path}: --model must name the network that these weights are of")
-        size = USUAL_IMAGE_SIZE.get(given["model"], 224)
-        # Pictures as small as these are not cropped when they are evaluated.
+            raise ConfigError(f"{path}: --model must name the network of these weights")
+        size = DEFAULT_IMAGE_SIZE.get(given["model"], 224)
+        # Such small images are not cropped in evaluation.
         whole = {"augment.resize": str(size)} if size <= 32 and "image_size" not in given else {}
         return {"image_size": str(size), **whole, **given}, None
     if given.get("model", said.model) != said.model:
@@ -166,13 +172,13 @@ def _of_a_file(path: str, given: dict[str, str]) -> tuple[dict[str, str], Sequen
 @click.argument("checkpoint")
 @click.argument("dst")
 @click.option("--format", type=click.Choice(["safetensors", "pth", "onnx", "pt2"]),
-              help="State dict, ONNX or torch.export; default what the suffix of DST says.")  # fmt: skip
+              help="State dict, ONNX or torch.export; default: the suffix of DST.")  # fmt: skip
 @JSON
 @reports_errors
 def export(checkpoint: str, dst: str, format: str | None, as_json: bool) -> None:
     """Write the network of CHECKPOINT (or the newest one of a run's folder) to DST, for other programs.
 
-    The file is read again before it is there: its logits have to be the network's.
+    The file is verified before it gets its name: it is read again, and its logits must be the network's.
     """
     from knltrain.runlog.console import Console
     from knltrain.weights.export import export as write

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a progress bar on a terminal, plain lines anywhere else."""
+"""Console output of a run: a progress bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from knltrain.errors import one_line
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-# Lines that are not on a terminal go to a log file: one every so many seconds is enough to see that a run lives.
-_LINE_EVERY_S = 10.0
+# Interval of progress lines in a log file.
+_LINE_INTERVAL_S = 10.0
 
 
 class Console:
-    """Text for people, on stdout, or on stderr where stdout is kept for JSON. Only rank 0 speaks.
+    """Text for people, on stdout, or on stderr if stdout is reserved for JSON.
 
     Args:
-        json: stdout is for programs.
-        silent: say nothing (ranks other than the first).
+        json: reserve stdout for JSON.
+        silent: print nothing, as on all ranks but rank 0.
     """
 
     def __init__(self, *, json: bool = False, silent: bool = False) -> None:
@@ -36,12 +36,12 @@ class Console:
         self.rich.print(one_line(text), markup=False)
 
     def warn(self, text: str) -> None:
-        """Prints a line that must not be overlooked."""
+        """Prints a warning."""
         self.rich.print(f"warning: {one_line(text)}", markup=False, style="yellow")
 
 
-class _Shown:
-    """A bar that is on the terminal while its block runs; none elsewhere."""
+class _Bar:
+    """A context manager that shows a progress bar on a terminal, and nothing elsewhere."""
 
     _bar: Progress | None = None
 
@@ -57,16 +57,16 @@ class _Shown:
             self._bar.stop()
 
 
-class ImageProgress(_Shown):
-    """Shows how many images (or files) are done, how fast, and how long the others will take.
+class ImageProgress(_Bar):
+    """Shows the number of finished images (or files), their rate, and the remaining time.
 
     Attributes:
-        seconds: since the beginning.
+        seconds: time since creation.
 
     Args:
-        console: where.
-        first: done already.
-        total: in all.
+        console: the console.
+        first: number already done.
+        total: total number.
         unit: what is counted.
     """
 
@@ -90,25 +90,25 @@ class ImageProgress(_Shown):
         return time.monotonic() - self._start
 
     def add(self, count: int) -> None:
-        """So many more are done."""
+        """Adds to the number of finished items."""
         self._done += count
         rate = (self._done - self._first) / max(self.seconds, 1e-9)
         if self._bar:
             self._bar.update(self._task, completed=self._done, rate=rate)
-        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
+        elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
             self._last_line = time.monotonic()
             left = (self._total - self._done) / rate
             self._console.line(f"{self._done:,}/{self._total:,} {self._unit}, {rate:,.0f}/s, {left / 60:.0f} min left")
 
 
-class StepProgress(_Shown):
-    """Shows steps as they are done.
+class StepProgress(_Bar):
+    """Shows the progress of training steps.
 
     Args:
-        console: where.
-        first: steps done already.
-        total: steps in all.
-        epochs: epochs in all.
+        console: the console.
+        first: steps already done.
+        total: total number of steps.
+        epochs: total number of epochs.
     """
 
     def __init__(self, console: Console, *, first: int, total: int, epochs: float) -> None:
@@ -142,7 +142,7 @@ class StepProgress(_Shown):
                 rate=row["images_per_s"],
                 data=data,
             )
-        elif time.monotonic() - self._last_line > _LINE_EVERY_S:
+        elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
             self._last_line = time.monotonic()
             self._console.line(
                 f"step {row['step']}/{self._total}  epoch {row['epoch']:.2f}/{self._epochs:g}  loss {row['loss']:.4f}  "

@@ -1,4 +1,4 @@
-"""What a result came from: versions, processor, source revision, command. Goes into every file of results."""
+"""Provenance of a result: versions, processor, source revision, command. Part of every file of results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _PACKAGES = ("torch", "numpy", "simplejpeg", "pillow", "intel-extension-for-pyto
 
 
 def provenance(node: Node) -> dict[str, Any]:
-    """Versions, processor, instruction set, source revision and the command, as JSON types."""
+    """Returns versions, processor, instruction set, source revision and command, as JSON types."""
     versions: dict[str, str] = {"python": platform.python_version(), "knltrain": knltrain.__version__}
     for package in _PACKAGES:
         try:
@@ -42,7 +42,7 @@ def provenance(node: Node) -> dict[str, Any]:
 
 
 def source_revision() -> str | None:
-    """The git revision of the package's source, with "+changes" where files differ from it; None outside a checkout."""
+    """Returns the git revision of the source, with "+changes" if files differ from it; None outside a checkout."""
     folder = Path(__file__).parents[1]
     try:
         head = subprocess.run(

@@ -28,7 +28,7 @@ from knltrain.runlog.console import Console
 from knltrain.training.engine import DTYPES, autocast, choose_precision
 from knltrain.training.signals import InterruptError, StopRequest
 from knltrain.weights.load import load as load_file
-from knltrain.weights.load import refuse_different
+from knltrain.weights.load import require_same_file
 from knltrain.weights.metadata import as_trained
 
 _NOTHING = Batch(torch.empty(0), torch.empty(0, dtype=torch.int64))
@@ -135,7 +135,7 @@ def evaluate_checkpoint(
         path = _agreed(path, group, console)
         of_a_file = path.is_file()
         if of_a_file and group.world_size > 1:  # alone there is nothing to compare
-            refuse_different(str(path), checksum(str(path)), group)
+            require_same_file(str(path), checksum(str(path)), group)
         if not of_a_file:
             state = checkpoint.read_state(path)
             config, classes = as_trained(config, state), state["classes"]

@@ -1,4 +1,4 @@
-"""Trained networks for other programs: a state dict, ONNX or torch.export, each read again and its logits compared."""
+"""Export of trained networks to a state dict, ONNX or torch.export, verified by reading the file again."""
 
 from __future__ import annotations
 
@@ -28,37 +28,38 @@ from knltrain.runlog.console import Console
 from knltrain.weights.metadata import About, as_trained
 
 FORMATS = ("safetensors", "pth", "onnx", "pt2")
-# By these, float32 sums in another order differ by less: of the largest logit, and beside it.
-_RELATIVE, _ABSOLUTE = 1e-4, 1e-5
-# A model in the protocol buffers that ONNX consists of.
-_LARGEST_ONNX = 2**31 - 1
+# Tolerances for float32 sums in another order: relative to the largest logit, and absolute.
+_RELATIVE_TOLERANCE, _ABSOLUTE_TOLERANCE = 1e-4, 1e-5
+# Limit of protocol buffers, ONNX's format.
+_MAX_ONNX_BYTES = 2**31 - 1
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_IN_ARCHIVE = "knltrain.json"
+_METADATA_FILE = "knltrain.json"
 
 
 def export(folder: Path, dst: Path, console: Console, *, format: str | None = None) -> dict[str, Any]:
-    """Writes a checkpoint's network to a file, in float32 and as it evaluates.
+    """Writes a checkpoint's network to a file, in float32 and in evaluation mode.
 
-    Before the file takes its name it is read again, and its logits of random images are compared with the network's.
+    The file is written under a temporary name and read again, and its logits for random images are compared with the
+    network's before it is renamed.
 
     Args:
-        folder: a checkpoint, or a run's folder, of which the newest is taken.
-        dst: the file; it must not be there yet.
-        console: told of checkpoints that were passed over.
+        folder: a checkpoint, or a run's folder, whose newest checkpoint is used.
+        dst: the file; it must not exist.
+        console: for messages about checkpoints that were passed over.
         format: ``safetensors`` or ``pth``, a state dict with the names of ``knltrain.models``, which are torchvision's
-            for ``resnet50`` and ``torchvision:NAME``; ``onnx`` or ``pt2``, the program too, for N x 3 x S x S
-            normalised images with any N. By default what the suffix of ``dst`` says.
+            for ``resnet50`` and ``torchvision:NAME``; ``onnx`` or ``pt2``, with the program, for N x 3 x S x S
+            normalised images with any N. By default the suffix of ``dst``.
 
     Returns:
-        What was written, and the largest difference of a logit.
+        The written file's properties, and the largest difference of a logit.
 
     Raises:
-        ConfigError: no such format, a package for it is missing, or ``dst`` is there already.
-        KnltrainError: no checkpoint there, or it is damaged; the network cannot be written in this format, or the file
-            gives other logits. Nothing is left behind.
+        ConfigError: unknown format, a package for it is missing, or ``dst`` exists.
+        KnltrainError: there is no valid checkpoint; the network cannot be written in this format, or the file gives
+            other logits. No file is left behind.
     """
     kind = format or dst.suffix.removeprefix(".")
-    _refuse(dst, kind)
+    _check_request(dst, kind)
     folder = checkpoint.newest(folder, console.warn)
     state = checkpoint.read_state(folder)
     config = as_trained(RunConfig(), state)
@@ -77,7 +78,7 @@ def export(folder: Path, dst: Path, console: Console, *, format: str | None = No
                 _write(model, images[:2], aside, kind, about)
                 logits = _read(aside, kind, _network(config, len(state["classes"])), images)
             difference, largest = float((logits - expected).abs().max()), float(expected.abs().max())
-            if not difference <= _ABSOLUTE + _RELATIVE * largest:
+            if not difference <= _ABSOLUTE_TOLERANCE + _RELATIVE_TOLERANCE * largest:
                 raise KnltrainError(
                     f"{dst}: {kind} gives other logits than {folder}: they differ by {difference:.3g} where the "
                     f"largest is {largest:.3g}; nothing was written"
@@ -85,7 +86,7 @@ def export(folder: Path, dst: Path, console: Console, *, format: str | None = No
             num_bytes = aside.stat().st_size
     except (KnltrainError, OSError):
         raise
-    except Exception as error:  # what translators and writers raise is of every kind
+    except Exception as error:  # exporters raise many types
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise KnltrainError(f"{dst}: {config.model} cannot be written as {kind}: {lines[0]:.300}") from None
     return {
@@ -100,11 +101,11 @@ def export(folder: Path, dst: Path, console: Console, *, format: str | None = No
     }
 
 
-def _refuse(dst: Path, format: str) -> None:
+def _check_request(dst: Path, format: str) -> None:
     if format not in FORMATS:
-        raise ConfigError(f"{dst}: its suffix is no format; take .{', .'.join(FORMATS)}, or give --format")
+        raise ConfigError(f"{dst}: its suffix is not a format; use .{', .'.join(FORMATS)}, or give --format")
     if os.path.lexists(dst):
-        raise ConfigError(f"{dst} is there already; give another name, or delete it")
+        raise ConfigError(f"{dst} exists already; give another name, or delete it")
     if not dst.parent.is_dir():
         raise ConfigError(f"{dst}: no folder {dst.parent}")
     missing = [name for name in _ONNX_PACKAGES if importlib.util.find_spec(name) is None]
@@ -113,7 +114,7 @@ def _refuse(dst: Path, format: str) -> None:
 
 
 def _network(config: RunConfig, num_classes: int) -> nn.Module:
-    """A network as it evaluates, its weights contiguous."""
+    """Returns a network in evaluation mode, with contiguous weights."""
     model: nn.Module = model_of(config, num_classes).to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False)
 
@@ -125,19 +126,19 @@ def _write(model: nn.Module, images: Tensor, path: Path, format: str, about: dic
         torch.save(model.state_dict(), path)
     else:
         program = torch.export.export(
-            _without_own_operators(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+            _with_torch_operators(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
         )
         if format == "pt2":
             with open(path, "wb") as file:
-                torch.export.save(program, file, extra_files={_IN_ARCHIVE: json.dumps(about)})
+                torch.export.save(program, file, extra_files={_METADATA_FILE: json.dumps(about)})
         else:
             _write_onnx(program, path, about)
 
 
 def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[str, str]) -> None:
     num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
-    if num_bytes > _LARGEST_ONNX:
-        raise ValueError(f"its weights are {num_bytes / 2**30:.1f} GiB, and a file of ONNX holds 2; take pt2")
+    if num_bytes > _MAX_ONNX_BYTES:
+        raise ValueError(f"its weights are {num_bytes / 2**30:.1f} GiB, and an ONNX file can hold 2; use pt2")
     translated = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
     assert translated is not None
     translated.model.metadata_props.update(about)
@@ -145,13 +146,13 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[s
 
 
 def _read(path: Path, format: str, fresh: nn.Module, images: Tensor) -> Tensor:
-    """The logits that a written file gives."""
+    """Returns the logits of a written file."""
     logits: Tensor
     if format == "onnx":
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        # Told how many, its threads leave their affinity alone.
+        # With an explicit number, ONNX Runtime does not set the affinity of its threads.
         options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
         session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         (result,) = session.run(["logits"], {"images": images.numpy()})
@@ -165,8 +166,8 @@ def _read(path: Path, format: str, fresh: nn.Module, images: Tensor) -> Tensor:
     return logits
 
 
-def _without_own_operators(model: nn.Module) -> nn.Module:
-    """Puts torch's layer in the place of one whose operator only this package has."""
+def _with_torch_operators(model: nn.Module) -> nn.Module:
+    """Replaces layers whose operators only this package has by torch's."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, LocalResponseNorm):
@@ -176,7 +177,7 @@ def _without_own_operators(model: nn.Module) -> nn.Module:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps to themselves what exporters say of their own insides and of operators that nobody uses."""
+    """Suppresses warnings of exporters about their internals and unused operators."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

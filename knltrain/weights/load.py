@@ -1,6 +1,6 @@
-"""Weights that a run starts from: read from files of this project and of others, and matched to a network.
+"""Initial weights: read from files of this project and of others, and matched to a network.
 
-Nothing in a file is executed: safetensors holds bytes alone, and pickles are read by torch's unpickler for tensors.
+No code in a file is executed: safetensors holds only bytes, and pickles are read by torch's weights-only unpickler.
 """
 
 from __future__ import annotations
@@ -26,64 +26,64 @@ from knltrain.data.convert import checksum
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
 
-# Under which names programs put a state dict beside other things: torchvision's training reference, and Lightning.
+# Keys of a state dict in checkpoints of torchvision's training reference, and of Lightning.
 _WRAPPERS = ("model", "state_dict")
-_NAMED = 3
+_MAX_NAMED = 3
 
 
 def initialize(
     model: nn.Module, config: RunConfig, out: Path, group: Group, console: Console, *, resumed: bool
 ) -> dict[str, Any] | None:
-    """Loads ``init_from`` into a new run's model; a run that goes on has its weights from its checkpoint.
+    """Loads ``init_from`` into a new run's model; a resumed run loads its weights from its checkpoint.
 
     Args:
-        model: the network with weights of its own, changed in place.
-        config: names the file, or none.
+        model: the initialised network, changed in place.
+        config: the configuration, with ``init_from`` or without.
         out: the run's folder.
-        group: the ranks; the first reads the file before the others do.
-        console: where to speak.
-        resumed: the run goes on from a checkpoint.
+        group: the ranks; rank 0 reads the file first.
+        console: for messages.
+        resumed: whether the run is resumed from a checkpoint.
 
     Returns:
-        For config.json: the file, its SHA-256, and the tensors that it did not give; None where there is no file.
+        For config.json: the file, its SHA-256, and the names of tensors not loaded from it; None without a file.
 
     Raises:
-        KnltrainError: the file is missing or damaged, belongs to another network, or differs from rank to rank.
-        ConfigError: the run in OUT started from the same file with another content.
+        KnltrainError: the file is missing or damaged, belongs to another network, or differs between ranks.
+        ConfigError: the run in OUT started from the same file with other contents.
     """
     if not config.init_from:
         return None
     if resumed:
         return _recorded(config, out, console) if group.is_first else None
     if not group.is_first:
-        group.barrier()  # rank 0 goes first, so that what is wrong with the file is said once
+        group.barrier()  # rank 0 reads first, so that an error is reported once
     path = find(Path(config.init_from), console.warn)
     digest = checksum(str(path))
     fresh = load(path, model)
     if group.is_first:
         group.barrier()
-    refuse_different(f"init-from {path}", digest, group)
+    require_same_file(f"init-from {path}", digest, group)
     console.line(f"starts from {path}" + (f"; {' and '.join(fresh)} start fresh: other classes" if fresh else ""))
     return {"file": str(path), "sha256": digest, "fresh": fresh}
 
 
-def refuse_different(what: str, digest: str, group: Group) -> None:
-    """Compares the checksums of the files that ranks have read.
+def require_same_file(what: str, digest: str, group: Group) -> None:
+    """Compares the checksums of the file on all ranks. All ranks call it at once.
 
     Raises:
-        KnltrainError: they differ; begins with ``what``.
+        KnltrainError: they differ; the message starts with ``what``.
     """
-    number = int(digest[:8], 16)
-    if group.sum(number) != [number * group.world_size]:
+    rows = group.gather(torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8))
+    if (rows != rows[0]).any():
         raise KnltrainError(f"{what}: ranks read different files; it must be the same on all nodes")
 
 
 def find(path: Path, say: Callable[[str], None]) -> Path:
-    """Returns the file of weights that a path means: itself, or the newest of a run's or a checkpoint's folder.
+    """Returns the file of weights at a path: the file itself, or that of a checkpoint or a run's newest checkpoint.
 
     Args:
         path: a file, a checkpoint, or a run's folder.
-        say: told of each checkpoint that was passed over, and why.
+        say: called with a message for each checkpoint that was passed over.
 
     Raises:
         KnltrainError: there is none.
@@ -92,7 +92,7 @@ def find(path: Path, say: Callable[[str], None]) -> Path:
         path = checkpoint.newest(path, say) / "model.safetensors"
     if not path.exists():
         raise KnltrainError(f"init-from {path}: no such file")
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # opening a pipe would block
         raise KnltrainError(f"init-from {path}: neither a file nor the folder of a run")
     return path
 
@@ -100,12 +100,11 @@ def find(path: Path, say: Callable[[str], None]) -> Path:
 def load(path: Path, model: nn.Module) -> list[str]:
     """Loads a file of weights into a model.
 
-    Names may have a prefix that all share (``module.``, ``model.``). Where the last layer alone has another number of
-    outputs, it keeps the model's own weights: the start of training on other classes. Batch norm's counter, which
-    older files lack, may be missing.
+    Names may have a common prefix (``module.``, ``model.``). If only the last layer has another number of outputs, it
+    keeps its initial weights, for training on other classes. Batch norm's counter may be missing, as in older files.
 
     Returns:
-        The names of the last layer's tensors where they are the model's own, else nothing.
+        The names of the last layer's tensors if they keep their initial values, otherwise an empty list.
 
     Raises:
         KnltrainError: the file is damaged, or of another network; the model is then unchanged.
@@ -116,9 +115,9 @@ def load(path: Path, model: nn.Module) -> list[str]:
     unexpected = [name for name in tensors if name not in expected]
     misshapen = [name for name, own in expected.items() if name in tensors and tensors[name].shape != own.shape]
     fresh = misshapen if _is_head(misshapen, tensors, model) else []
-    shapes = [f"{_quote(name)} {_by(tensors[name])} instead of {_by(expected[name])}" for name in misshapen]
+    shapes = [f"{_quote(name)} {_shape(tensors[name])} instead of {_shape(expected[name])}" for name in misshapen]
     problems = [
-        f"{what} {_some(items)}"
+        f"{what} {_first_few(items)}"
         for what, items in (
             ("missing", [_quote(name) for name in missing]),
             ("unknown", [_quote(name) for name in unexpected]),
@@ -133,13 +132,13 @@ def load(path: Path, model: nn.Module) -> list[str]:
         if tensor.is_floating_point() != expected[name].is_floating_point():
             raise KnltrainError(f"{path}: {_quote(name)} is {tensor.dtype}, not {expected[name].dtype}")
         if not torch.isfinite(tensor).all():
-            raise KnltrainError(f"{path}: {_quote(name)} holds values that are no finite numbers")
+            raise KnltrainError(f"{path}: {_quote(name)} contains NaN or Inf")
     model.load_state_dict(kept, strict=False)
     return fresh
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a file: safetensors by its suffix, else what ``torch.save`` wrote of a state dict.
+    """Reads the tensors of a file: safetensors by suffix, otherwise a state dict by ``torch.save``.
 
     Raises:
         KnltrainError: the file cannot be read, or holds something else.
@@ -148,32 +147,32 @@ def read(path: Path) -> dict[str, Tensor]:
         try:
             return load_file(path)
         except (OSError, SafetensorError) as error:
-            raise KnltrainError(f"{path} cannot be read as safetensors: {_line(error)}") from None
+            raise KnltrainError(f"{path} cannot be read as safetensors: {_first_line(error)}") from None
     try:
-        # Namespace is what torchvision's training reference keeps its arguments in: a class without behaviour.
+        # Checkpoints of torchvision's training reference hold their arguments as Namespace, a class without behaviour.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises on damaged files is of every kind
-        # Its advice is not passed on: to read the file again with everything in it executed.
+    except Exception as error:  # torch raises many types for damaged files
+        # torch's message advises to load the file with arbitrary code execution; it is not passed on.
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
             raise KnltrainError(
-                f"{path} holds {_quote(refused[1])} beside tensors, which is not executed; save a state dict "
-                "alone, best as safetensors"
+                f"{path} holds {_quote(refused[1])} beside tensors, which is not executed; save only a state dict, "
+                "preferably as safetensors"
             ) from None
-        reason = _line(error) if isinstance(error, OSError) else "damaged, or nothing that torch.save wrote of tensors"
+        reason = _first_line(error) if isinstance(error, OSError) else "damaged, or not tensors by torch.save"
         raise KnltrainError(f"{path} cannot be read as a state dict: {reason}") from None
     if isinstance(content, dict):
         content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
     if not isinstance(content, dict) or not content:
         raise KnltrainError(f"{path}: no state dict in it")
     for name, value in content.items():
-        if not (isinstance(name, str) and _is_plain(value)):
-            raise KnltrainError(f"{path}: no state dict, for {_quote(name)} is no tensor in memory")
+        if not (isinstance(name, str) and _is_dense_cpu_tensor(value)):
+            raise KnltrainError(f"{path}: no state dict, because {_quote(name)} is not a dense CPU tensor")
     return content
 
 
-def _is_plain(value: object) -> bool:
+def _is_dense_cpu_tensor(value: object) -> bool:
     return (
         isinstance(value, Tensor)
         and not value.is_nested
@@ -183,20 +182,20 @@ def _is_plain(value: object) -> bool:
 
 
 def _recorded(config: RunConfig, out: Path, console: Console) -> dict[str, Any] | None:
-    """What the run's config.json has of the file, if the file still is what it was, or is gone."""
+    """Returns the record of the file in the run's config.json, if the file is unchanged or gone."""
     try:
         record: dict[str, Any] | None = json.loads((out / "config.json").read_text("utf-8"))["init_from"]
     except (OSError, ValueError, KeyError):
         record = None
     if record is None:
-        console.warn("init-from has no effect: the run goes on from a checkpoint")
+        console.warn("init-from has no effect: the run resumes from a checkpoint")
     elif os.path.isfile(record["file"]) and checksum(record["file"]) != record["sha256"]:
         raise ConfigError(f"{out} holds a run that started from another {record['file']}; give another --out")
     return record
 
 
 def _without_prefix(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Takes away what all names begin with, as long as none is the network's."""
+    """Removes common prefixes, as long as no name is one of the network's."""
     while not tensors.keys() & expected.keys():
         prefixes = {name.partition(".")[0] for name in tensors}
         if len(prefixes) != 1 or not all("." in name for name in tensors):
@@ -206,7 +205,7 @@ def _without_prefix(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> 
 
 
 def _is_head(names: list[str], tensors: dict[str, Tensor], model: nn.Module) -> bool:
-    """Whether these are all tensors of the last layer, with another number of outputs and nothing else."""
+    """Whether these are all tensors of the last layer, and differ only in the number of outputs."""
     path, last = [
         (path, m) for path, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None
     ][-1]
@@ -216,20 +215,20 @@ def _is_head(names: list[str], tensors: dict[str, Tensor], model: nn.Module) -> 
     )
 
 
-def _some(items: list[str]) -> str:
-    more = len(items) - _NAMED
-    return ", ".join(items[:_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+def _first_few(items: list[str]) -> str:
+    more = len(items) - _MAX_NAMED
+    return ", ".join(items[:_MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
 
 
-def _by(tensor: Tensor) -> str:
+def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a number"
 
 
 def _quote(name: object) -> str:
-    """A name out of a file, which may be of any length and hold anything, for a line."""
+    """Returns an untrusted name from a file, escaped and shortened for a message."""
     return f"{name!a:.100}"
 
 
-def _line(error: Exception) -> str:
+def _first_line(error: Exception) -> str:
     lines = str(error).splitlines()
     return f"{lines[0] if lines else type(error).__name__:.200}"

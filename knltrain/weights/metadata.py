@@ -1,4 +1,4 @@
-"""What a file of weights says of itself: the metadata that ``export`` gives it. Imports no torch."""
+"""Metadata of a file of weights, written by ``export``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from knltrain.config import RunConfig, override
 
 
 class About(NamedTuple):
-    """The network that weights are of, and the images that it is evaluated on.
+    """The network of a file of weights, and the images that it is evaluated on.
 
     Attributes:
-        model: its name.
-        classes: their names, in the order of the logits.
-        image_size: pixels of an image.
-        resize: short side, in pixels, that images are scaled to before they are cropped.
+        model: name of the network.
+        classes: names of the classes, in the order of the logits.
+        image_size: height and width of an image, pixels.
+        resize: short side, in pixels, to which images are scaled before cropping.
     """
 
     model: str
@@ -28,27 +28,27 @@ class About(NamedTuple):
     resize: int
 
     def as_metadata(self) -> dict[str, str]:
-        """As text, which is all that safetensors and ONNX have place for."""
+        """Returns the fields as strings, the only type that safetensors and ONNX support."""
         return {"model": self.model, "classes": json.dumps(list(self.classes)), "image_size": str(self.image_size),
                 "resize": str(self.resize)}  # fmt: skip
 
 
 def about(path: Path) -> About | None:
-    """Reads it from a safetensors file; None where there is none, as in files of others."""
+    """Reads the metadata of a safetensors file; None if it has none."""
     if path.suffix != ".safetensors":
         return None
     try:
         with safe_open(path, "numpy") as file:
-            said = file.metadata() or {}
-        classes = json.loads(said["classes"])
+            metadata = file.metadata() or {}
+        classes = json.loads(metadata["classes"])
         if not isinstance(classes, list):
             return None
-        return About(said["model"], classes, int(said["image_size"]), int(said["resize"]))
+        return About(metadata["model"], classes, int(metadata["image_size"]), int(metadata["resize"]))
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return None
 
 
 def as_trained(config: RunConfig, state: dict[str, Any]) -> RunConfig:
-    """The configuration with what a checkpoint's state.json says of its network and of the images that it sees."""
+    """Returns the configuration with the network and image sizes of a checkpoint's state.json."""
     fields = {"model": state["model"], "image_size": state["image_size"], "augment.resize": state["resize"]}
     return override(config, {**fields, "dropout": state["dropout"]})

@@ -16,7 +16,7 @@ from typing import Any
 from knltrain.errors import KnltrainError
 
 # torch.compile takes over a minute for ResNet-50 on two cores, and ten times as long on a busy machine.
-_PATIENCE_S = 1200.0
+_ANSWER_TIMEOUT_S = 1200.0
 
 
 class Runner:
@@ -48,7 +48,7 @@ class Runner:
         """Returns the seconds of each step, the last loss, the peak memory and what else used the processor.
 
         ``other_cores`` is how many cores, on average over the turn, worked for anything but this contestant: other
-        contestants that do not sleep, or neighbours.
+        contestants that do not sleep, or other processes.
         """
         start, everybody, mine = time.perf_counter(), _busy_s(), self._cpu_s()
         assert self._process.stdin is not None
@@ -70,9 +70,9 @@ class Runner:
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
             selector.register(self._process.stdout, selectors.EVENT_READ)
-            if not selector.select(_PATIENCE_S):
+            if not selector.select(_ANSWER_TIMEOUT_S):
                 self.close()
-                raise KnltrainError(f"no answer within {_PATIENCE_S:.0f} s")
+                raise KnltrainError(f"no answer within {_ANSWER_TIMEOUT_S:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise self._death()

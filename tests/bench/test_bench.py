@@ -133,7 +133,7 @@ def test_a_process_hands_over_its_errors_and_its_end():
         assert (len(times), process.settings["threads"]) == (2, 1)
         assert peak > 0
         os.kill(process._process.pid, signal.SIGKILL)
-        with pytest.raises(KnltrainError, match="ended by SIGKILL; was there memory enough"):
+        with pytest.raises(KnltrainError, match="ended by SIGKILL; perhaps for lack of memory"):
             process.measure(1)
 
 

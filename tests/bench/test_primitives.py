@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from knltrain.bench import bench, primitives
 from knltrain.bench import step as step_module
-from knltrain.bench.primitives import Primitive, observed, onednn_version, slow_convolutions
+from knltrain.bench.primitives import Primitive, onednn_version, record_primitives, slow_convolutions
 from knltrain.config import RunConfig
 from knltrain.runlog.console import Console
 
@@ -33,7 +33,7 @@ def test_fast_code_is_not_spoken_of(ran):
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch has no oneDNN")
 def test_a_convolution_is_seen(capfd):
     x, weight = (torch.randn(size).to(memory_format=torch.channels_last) for size in ((16, 16, 32, 32), (16, 16, 3, 3)))
-    seen = [one for one in observed(lambda: F.conv2d(x, weight, padding=1)) if one.kind == "convolution"]
+    seen = [one for one in record_primitives(lambda: F.conv2d(x, weight, padding=1)) if one.kind == "convolution"]
     assert [one.direction for one in seen] == ["forward"]
     assert seen[0].gflop == pytest.approx(2e-9 * 16 * 30 * 30 * 16 * 16 * 9, rel=0.2)
     F.conv2d(x, weight, padding=1)
@@ -41,7 +41,7 @@ def test_a_convolution_is_seen(capfd):
 
 
 def test_bench_warns(monkeypatch, capsys):
-    monkeypatch.setattr(step_module, "observed", lambda step: step() and SLOW)
+    monkeypatch.setattr(step_module, "record_primitives", lambda step: step() and SLOW)
     config = RunConfig(model="alexnet_bn_small", image_size=32, global_batch=8, precision="fp32", engine="eager")
     result = bench(config, Console(), steps=1)
     assert result["slow_convolutions"] == primitives.slow_convolutions(SLOW)

@@ -53,7 +53,7 @@ def test_tune_measures_and_stores(monkeypatch, cache):
     assert (result["fastest"], result["stored"]) == ("eager", str(cache / "measured.json"))
     (stored,) = json.loads(measured_file().read_text())
     assert result["layout"] is None
-    assert {row["reason"] for row in result["layouts"]} == {"the 0 s were over"}
+    assert {row["reason"] for row in result["layouts"]} == {"the time limit of 0 s was reached"}
     assert stored["engines"] == result["engines"]
     assert stored["settings"].items() >= {"model": "alexnet_bn_small", "batch": 4, "optimizer": "lars/paper"}.items()
     node = read_node()
@@ -189,7 +189,7 @@ def test_what_there_is_no_time_for_is_not_measured(monkeypatch, capsys):
     assert ["images_per_s" in row for row in rows] == [True, False, False]
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "1 x 2 threads, local batch 4: 1.0 img/s; 8 s of 10 left"
-    assert lines[1] == "2 x 1 threads, local batch 2: the 10 s were over; 0 s of 10 left"
+    assert lines[1] == "2 x 1 threads, local batch 2: the time limit of 10 s was reached; 0 s of 10 left"
     assert any(line.split() == ["1", "2", "0", "4", "1.0", "4000.0"] for line in lines)
 
 
@@ -252,7 +252,7 @@ def test_ranks_that_fail_are_a_reason(monkeypatch):
     ("knltrain: rank 1: no data\nBAD TERMINATION\n", "knltrain: rank 1: no data"),
 ])  # fmt: skip
 def test_the_line_that_matters(text, line):
-    assert tune.what_was_said(text) == line
+    assert tune.last_message(text) == line
 
 
 def test_ranks_for_which_the_time_is_over_are_ended(monkeypatch):
@@ -261,13 +261,13 @@ def test_ranks_for_which_the_time_is_over_are_ended(monkeypatch):
     monkeypatch.setattr(
         tune.subprocess, "Popen", lambda *args, **options: started.append(popen(*args, **options)) or started[-1]
     )
-    with pytest.raises(KnltrainError, match=r"step 0 of 4 when the time was over"):
+    with pytest.raises(KnltrainError, match=r"step 0 of 4 when the time limit was reached"):
         tune._measure(dataclasses.replace(SMALL, engine="eager"), Layout(1, 2, 0, 4), 1, time.monotonic())
     assert started[0].returncode is not None
 
 
 def test_ranks_that_do_not_end_are_killed(monkeypatch):
-    monkeypatch.setattr(tune, "_GOODBYE_S", 0.1)
+    monkeypatch.setattr(tune, "_SHUTDOWN_TIMEOUT_S", 0.1)
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
     process.stdout.readline()

@@ -42,7 +42,7 @@ def test_a_step_is_predicted_from_layers_and_links_and_then_measured(tmp_path):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--hosts", "1"], "--hosts 1: nothing travels"),
+        (["--hosts", "1"], "--hosts 1: nothing is communicated"),
         (["--links", "0"], "'--links': 0"),
         (["--dtypes", "fp8"], "comm.dtype: 'fp8' will not do"),
     ],

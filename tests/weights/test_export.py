@@ -199,11 +199,11 @@ def test_the_command(runs, tmp_path, format, knltrain):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("there.pth", "there.pth is there already; give another name"),
-        ("link.pth", "link.pth is there already"),
-        ("folder.onnx", "folder.onnx is there already"),
-        ("net.h5", r"its suffix is no format; take \.safetensors, \.pth, \.onnx, \.pt2, or give --format"),
-        ("net", "its suffix is no format"),
+        ("there.pth", "there.pth exists already; give another name"),
+        ("link.pth", "link.pth exists already"),
+        ("folder.onnx", "folder.onnx exists already"),
+        ("net.h5", r"its suffix is not a format; use \.safetensors, \.pth, \.onnx, \.pt2, or give --format"),
+        ("net", "its suffix is not a format"),
         ("nowhere/net.pth", "no folder .*nowhere"),
     ],
 )
@@ -269,6 +269,6 @@ def test_what_fails_leaves_nothing(runs, tmp_path, monkeypatch, error, words):
 def test_a_network_too_large_for_onnx(runs, tmp_path, monkeypatch):
     needs_onnx()
     monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
-    with pytest.raises(KnltrainError, match=r"cannot be written as onnx: its weights are 0\.0 GiB.*take pt2"):
+    with pytest.raises(KnltrainError, match=r"cannot be written as onnx: its weights are 0\.0 GiB.*use pt2"):
         export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx", QUIET)
     assert os.listdir(tmp_path) == []
