@@ -35,10 +35,10 @@ class Process:
     """
 
     def __init__(self, config: RunConfig, threads: int | None = None) -> None:
-        self._pipe, theirs = _SPAWN.Pipe()
-        self._process = _SPAWN.Process(target=_serve, args=(theirs,))
+        self._pipe, child_end = _SPAWN.Pipe()
+        self._process = _SPAWN.Process(target=_serve, args=(child_end,))
         self._process.start()
-        theirs.close()
+        child_end.close()
         try:
             self.settings, self.warmup_s = self._request(to=(config, threads))
         except BaseException:

@@ -232,9 +232,9 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         return self._run("reduce", opts, start, tensors, flat, finish=finish)
 
     def allgather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: _Options = None) -> Work:
-        (pieces,), (mine,) = outputs, inputs
-        check_pieces("all_gather", pieces, mine, self._size)
-        return self._gather_all(opts, [pieces], [mine], pieces)
+        (pieces,), (local,) = outputs, inputs
+        check_pieces("all_gather", pieces, local, self._size)
+        return self._gather_all(opts, [pieces], [local], pieces)
 
     def _allgather_base(self, output: Tensor, input: Tensor, opts: _Options = None) -> Work:
         return self.allgather_into_tensor_coalesced([output], [input], opts)
@@ -242,26 +242,26 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], opts: _Options = None
     ) -> Work:
-        for output, mine in zip(outputs, inputs, strict=True):
-            check_whole("all_gather_into_tensor", output, mine, self._size)
+        for output, local in zip(outputs, inputs, strict=True):
+            check_whole("all_gather_into_tensor", output, local, self._size)
         return self._gather_all(opts, [list(split(output, self._size)) for output in outputs], inputs, outputs)
 
     all_gather_single = _allgather_base
     all_gather_single_coalesced = allgather_into_tensor_coalesced
 
     def allgather_coalesced(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: _Options = None) -> Work:
-        for pieces, mine in zip(outputs, inputs, strict=True):
-            check_pieces("all_gather_coalesced", pieces, mine, self._size)
+        for pieces, local in zip(outputs, inputs, strict=True):
+            check_pieces("all_gather_coalesced", pieces, local, self._size)
         return self._gather_all(opts, outputs, inputs, [piece for pieces in outputs for piece in pieces])
 
     def _gather_all(
         self, opts: _Options, outputs: Sequence[list[Tensor]], inputs: list[Tensor], result: list[Tensor]
     ) -> Work:
         placed = [[contiguous_out(piece) for piece in pieces] for pieces in outputs]
-        sent = [mine.contiguous() for mine in inputs]
+        sent = [local.contiguous() for local in inputs]
         calls = [
-            (data_args(mine), [data_args(flat)[0] for flat, _ in pieces])
-            for mine, pieces in zip(sent, placed, strict=True)
+            (data_args(local), [data_args(flat)[0] for flat, _ in pieces])
+            for local, pieces in zip(sent, placed, strict=True)
         ]
 
         def start(asynchronous: bool) -> list[Any]:
@@ -325,21 +325,21 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
     all_to_all_single = alltoall_base
 
     def gather(self, outputs: list[list[Tensor]], inputs: list[Tensor], opts: _Options = None) -> Work:
-        (mine,), root = inputs, root_of(opts, self._size)
-        nothing = [mine.new_empty(0)] * self._size
+        (local,), root = inputs, root_of(opts, self._size)
+        nothing = [local.new_empty(0)] * self._size
         if self._rank == root:
-            check_pieces("gather", outputs[0], mine, self._size)
+            check_pieces("gather", outputs[0], local, self._size)
         pieces = outputs[0] if self._rank == root else nothing
-        to_root = [mine if rank == root else nothing[0] for rank in range(self._size)]
+        to_root = [local if rank == root else nothing[0] for rank in range(self._size)]
         return self._exchange("gather", opts, pieces, to_root, pieces)
 
     def scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], opts: _Options = None) -> Work:
-        (mine,), root = outputs, root_of(opts, self._size)
-        nothing = [mine.new_empty(0)] * self._size
+        (local,), root = outputs, root_of(opts, self._size)
+        nothing = [local.new_empty(0)] * self._size
         if self._rank == root:
-            check_pieces("scatter", inputs[0], mine, self._size)
+            check_pieces("scatter", inputs[0], local, self._size)
         pieces = inputs[0] if self._rank == root else nothing
-        from_root = [mine if rank == root else nothing[0] for rank in range(self._size)]
+        from_root = [local if rank == root else nothing[0] for rank in range(self._size)]
         return self._exchange("scatter", opts, from_root, pieces, outputs)
 
     def _exchange(

@@ -123,23 +123,25 @@ class Group:
         oneCCL never returns where ranks have different numbers of workers.
         """
         exported = oneccl.exported_workers()
-        said = self._all_gather_strings(store, "workers", socket.gethostname(), len(cpus), exported)
-        numbers = {number: host for host, _, number in reversed(said)}
+        answers = self._all_gather_strings(store, "workers", socket.gethostname(), len(cpus), exported)
+        numbers = {number: host for host, _, number in reversed(answers)}
         if len(numbers) > 1:
             each = ", ".join(f"{number or 'unset'} on {host}" for number, host in sorted(numbers.items()))
             raise ConfigError(
                 f"CCL_WORKER_COUNT differs ({each}), and with different numbers of workers oneCCL does not start; "
                 "export one for all nodes, or none"
             )
-        return cpus[: min(int(kept) for _, kept, _ in said)]
+        return cpus[: min(int(kept) for _, kept, _ in answers)]
 
     def _agree_on_backend(self, chosen: Backend, requested: str, store: Any) -> Backend:
         """Makes all ranks use the same ccl, or none, and collects their host names."""
-        said = self._all_gather_strings(store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0])
-        self.hosts = [host for host, _, _ in said]
+        answers = self._all_gather_strings(
+            store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0]
+        )
+        self.hosts = [host for host, _, _ in answers]
         self._liveness = PeerLiveness(store, self.rank, self.hosts)
-        without = sorted({host for host, name, _ in said if name == "gloo"})
-        libraries = {library: host for host, _, library in reversed(said)}
+        without = sorted({host for host, name, _ in answers if name == "gloo"})
+        libraries = {library: host for host, _, library in reversed(answers)}
         if chosen.name == "gloo" or len(libraries) == 1:
             return chosen
         if without:
@@ -226,10 +228,11 @@ class Group:
             ConfigError: ranks have chosen differently; raised on all ranks.
         """
         rows = self.gather(torch.tensor(list(chosen.encode().ljust(_MAX_CHOICE_BYTES)), dtype=torch.uint8)).tolist()
-        said = [bytes(row).decode().rstrip() for row in rows]
-        if len(set(said)) > 1:
+        answers = [bytes(row).decode().rstrip() for row in rows]
+        if len(set(answers)) > 1:
             each = " and ".join(
-                f"{word} on rank {said.index(word)} ({self.hosts[said.index(word)]})" for word in dict.fromkeys(said)
+                f"{word} on rank {answers.index(word)} ({self.hosts[answers.index(word)]})"
+                for word in dict.fromkeys(answers)
             )
             raise ConfigError(f"ranks have chosen different {what}s, {each}; {remedy}")
 

@@ -51,16 +51,16 @@ class PeerLiveness:
             Ranks and hosts, for an error message; empty if no rank stands out.
         """
         self._blocked = True
-        said: list[str] = []
+        result: list[str] = []
 
         def check() -> None:
             with contextlib.suppress(RuntimeError):
-                said.append(self._check())
+                result.append(self._check())
 
         checker = threading.Thread(target=check, name="liveness check", daemon=True)
         checker.start()
         checker.join(_ANSWER_TIMEOUT_S + _STORE_TIMEOUT_S)
-        return said[0] if said else self._names([0])
+        return result[0] if result else self._names([0])
 
     def _check(self) -> str:
         self._answer()

@@ -104,11 +104,11 @@ def _failure_reason(
     processes: list[subprocess.Popen[bytes]], late: list[int], errors: list[str], limit_s: float
 ) -> str:
     """Returns why the all-reduce failed: a time-out, or the last line that a rank wrote to stderr."""
-    said = [lines[-1] for text in errors if (lines := text.strip().splitlines())]
+    last_lines = [lines[-1] for text in errors if (lines := text.strip().splitlines())]
     if late:
         return f"no answer of rank {' and '.join(map(str, late))} within {limit_s:g} s"
     ended = next((process.returncode for process in processes if process.returncode), 0)
-    return said[0] if said else f"a rank ended with {ended} and said nothing"
+    return last_lines[0] if last_lines else f"a rank exited with {ended} and no message"
 
 
 def _rank(store_path: str, timeout_s: float, backend: str, rank: int) -> None:

@@ -21,13 +21,13 @@ _BOOL_REDUCTIONS = {_SUM: _MAX, _PRODUCT: _MIN, _MIN: _MIN, _MAX: _MAX}
 
 def chain(steps: Any) -> Callable[[], None] | None:
     """Returns a function that calls all of ``steps`` that are not None; None if there is none."""
-    there = [step for step in steps if step is not None]
+    present = [step for step in steps if step is not None]
 
     def finish() -> None:
-        for step in there:
+        for step in present:
             step()
 
-    return finish if there else None
+    return finish if present else None
 
 
 def _check(tensor: Tensor) -> None:
@@ -102,7 +102,7 @@ def root_of(options: Any, size: int) -> int:
     return root
 
 
-def check_pieces(what: str, pieces: list[Tensor], mine: Tensor, size: int) -> None:
+def check_pieces(what: str, pieces: list[Tensor], local: Tensor, size: int) -> None:
     """Checks that there is a tensor for each rank, all of one size and type.
 
     Raises:
@@ -111,9 +111,9 @@ def check_pieces(what: str, pieces: list[Tensor], mine: Tensor, size: int) -> No
     if len(pieces) != size:
         raise ValueError(f"{what}: {len(pieces)} tensors for {size} ranks")
     for piece in pieces:
-        if piece.numel() != mine.numel() or piece.dtype != mine.dtype:
+        if piece.numel() != local.numel() or piece.dtype != local.dtype:
             raise ValueError(
-                f"{what}: {tuple(piece.shape)}, {piece.dtype} does not match {tuple(mine.shape)}, {mine.dtype}"
+                f"{what}: {tuple(piece.shape)}, {piece.dtype} does not match {tuple(local.shape)}, {local.dtype}"
             )
 
 

@@ -38,15 +38,15 @@ _NEEDS: dict[str, tuple[str, Callable[[RunConfig], bool]]] = {
 def unreached_schedule_warnings(config: RunConfig) -> list[str]:
     """Returns warnings about parts of the schedule after the end of the run, such as learning-rate milestones."""
     schedule, end = config.schedule, f"the end of {config.epochs:g} epochs"
-    said = []
+    problems = []
     if schedule.warmup_epochs >= config.epochs:
-        said.append(f"schedule.warmup-epochs {schedule.warmup_epochs:g} last to {end}: the rate only rises")
+        problems.append(f"schedule.warmup-epochs {schedule.warmup_epochs:g} last to {end}: the rate only rises")
     if schedule.name == "step" and (late := [f"{at:g}" for at in schedule.milestones if at >= config.epochs]):
-        said.append(
+        problems.append(
             f"schedule.milestones {','.join(late)} {'is' if len(late) == 1 else 'are'} not before {end}"
             + (": the rate never falls" if len(late) == len(schedule.milestones) else "")
         )
-    return said
+    return problems
 
 
 def unused_field_warnings(config: RunConfig, names: Iterable[str]) -> list[str]:

@@ -134,9 +134,9 @@ def _describe_type(kind: Any) -> str:
     if kind is str:
         return f"text in UTF-8 of at most {_MAX_TEXT} characters, none of them NUL"
     limits = ((">=", bounds.ge), (">", bounds.gt), ("<=", bounds.le), ("<", bounds.lt))
-    said = " and ".join(f"{sign} {limit:,.12g}" for sign, limit in limits if limit is not None)
+    bounds_text = " and ".join(f"{sign} {limit:,.12g}" for sign, limit in limits if limit is not None)
     unit = f" of {bounds.extra['unit']}" if bounds.extra else ""
-    return f"a {'whole ' if kind is int else ''}number{unit} {said}"
+    return f"a {'whole ' if kind is int else ''}number{unit} {bounds_text}"
 
 
 def _is_text(value: str) -> bool:

@@ -85,9 +85,9 @@ def worst(findings: Iterable[Finding]) -> Severity:
 
 def as_row(finding: Finding) -> str:
     """Returns a finding's lines in the table, 80 columns wide: severity, name, and text."""
-    said = [finding.symptom, f"cause: {finding.cause}" if finding.symptom else finding.cause]
-    said += [f"remedy: {finding.remedy}"] if finding.remedy else []
-    lines = [line for text in said if text for line in _wrapped(text)]
+    texts = [finding.symptom, f"cause: {finding.cause}" if finding.symptom else finding.cause]
+    texts += [f"remedy: {finding.remedy}"] if finding.remedy else []
+    lines = [line for text in texts if text for line in _wrapped(text)]
     labels = f"{finding.severity:<8} {finding.name}"
     return "\n".join(f"{labels if index == 0 else '':<{_LABEL_WIDTH}}{line}" for index, line in enumerate(lines))
 

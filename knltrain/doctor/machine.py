@@ -172,17 +172,17 @@ def affinity(machine: Machine) -> Finding:
         cause, _, remedy = pinned[0].partition("; ")
         return Finding("affinity", "warning", cause, "this rank is slower than the others, which wait for it", remedy)
     limits = "" if len(node.group_cpus) == node.online else " (the control group's)"
-    mine = f"rank {place.ranks.local_rank} of {ranks.local_size} here" if ranks.size > 1 else "alone"
-    return Finding("affinity", "ok", f"{have}{limits}; {mine}, computes on {format_cpu_list(place.plan.compute)}")
+    role = f"rank {place.ranks.local_rank} of {ranks.local_size} here" if ranks.size > 1 else "alone"
+    return Finding("affinity", "ok", f"{have}{limits}; {role}, computes on {format_cpu_list(place.plan.compute)}")
 
 
 def _pinned_by(machine: Machine) -> str:
     """Names the oldest ancestor with this process's mask, and its parent, which has a wider one."""
-    mine, pid, oldest = set(machine.node.cpus), "self", ""
+    mask, pid, oldest = set(machine.node.cpus), "self", ""
     for _ in range(_MAX_ANCESTORS):
         status = dict(re.findall(r"^(\w+):\s*(.+)$", read_text(machine.root / f"proc/{pid}/status"), re.MULTILINE))
         try:
-            wider = set(parse_cpu_list(status["Cpus_allowed_list"])) > mine
+            wider = set(parse_cpu_list(status["Cpus_allowed_list"])) > mask
         except (KeyError, ValueError):
             break
         if wider:
@@ -260,20 +260,20 @@ def memory(machine: Machine) -> Finding:
             "memory", "note", "/proc/meminfo does not say what is free", "memory was not examined", "none needed"
         )
     ranks, precision = len(node.domains), "bf16" if node.gains_from_bf16 else "fp32"
-    there, need = min(known), _STEP_MB[precision]
+    available, need = min(known), _STEP_MB[precision]
     limit = f", the control group's limit {node.memory_limit_mb:,.0f}" if node.memory_limit_mb else ""
     cause = (
-        f"{there:,.0f} MiB available (free: {'unknown' if free is None else f'{free:,.0f}'}{limit}); ResNet-50 at "
+        f"{available:,.0f} MiB available (free: {'unknown' if free is None else f'{free:,.0f}'}{limit}); ResNet-50 at "
         f"local batch 32 takes {need:,} a rank in {precision}"
     )
-    if there >= need * ranks:
+    if available >= need * ranks:
         return Finding("memory", "ok", cause)
     remedy = "a smaller --local-batch: the rest of the batch is accumulated"
     if ranks > 1:
         remedy += f"; fewer ranks than {ranks} a node"
     return Finding(
         "memory",
-        "error" if there < need else "warning",
+        "error" if available < need else "warning",
         cause,
         "ranks are killed (exit code 137) at the first steps",
         remedy,

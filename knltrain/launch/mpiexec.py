@@ -68,10 +68,10 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
         return Mpiexec(path, "mpich", {})
     if "OpenRTE" in answer.stdout or "Open MPI" in answer.stdout:
         return Mpiexec(path, "openmpi", {})
-    said = (answer.stdout + answer.stderr).strip().splitlines()
+    lines = (answer.stdout + answer.stderr).strip().splitlines()
     raise KnltrainError(
-        f"{path} is none of Intel MPI's, MPICH's and Open MPI's mpiexec (it says {said[0] if said else 'nothing'!r}); "
-        "put one of these first on the PATH"
+        f"{path} is none of Intel MPI's, MPICH's and Open MPI's mpiexec (it says "
+        f"{lines[0] if lines else 'nothing'!r}); put one of these first on the PATH"
     )
 
 

@@ -41,11 +41,11 @@ class OpenMpi:
     def all_gather(self, rank: int, text: str) -> Callable[[int], str]:
         """Sends a text to all ranks; returns a function from a rank to its text. All ranks call it at once."""
         byte = ctypes.c_void_p(ctypes.addressof(ctypes.c_char.in_dll(self._library, "ompi_mpi_byte")))
-        mine = ctypes.create_string_buffer(text.encode()[: _MAX_BYTES - 1], _MAX_BYTES)
-        all_texts = ctypes.create_string_buffer(self._size * _MAX_BYTES)
-        if self._library.MPI_Allgather(mine, _MAX_BYTES, byte, all_texts, _MAX_BYTES, byte, self._world):
+        sendbuf = ctypes.create_string_buffer(text.encode()[: _MAX_BYTES - 1], _MAX_BYTES)
+        recvbuf = ctypes.create_string_buffer(self._size * _MAX_BYTES)
+        if self._library.MPI_Allgather(sendbuf, _MAX_BYTES, byte, recvbuf, _MAX_BYTES, byte, self._world):
             raise KnltrainError("Open MPI's MPI_Allgather failed; export MASTER_ADDR and MASTER_PORT instead")
-        raw = all_texts.raw
+        raw = recvbuf.raw
         return lambda other: raw[other * _MAX_BYTES : (other + 1) * _MAX_BYTES].split(b"\0")[0].decode()
 
     def close(self) -> None:

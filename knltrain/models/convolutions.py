@@ -146,8 +146,8 @@ def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.fl
         return convgrad.backward(dy, x, weight, None, c.geometry, needs, by)
 
     times = {}
-    for result, there_is in c.native(dtype)._asdict().items():
-        if there_is:
+    for result, has_kernel in c.native(dtype)._asdict().items():
+        if has_kernel:
             direct, native = (functools.partial(call, result, by) for by in (convgrad.NONE, c.native(dtype)))
             times[result] = _time_alternately(direct, native, images)
     return times
@@ -156,10 +156,10 @@ def measure(convolution: Convolution, images: int, dtype: torch.dtype = torch.fl
 def _time_alternately(direct: Callable[[], object], native: Callable[[], object], images: int) -> Times:
     seconds: tuple[list[float], list[float]] = ([], [])
     for turn in range(_MAX_TURNS):
-        for way, taken in zip((direct, native), seconds, strict=True):
+        for call, times in zip((direct, native), seconds, strict=True):
             start = time.perf_counter()
-            way()
-            taken.append(time.perf_counter() - start)
+            call()
+            times.append(time.perf_counter() - start)
         slower, faster = sorted(map(min, seconds), reverse=True)
         if turn > 0 and slower > _CLEAR_RATIO * faster:
             break

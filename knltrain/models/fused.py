@@ -245,10 +245,14 @@ def _fuse_blocks(model: nn.Module) -> None:
     forwards: dict[type[nn.Module], Callable[..., Any]]
     forwards = {resnet.Bottleneck: _bottleneck, resnet.BasicBlock: _basic_block, resnet.ResNet: _resnet,
                 resnet.SmallResNet: _small_resnet}  # fmt: skip
-    if theirs := sys.modules.get("torchvision.models.resnet"):
-        forwards |= {theirs.Bottleneck: _bottleneck, theirs.BasicBlock: _basic_block, theirs.ResNet: _resnet}
-    if theirs := sys.modules.get("torchvision.models.densenet"):
-        forwards |= {theirs._DenseLayer: _dense_layer}
+    if torchvision_module := sys.modules.get("torchvision.models.resnet"):
+        forwards |= {
+            torchvision_module.Bottleneck: _bottleneck,
+            torchvision_module.BasicBlock: _basic_block,
+            torchvision_module.ResNet: _resnet,
+        }
+    if torchvision_module := sys.modules.get("torchvision.models.densenet"):
+        forwards |= {torchvision_module._DenseLayer: _dense_layer}
     for module in model.modules():
         norms = [child for child in module.children() if isinstance(child, nn.BatchNorm2d)]
         forward = _sequence if _has_conv_norm(module) else forwards.get(type(module))

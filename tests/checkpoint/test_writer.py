@@ -59,7 +59,7 @@ def test_a_checkpoint_holds_the_moment_at_which_it_was_begun(background, gate, t
 
 
 def test_one_is_under_way_and_the_next_waits_for_it_aloud(background, gate, tmp_path, said, monkeypatch):
-    monkeypatch.setattr(writer, "_NOTICED_S", 0.05)
+    monkeypatch.setattr(writer, "_WARN_WAIT_S", 0.05)
     model, optimizer = stepped()
     begin(background, 1, model, optimizer)
     threading.Timer(0.2, gate.set).start()

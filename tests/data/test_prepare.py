@@ -110,7 +110,7 @@ def test_small_shards_read_as_one(image_folder, raw, tmp_path, small_shards):
 @pytest.mark.parametrize("format", ["raw", "tar"])
 def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, format, monkeypatch):
     if format == "tar":
-        monkeypatch.setattr(preparing, "_images_a_shard", lambda *_: 7)
+        monkeypatch.setattr(preparing, "_images_per_shard", lambda *_: 7)
     prepare(image_folder, tmp_path / "whole", format=format)
     for shards_done in (0, 1, 4, 8):
         out = tmp_path / f"out{shards_done}"
@@ -138,7 +138,7 @@ def test_goes_on_where_it_was_interrupted(image_folder, tmp_path, small_shards, 
 def test_what_has_its_name_is_on_disk(image_folder, tmp_path, small_shards, format, monkeypatch):
     """A power cut at any moment leaves no file cut short, no shard noted too early, and no manifest before all."""
     monkeypatch.setattr(preparing, "_pool", ThreadPoolExecutor)  # processes would not be seen
-    monkeypatch.setattr(preparing, "_images_a_shard", lambda *_: 7)
+    monkeypatch.setattr(preparing, "_images_per_shard", lambda *_: 7)
     told = record(monkeypatch)
     prepare(image_folder, tmp_path / "out", format=format, workers=1)
     monkeypatch.undo()

@@ -131,7 +131,7 @@ def on_ranks(roots, into, local_ranks, stops=None):
 
 
 def test_one_rank_of_a_node_copies_and_all_find_it(prepared, tmp_path, monkeypatch):
-    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    monkeypatch.setattr(staging, "_POLL_INTERVAL_S", 0.01)
     node = [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path / "b"]
     found = on_ranks([prepared] * 4, node, [0, 1, 0, 1])
     assert [path.parent for path in found] == node
@@ -139,7 +139,7 @@ def test_one_rank_of_a_node_copies_and_all_find_it(prepared, tmp_path, monkeypat
 
 
 def test_all_fail_with_the_one_that_fails(prepared, tmp_path, monkeypatch, image_folder):
-    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    monkeypatch.setattr(staging, "_POLL_INTERVAL_S", 0.01)
     (tmp_path / "b").write_text("no folder")
     node = [tmp_path / "a", tmp_path / "a", tmp_path / "b", tmp_path / "b"]
     found = on_ranks([prepared] * 4, node, [0, 1, 0, 1])
@@ -151,8 +151,8 @@ def test_all_fail_with_the_one_that_fails(prepared, tmp_path, monkeypatch, image
 
 def test_one_rank_that_is_asked_to_stop_ends_the_copying_on_all(prepared, tmp_path, monkeypatch):
     """A copy of a terabyte is given up in the middle of a file, and what is whole stays."""
-    monkeypatch.setattr(staging, "_POLL_S", 0.01)
-    monkeypatch.setattr(staging, "_BLOCK", 64)
+    monkeypatch.setattr(staging, "_POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr(staging, "_BLOCK_BYTES", 64)
     copied = threading.Event()
     original = staging._copy
 
@@ -169,5 +169,5 @@ def test_one_rank_that_is_asked_to_stop_ends_the_copying_on_all(prepared, tmp_pa
     assert found == [None, None]
     assert not list((tmp_path / "a").glob("*/meta.json"))
     monkeypatch.undo()
-    monkeypatch.setattr(staging, "_POLL_S", 0.01)
+    monkeypatch.setattr(staging, "_POLL_INTERVAL_S", 0.01)
     assert files(on_ranks([prepared], [tmp_path / "a"], [0])[0]) == files(prepared)

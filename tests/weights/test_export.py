@@ -157,7 +157,7 @@ def test_torchs_normalisation_is_ours():
     """Where the sums are large: on a trained network's activations the two could differ unseen."""
     model = torch.nn.Sequential(LocalResponseNorm())
     x = 300 * torch.randn(2, 7, 3, 3)
-    torch.testing.assert_close(export._without_own_operators(model)(x), LocalResponseNorm()(x))
+    torch.testing.assert_close(export._with_torch_operators(model)(x), LocalResponseNorm()(x))
     assert type(model[0]) is torch.nn.LocalResponseNorm
 
 
@@ -268,7 +268,7 @@ def test_what_fails_leaves_nothing(runs, tmp_path, monkeypatch, error, words):
 
 def test_a_network_too_large_for_onnx(runs, tmp_path, monkeypatch):
     needs_onnx()
-    monkeypatch.setattr(export, "_LARGEST_ONNX", 1000)
+    monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1000)
     with pytest.raises(KnltrainError, match=r"cannot be written as onnx: its weights are 0\.0 GiB.*use pt2"):
         export.export(runs("alexnet_bn_small"), tmp_path / "net.onnx", QUIET)
     assert os.listdir(tmp_path) == []
