@@ -416,7 +416,7 @@ def test_somebody_elses_meta_json_means_nothing(image_folder, tmp_path):
 def test_packed_refuses_what_does_not_fit(raw, tmp_path):
     copy = copied(raw, tmp_path)
     np.save(copy / "train/labels.npy", np.zeros(47, np.int64))
-    with pytest.raises(DataError, match="does not fit"):
+    with pytest.raises(DataError, match="does not match"):
         open_folder(copy, "train")
     meta = json.loads((copy / NAME).read_text())
     for damaged in ('{"format": "raw", "shards": {}}', json.dumps(meta)[:-20], ""):

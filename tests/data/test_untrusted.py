@@ -136,7 +136,7 @@ def test_images_of_any_length_are_refused_before_they_are_read(folder, monkeypat
     for part in parts:
         part.check(1)
         read(*part.where(0))
-    monkeypatch.setattr("knltrain.data.decode._LARGEST_FILE", 100)
+    monkeypatch.setattr("knltrain.data.decode._MAX_FILE_BYTES", 100)
     for part in parts:
         with pytest.raises(DataError, match=r"\.jpg: more than 100 bytes; .*--on-bad skip"):
             part.check(1)

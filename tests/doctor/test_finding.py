@@ -33,7 +33,7 @@ def test_a_check_that_hangs_is_left_behind():
     found = run_check("one", hang, 0.05)
     assert time.monotonic() - started < 30
     assert (found.severity, found.cause) == ("warning", "no answer within 0.05 s")
-    assert run_check("two", hang, 0.05, late=BAD).severity == "error"
+    assert run_check("two", hang, 0.05, on_timeout=BAD).severity == "error"
     over.set()
     for thread in [thread for thread in threading.enumerate() if thread.name.startswith("doctor-")]:
         thread.join(10)

@@ -76,8 +76,8 @@ def test_isa(small, tmp_path):
 
 
 def test_amx_refused_by_a_kernel_that_could_grant_it(small):
-    machine = read_machine(small, {})
-    refused = machine.Machine(machine.root, {}, dataclasses.replace(machine.node, amx_refused=True), machine.whole)
+    granted = read_machine(small, {})
+    refused = dataclasses.replace(granted, node=dataclasses.replace(granted.node, amx_refused=True))
     assert "arch_prctl" in machine.isa(refused).remedy
 
 

@@ -196,7 +196,7 @@ def test_decoding_against_what_a_model_was_measured_to_take(image_folder, monkey
     monkeypatch.setattr(torch_checks, "rate_per_core", lambda dataset, config, timed: rate)
     finding = torch_checks.data_folder(image_folder)
     assert finding.severity == severity
-    assert f"resnet50 takes 50 img/s here, {share:.0%} of what {len(node.cores)} cores decode" in finding.cause
+    assert f"resnet50 trains on 50 img/s here, {share:.0%} of what {len(node.cores)} cores decode" in finding.cause
 
 
 def test_a_data_folder_that_cannot_be_used(tmp_path):
