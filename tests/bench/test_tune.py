@@ -271,7 +271,7 @@ def test_ranks_that_do_not_end_are_killed(monkeypatch):
     code = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); signal.pause()"
     process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
     process.stdout.readline()
-    tune._end(process)
+    tune._terminate(process)
     process.stdout.close()
     assert process.returncode == -signal.SIGKILL
 
