@@ -104,7 +104,7 @@ if __name__ == "__main__":
     from knltrain.cli import train as cli
     from knltrain.cli.main import main
 
-    bind_rank = cli._bind_rank
+    bind_rank = train._bind_rank
 
     def bind_rank_and_inject(**options):
         place = bind_rank(**options)  # torch comes after it

@@ -40,7 +40,7 @@ def contents(folder):
 def small_shards(monkeypatch):
     """Seven images in a raw shard, and chunks of three."""
     monkeypatch.setattr(preparing, "_SHARD_BYTES", 7 * SIZE * SIZE * 3)
-    monkeypatch.setattr(preparing, "_CHUNK", 3)
+    monkeypatch.setattr(preparing, "_CHUNK_IMAGES", 3)
 
 
 def reference_square(data, size):
