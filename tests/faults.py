@@ -101,7 +101,7 @@ def flip(tensor, bit):
 
 
 if __name__ == "__main__":
-    from knltrain.cli import train as cli
+    from knltrain.cli import train
     from knltrain.cli.main import main
 
     bind_rank = train._bind_rank
@@ -111,5 +111,5 @@ if __name__ == "__main__":
         inject_all(os.environ["FAULTS"])
         return place
 
-    cli._bind_rank = bind_rank_and_inject
+    train._bind_rank = bind_rank_and_inject
     main()

@@ -12,7 +12,15 @@ import click
 from click.core import ParameterSource
 
 from knltrain import config as configuration
-from knltrain.cli.options import JSON, comma_list, config_of_recipe, field_options, given_fields, positive, reports_errors
+from knltrain.cli.options import (
+    JSON,
+    comma_list,
+    config_of_recipe,
+    field_options,
+    given_fields,
+    positive,
+    reports_errors,
+)
 from knltrain.errors import ConfigError
 
 if TYPE_CHECKING:
