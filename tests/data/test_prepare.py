@@ -329,7 +329,7 @@ def test_folders_that_cannot_be(image_folder, tmp_path):
 
 
 def test_pixels_are_not_prepared_again(raw, tmp_path):
-    with pytest.raises(ConfigError, match="pixels of 32 already"):
+    with pytest.raises(ConfigError, match="images of 32 pixels already"):
         prepare(raw, tmp_path / "out")
 
 
