@@ -377,7 +377,7 @@ def data_parallel_training(rank, size):
 
 @case
 def hooks_and_micro_batches(rank, size):
-    """Only the last micro-batch of an accumulation travels."""
+    """Only the last micro-batch of an accumulation is all-reduced."""
     calls = []
 
     def hook(state, bucket):

@@ -57,7 +57,7 @@ def test_a_gradient_of_low_rank_comes_back_whole(memory_format, dtype):
     assert future.value() is bucket.buffer()
     close = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 0.2}
     torch.testing.assert_close(bucket.gradients()[0], weight, **close)
-    assert torch.equal(bucket.gradients()[1], bias), "what saves nothing travels whole"
+    assert torch.equal(bucket.gradients()[1], bias), "what saves nothing is sent whole"
     assert torch.equal(bucket.gradients()[2], norm)
 
 
@@ -129,9 +129,9 @@ for step in range(4):
     if step == 2:
         carried[weight] = torch.full_like(weight, 3.0)
     parallel(torch.randn(8, 4, 6, 6)).square().mean().backward()
-    travel = clock.pop_step()
+    timing = clock.pop_step()
     steps.append({"gradients": [p.grad.flatten().tolist() for p in model.parameters()],
-                  "exposed": 0 < travel.exposed <= travel.on_wire})
+                  "exposed": 0 < timing.exposed <= timing.on_wire})
     group.set_timeout(60) if step == 0 else None
 Path(sys.argv[1], f"rank{ranks.rank}.json").write_text(json.dumps(steps))
 parallel = None
@@ -155,5 +155,5 @@ def test_all_ranks_get_the_same_gradients(backend, tmp_path):
     assert json.dumps(one) == json.dumps(two)
     assert all(step["exposed"] for step in one)
     means = [torch.tensor(step["gradients"][4]).mean() for step in one]
-    assert means[2] > 1.0, "what earlier micro-batches have carried travels too"
+    assert means[2] > 1.0, "what earlier micro-batches accumulated is sent too"
     assert abs(means[1]) < 0.5

@@ -41,7 +41,7 @@ def test_a_rank_alone_communicates_nothing():
     assert (alone.seconds, alone.exposed_s, alone.sizes, alone.messages) == (11.25, 0, (), 0)
 
 
-def test_buckets_travel_while_the_backward_pass_runs():
+def test_buckets_are_sent_while_the_backward_pass_runs():
     one = step()
     # Forward until 3.5; loss 4.0; second until 7.0, its 2 MiB until 9.0; first until 11.0, its 1 MiB until 12.0.
     assert spans(one, "network") == [("bucket 0", 7.0, 9.0), ("bucket 1", 11.0, 12.0)]
@@ -69,7 +69,7 @@ def test_half_the_bytes_on_the_wire_take_half_the_time():
     assert step(wire_itemsize=2).on_wire_s == 1.5
 
 
-def test_gradients_travel_in_the_last_micro_batch_only():
+def test_gradients_are_sent_in_the_last_micro_batch_only():
     one = step(accumulate=3)
     assert (one.forward_s, one.backward_s) == (10.5, 22.5)
     assert spans(one, "network")[0] == ("bucket 0", 22.0 + 7.0, 22.0 + 9.0)
