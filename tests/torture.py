@@ -146,7 +146,9 @@ def resumed_at(job):
     said = job.said()
     if found := re.search(r"resumed from \S*step-(\d+)", said):
         return int(found[1])
-    if "gradients are all-reduced" not in said or any(path.suffix != ".tmp" for path in job.out.glob("checkpoints/step-*")):
+    if "gradients are all-reduced" not in said or any(
+        path.suffix != ".tmp" for path in job.out.glob("checkpoints/step-*")
+    ):
         return None  # is about to say
     return 0
 
