@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from prepared import prepare
+from runs import assert_same_run, computed, newest, state
 from small_networks import (
     PRECISIONS,
     STEPS,
@@ -28,7 +29,6 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
 from knltrain.training import run_dir, trainer
 from knltrain.training import step as stepping
-from runs import assert_same_run, computed, newest, state
 
 
 @pytest.fixture(autouse=True)
