@@ -51,6 +51,7 @@ def draw_accuracy(results: Results, best: Sequence[Best], reference: Best | None
         axes.plot([], [], "x", color="0.3", label="diverged")
         low, high = axes.get_ylim()
         axes.set_ylim(low - 0.06 * (high - low) * (1 + len(sweep.optimizers)), high)
+        axes.margins(x=0.2)  # for the text beside a cross at the smallest batch
     ticks = sorted({batch for _, batch in sweep.cells})
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks, [batch_name(batch) for batch in ticks])

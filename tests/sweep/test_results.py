@@ -255,6 +255,16 @@ def test_a_seed_that_diverged_is_marked_and_seeds_are_counted(results, accuracy_
     assert (low, high) == (80.0, 82.0)
 
 
+def test_runs_that_diverged_at_the_smallest_batch_are_counted_beside_the_axis(results, accuracy_axes):
+    searched(results)
+    end(results, "sgd", 256, 1.0, 1, top1=82.0)
+    end(results, "sgd", 256, 1.0, 2)
+    end(results, "sgd", 1024, 0.5, 0, top1=70.0)
+    axes = accuracy_axes(results)
+    (text,) = axes.texts
+    assert axes.get_window_extent().x0 < text.get_window_extent().x0
+
+
 def test_the_search_of_a_method_with_rates_of_its_own(tmp_path):
     own = {("sgd", 256): (0.125, 0.25, 0.5), ("lars", 256): (0.5, 1.0, 2.0)}
     results = Results(sweep_of(lr_factors_at=own), tmp_path, IMAGES)
