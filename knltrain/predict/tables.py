@@ -92,7 +92,7 @@ def accounting_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
                                    "operations a byte"))  # fmt: skip
     for row in rows:
         ratio = row["flops_per_byte"]
-        table.add_row(f"{row['batch']:,}", f"{row['iterations']:,}", f"{row['images_per_node']:g}",
+        table.add_row(f"{row['batch']:,}", f"{row['iterations']:,}", f"{row['images_per_node']:,.10g}",
                       f"{row['messages']:,}", f"{row['terabytes']:,.2f}",
                       "" if ratio is None else f"{ratio:,.0f}")  # fmt: skip
     return table
