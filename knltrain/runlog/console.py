@@ -9,7 +9,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console as RichConsole
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from knltrain.errors import one_line
 
@@ -115,19 +116,19 @@ class StepProgress(_Bar):
         self._console, self._total, self._epochs = console, total, epochs
         self._last_line = time.monotonic()
         if console.rich.is_terminal and not console.rich.quiet:
+            # Half a million steps fit into 80 columns. Only the bar shrinks: rich would cut the remaining time as well.
             self._bar = Progress(
-                SpinnerColumn(),
                 TextColumn("epoch {task.fields[epoch]:.1f}/" + f"{epochs:g}"),
                 BarColumn(bar_width=None),
-                TextColumn("{task.completed}/{task.total} steps"),
-                TextColumn("loss {task.fields[loss]:.3f}  {task.fields[rate]:.0f} img/s  data {task.fields[data]:.0%}"),
-                TimeRemainingColumn(),
+                TextColumn("step {task.completed}/{task.total}"),
+                TextColumn("{task.fields[numbers]}"),
+                TimeRemainingColumn(table_column=Column(no_wrap=True)),
                 console=console.rich,
                 transient=True,
                 expand=True,
             )
             self._task: TaskID = self._bar.add_task(
-                "training", total=total, completed=first, epoch=0.0, loss=float("nan"), rate=0.0, data=0.0
+                "training", total=total, completed=first, epoch=epochs * first / total, numbers=""
             )
 
     def step(self, row: Mapping[str, Any]) -> None:
@@ -138,9 +139,7 @@ class StepProgress(_Bar):
                 self._task,
                 completed=row["step"],
                 epoch=row["epoch"],
-                loss=row["loss"],
-                rate=row["images_per_s"],
-                data=data,
+                numbers=f"loss {row['loss']:.3f}  {row['images_per_s']:.0f} img/s  data {data:.0%}",
             )
         elif time.monotonic() - self._last_line > _LINE_INTERVAL_S:
             self._last_line = time.monotonic()

@@ -16,7 +16,7 @@ from rich.console import Console as RichConsole
 
 from knltrain.cli.main import main
 from knltrain.doctor.finding import Finding
-from knltrain.runlog.console import Console
+from knltrain.runlog.console import Console, StepProgress
 from knltrain.runlog.tables import fit, new_table, print_table
 
 PREDICT = ("predict", "--recipe", "alexnet-bn-32k", "--nodes", "512")
@@ -87,6 +87,20 @@ def test_columns_that_do_not_fit_are_named():
     text = STYLE.sub("", in_terminal(80, *COMMANDS["predict"]))
     assert "too wide for 80 columns: node-hours, USD, kWh" in text
     assert "too wide" not in in_terminal(120, *COMMANDS["predict"])
+
+
+def test_the_progress_of_half_a_million_steps_fits_80_columns():
+    console, now = Console(), 0.0
+    console.rich = RichConsole(file=io.StringIO(), force_terminal=True, width=80, get_time=lambda: now)
+    with StepProgress(console, first=100_000, total=450_410, epochs=90) as bar:
+        for step in range(100_001, 100_004):
+            now += 0.3
+            bar.step({"step": step, "epoch": 20.1, "loss": 6.912, "images_per_s": 587.0, "data_s": 0.03, "step_s": 0.3})
+        bar._bar.refresh()
+    text = STYLE.sub("", console.rich.file.getvalue())
+    assert "…" not in text
+    assert "loss nan" not in text
+    assert re.search(r"step 100003/450410 loss 6.912  587 img/s  data 10% \d\d:\d\d:\d\d", text)
 
 
 def table():
