@@ -22,18 +22,18 @@ def duration(seconds: float) -> str:
 def summary(prediction: Prediction) -> list[str]:
     """Time, speed and cost of a run, in a few lines."""
     job, step = prediction.job, prediction.step
-    config = job.config
+    config, nodes = job.config, "node" if job.nodes == 1 else "nodes"
     cost = "" if prediction.usd is None else f", {prediction.usd:,.0f} USD"
     energy = "" if prediction.kwh is None else f", {prediction.kwh:,.0f} kWh"
     return [
         f"{config.recipe or config.model}: {config.model}, {config.epochs:g} epochs at batch {config.global_batch:,} "
-        f"on {job.nodes:,} nodes of {job.system.name} ({job.system.about})",
+        f"on {job.nodes:,} {nodes} of {job.system.name} ({job.system.about})",
         f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
         f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb_of(job.ranks):g} MiB, "
         f"{job.algorithm or job.system.network.algorithm}{'' if job.overlap else ', after the backward pass'}",
         f"{duration(prediction.total_s)}: {prediction.steps:,} steps{_of(prediction)} {1e3 * step.seconds:.1f} ms, "
         f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",
-        f"{prediction.images_per_s:,.0f} img/s, {prediction.efficiency:.0%} of {job.nodes:,} single nodes; "
+        f"{prediction.images_per_s:,.0f} img/s, {prediction.efficiency:.0%} of {job.nodes:,} single {nodes}; "
         f"{prediction.node_hours:,.1f} node-hours{cost}{energy}",
     ]
 

@@ -90,7 +90,7 @@ def colours(count: int) -> list[str]:
 def draw(runs: Sequence[Run]) -> list[Picture]:
     """Draws what the runs have logged; a figure for which none has anything is left out."""
     loss_limit = _loss_limit(runs)
-    beyond = "" if loss_limit is None else " A triangle at the upper edge: from there on, losses beyond the axis."
+    beyond = "" if loss_limit is None else " A triangle at the upper edge: a run's first loss beyond the axis."
     found = [
         _curves(runs, "accuracy", "Validation accuracy", "Top-1 of each evaluation.", _accuracy),
         _curves(runs, "loss", "Loss", "Training loss as a line, of many steps their mean; validation loss as points."
