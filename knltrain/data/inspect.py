@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Container
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
+from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from knltrain.config import RunConfig
@@ -155,8 +157,12 @@ def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -
     pixels = ((images.permute(0, 2, 3, 1) * torch.tensor(STD) + torch.tensor(MEAN)) * 255).round().clamp(0, 255).byte()
     scale = max(1, -(-_MIN_CELL // config.image_size))
     side = scale * config.image_size
-    font = ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"), _FONT_SIZE)
-    names = {label: _wrapped(one_line(dataset.classes[label]), font, side) for label in set(labels.tolist())}
+    path_of_font = str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf"))
+    font, letters = ImageFont.truetype(path_of_font, _FONT_SIZE), FT2Font(path_of_font).get_charmap()
+    names = {
+        label: _wrapped(_spelled(one_line(dataset.classes[label]), letters), font, side)
+        for label in set(labels.tolist())
+    }
     height = side + _LINE_HEIGHT * max(map(len, names.values())) + _GAP
     sheet = Image.new("RGB", (_SHEET * (side + _GAP) - _GAP, _SHEET * height), "white")
     draw = ImageDraw.Draw(sheet)
@@ -166,6 +172,11 @@ def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -
         for number, line in enumerate(names[label]):
             draw.text((x, y + side + number * _LINE_HEIGHT), line, fill="black", font=font)
     sheet.save(path)
+
+
+def _spelled(name: str, letters: Container[int]) -> str:
+    """The name with escapes for letters that the font lacks, which would all be the same box."""
+    return "".join(letter if ord(letter) in letters else letter.encode("unicode_escape").decode() for letter in name)
 
 
 def _wrapped(name: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:

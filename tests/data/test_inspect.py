@@ -8,7 +8,7 @@ from knltrain.config import RunConfig, override
 from knltrain.data.inspect import describe
 from knltrain.runlog.console import Console
 
-NAMES = ["automobile", "größe_Ωμέγα", "a_class_with_a_very_long_name_of_many_words", "x" * 90, "two\nlines"]
+NAMES = ["automobile", "größe_Ωμέγα", "a_class_with_a_very_long_name_of_many_words", "x" * 90, "two\nlines", "犬"]
 
 
 @pytest.fixture
@@ -41,4 +41,4 @@ def test_names_are_whole_and_within_their_cells(folder, tmp_path, monkeypatch):
         assert all(length <= 128 for _, _, length in lines)
         for row in range(8):
             found.add("".join(line for y, line, _ in lines if row * height <= y < (row + 1) * height))
-    assert found == {*NAMES[:4], "two\\nlines"}
+    assert found == {*NAMES[:4], "two\\nlines", "\\u72ac"}
