@@ -32,12 +32,12 @@ def _bind_rank(*, strict: bool) -> Any:
     """Binds this rank to its cores, before torch is imported."""
     from knltrain.launch.placement import bind_rank
 
-    place = bind_rank(strict=strict)
-    for problem in place.warnings:
+    placement = bind_rank(strict=strict)
+    for problem in placement.warnings:
         # Warnings about a node are printed once per node, those about a rank by that rank.
-        if place.ranks.local_rank == 0 or f"rank {place.ranks.rank} " in problem:
+        if placement.ranks.local_rank == 0 or f"rank {placement.ranks.rank} " in problem:
             click.echo(f"warning: {problem}", err=True)
-    return place
+    return placement
 
 
 @click.command()
@@ -69,11 +69,11 @@ def train(
     config = configuration.override(config, {**from_file, **flags})
     allowed = configuration.names(allow_change) if allow_change is not None else frozenset()
 
-    place = _bind_rank(strict=not no_strict_affinity)
+    placement = _bind_rank(strict=not no_strict_affinity)
 
     from knltrain.runlog.console import Console
 
-    console = Console(json=as_json, silent=place.ranks.rank != 0)
+    console = Console(json=as_json, silent=placement.ranks.rank != 0)
     changed = {*flags, *from_file}
     if recipe and "global_batch" in changed and "optim.lr" not in changed and config.optim.lr_scaling == "none":
         console.warn(
@@ -86,12 +86,12 @@ def train(
 
     from knltrain.training.trainer import train as run
 
-    summary, finished = run(config, console, place, allow_change=allowed)
+    summary, finished = run(config, console, placement, allow_change=allowed)
     if not finished:
         when = f"after step {summary['steps']:,}" if summary else "before the first step"
         without = " without --resume never" if config.resume == "never" else ""
         console.line(f"stopped by a signal {when}; the same command{without} goes on from there")
-        if as_json and place.ranks.rank == 0:
+        if as_json and placement.ranks.rank == 0:
             click.echo(json.dumps(summary or {"finished": False}))
         sys.exit(STOPPED)
     if summary:
@@ -132,14 +132,14 @@ def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values:
         raise ConfigError(f"{unused[0]} has no effect on {checkpoint}: a checkpoint names its network; omit the option")
     config = configuration.override(RunConfig(), fields)
 
-    place = _bind_rank(strict=not no_strict_affinity)
+    placement = _bind_rank(strict=not no_strict_affinity)
 
     from knltrain.runlog.console import Console
     from knltrain.training.evaluate import evaluate_checkpoint
 
-    first = place.ranks.rank == 0
+    first = placement.ranks.rank == 0
     console = Console(json=as_json, silent=not first)
-    result = evaluate_checkpoint(Path(checkpoint), config, console, place, classes=classes)
+    result = evaluate_checkpoint(Path(checkpoint), config, console, placement, classes=classes)
     console.line(
         f"top-1 {result['top1']:.2f} %, top-5 {result['top5']:.2f} %, loss {result['loss']:.4f} over "
         f"{result['images']:,} images, {result['images_per_s']:.0f} img/s"

@@ -207,20 +207,20 @@ class Loader:
         # An image belongs to different ranks in different epochs: the ranks' counts must not be added.
         return sum(count > 0 for count in total(*(index in self._bad for index in range(len(self)))))
 
-    def training(self, share: RankBatch, first_step: int, last_step: int) -> Generator[Batch, None, None]:
+    def training(self, part: RankBatch, first_step: int, last_step: int) -> Generator[Batch, None, None]:
         """Yields this rank's micro-batches of the steps [first_step, last_step).
 
         Raises:
             DataError: an image that cannot be decoded; the message has its path.
         """
         seed, count = self._config.seed, len(self._dataset)
-        config = self._config if share.image_size is None else self._config.at_size(share.image_size)
+        config = self._config if part.image_size is None else self._config.at_size(part.image_size)
 
         def batches() -> Iterator[list[_Item]]:
             for step in range(first_step, last_step):
-                for first, stop in share.ranges(step):
+                for first, stop in part.ranges(step):
                     chosen = order.samples(seed, count, first, stop)
-                    if config.augment.name == "none" or not share.augmented:
+                    if config.augment.name == "none" or not part.augmented:
                         yield [_Item(sample, None) for sample in chosen.tolist()]
                         continue
                     drawn = order.draws(seed, first, stop, augment.NUM_DRAWS)

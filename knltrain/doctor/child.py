@@ -124,9 +124,9 @@ def _main(data: str, names: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # Before torch is loaded, as in training. Errors of binding are reported by another check.
-    place: RankPlacement | None = None
+    placement: RankPlacement | None = None
     with contextlib.suppress(KnltrainError):
-        place = bind_rank(strict=False)
+        placement = bind_rank(strict=False)
 
     def report(finding: Finding) -> None:
         print(json.dumps(dataclasses.asdict(finding)), file=answers, flush=True)
@@ -144,7 +144,7 @@ def _main(data: str, names: Sequence[str]) -> None:
             )
         )
     else:
-        checks = torch_checks.checks_of(place, Path(data))
+        checks = torch_checks.checks_of(placement, Path(data))
         for name in names:
             report(run_check(name, checks[name], _TIMEOUTS_S[name], torch_checks.ON_TIMEOUT.get(name)))
     # Do not wait for threads of checks that hang.

@@ -150,7 +150,7 @@ def affinity(machine: Machine) -> Finding:
     try:
         # The mask of a launcher is known only on this machine, not for a copy of another node.
         shared = node_before_pinning(ranks, node) if machine.root == Path("/") else whole
-        place = plan_placement(ranks, node, shared, environ={})
+        placement = plan_placement(ranks, node, shared, environ={})
     except KnltrainError as error:
         cause, _, remedy = str(error).partition("; ")
         return Finding("affinity", "error", cause, "training refuses to start on fewer cores than planned", remedy)
@@ -167,13 +167,13 @@ def affinity(machine: Machine) -> Finding:
     if beyond := unconfined_warning(node, machine.environ):
         cause, _, remedy = beyond.partition("; ")
         return Finding("affinity", "warning", cause, "jobs on this node take each other's cores", remedy)
-    pinned = [warning for warning in place.warnings if ranks.launcher in warning]
+    pinned = [warning for warning in placement.warnings if ranks.launcher in warning]
     if pinned:
         cause, _, remedy = pinned[0].partition("; ")
         return Finding("affinity", "warning", cause, "this rank is slower than the others, which wait for it", remedy)
     limits = "" if len(node.group_cpus) == node.online else " (the control group's)"
-    role = f"rank {place.ranks.local_rank} of {ranks.local_size} here" if ranks.size > 1 else "alone"
-    return Finding("affinity", "ok", f"{have}{limits}; {role}, computes on {format_cpu_list(place.plan.compute)}")
+    role = f"rank {placement.ranks.local_rank} of {ranks.local_size} here" if ranks.size > 1 else "alone"
+    return Finding("affinity", "ok", f"{have}{limits}; {role}, computes on {format_cpu_list(placement.plan.compute)}")
 
 
 def _pinned_by(machine: Machine) -> str:

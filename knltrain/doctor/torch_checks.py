@@ -52,15 +52,15 @@ ON_TIMEOUT = {
 }
 
 
-def checks_of(place: RankPlacement | None, data: Path) -> dict[str, Callable[[], Finding]]:
+def checks_of(placement: RankPlacement | None, data: Path) -> dict[str, Callable[[], Finding]]:
     """Returns the checks by name.
 
     Args:
-        place: this process's placement before torch was loaded; None if there is none.
+        placement: this process's placement before torch was loaded; None if there is none.
         data: the folder to check.
     """
     return {
-        "torch": functools.partial(torch_itself, place),
+        "torch": functools.partial(torch_itself, placement),
         "kernels": kernels,
         "engines": engines,
         "openmp": lambda: openmp(Path("/proc/self/maps").read_text("utf-8", "replace"), _preloaded()),
@@ -70,12 +70,12 @@ def checks_of(place: RankPlacement | None, data: Path) -> dict[str, Callable[[],
     }
 
 
-def torch_itself(place: RankPlacement | None) -> Finding:
+def torch_itself(placement: RankPlacement | None) -> Finding:
     """Checks version and threads, and whether loading torch changed the CPU mask."""
     found = f"torch {torch.__version__}, {torch.get_num_threads()} threads"
-    if place is None:
+    if placement is None:
         return Finding("torch", "ok", found)
-    if moved := binding_drift(place):
+    if moved := binding_drift(placement):
         return Finding(
             "torch",
             "warning",
@@ -84,11 +84,11 @@ def torch_itself(place: RankPlacement | None) -> Finding:
             "unset what binds threads (KMP_AFFINITY, GOMP_CPU_AFFINITY), or the package that brings another "
             "OpenMP runtime",
         )
-    if torch.get_num_threads() != place.plan.threads:
+    if torch.get_num_threads() != placement.plan.threads:
         return Finding(
             "torch",
             "warning",
-            f"{found}, and the plan has {place.plan.threads}",
+            f"{found}, and the plan has {placement.plan.threads}",
             "cores stay idle, or threads wait for each other",
             "unset MKL_NUM_THREADS and OMP_THREAD_LIMIT",
         )

@@ -93,7 +93,7 @@ def evaluate(
     )
 
 
-def _agreed(path: Path, group: Group, console: Console) -> Path:
+def _same_on_all_ranks(path: Path, group: Group, console: Console) -> Path:
     """What all ranks evaluate: the file, or the newest checkpoint as the first one sees it, which may be growing."""
     found = ""
     if group.is_first:
@@ -105,7 +105,7 @@ def _agreed(path: Path, group: Group, console: Console) -> Path:
 
 
 def evaluate_checkpoint(
-    path: Path, config: RunConfig, console: Console, place: RankPlacement, *, classes: Sequence[str] | None = None
+    path: Path, config: RunConfig, console: Console, placement: RankPlacement, *, classes: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Evaluates a checkpoint, or a file of weights, on the ``val`` part of a data set.
 
@@ -114,7 +114,7 @@ def evaluate_checkpoint(
         config: names the data, the precision and the number of decode threads. A checkpoint says the rest; for a file,
             ``config`` names its network, image size and resize too.
         console: where to speak.
-        place: where this rank runs.
+        placement: where this rank runs.
         classes: for a file, the names of its classes in the order of the logits, where they are known.
 
     Returns:
@@ -126,13 +126,13 @@ def evaluate_checkpoint(
         DataError: the data cannot be used, or has other classes than the checkpoint was trained on.
     """
     keep_freed_memory()
-    ranks, node, threads = place.ranks, place.node, place.plan.threads
+    ranks, node, threads = placement.ranks, placement.node, placement.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
-    with running_on(place.plan.comm):
-        group = Group(ranks, cpus=place.plan.comm)
+    with running_on(placement.plan.comm):
+        group = Group(ranks, cpus=placement.plan.comm)
     with group, group.report_lost_ranks():
-        path = _agreed(path, group, console)
+        path = _same_on_all_ranks(path, group, console)
         of_a_file = path.is_file()
         if of_a_file and group.world_size > 1:  # alone there is nothing to compare
             require_same_file(str(path), checksum(str(path)), group)
@@ -148,7 +148,7 @@ def evaluate_checkpoint(
         elif load_file(path, model):
             raise DataError(f"{config.data}/val has {len(dataset.classes):,} classes, and {path} another number")
         workers = threads if config.workers is None else config.workers
-        loader = Loader(dataset, config, dtype=DTYPES[precision], workers=workers, cpus=place.plan.decode)
+        loader = Loader(dataset, config, dtype=DTYPES[precision], workers=workers, cpus=placement.plan.decode)
         console.line(
             f"{config.model} of {path} on {len(dataset):,} images of {config.image_size} pixels, cut out of "
             f"{config.resize}; {precision}, {threads} threads a rank"

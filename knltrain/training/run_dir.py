@@ -36,7 +36,8 @@ def lock_run_dir(out: Path, console: Console, *, timeout_s: float | None = None)
     """Makes a run's folder, and keeps other runs out of it as long as this process lives.
 
     The lock is the kernel's (fcntl, which NFS has too): a process that is killed holds it no longer. After the death of
-    a node, an NFS server keeps it until the node's lease ends, usually 90 s. A folder that stays empty is removed.
+    a node, an NFS server keeps it until the node's lease ends, usually 90 s. Folders that are made here and stay empty
+    are removed.
 
     Args:
         out: the folder.
@@ -46,7 +47,7 @@ def lock_run_dir(out: Path, console: Console, *, timeout_s: float | None = None)
     Raises:
         KnltrainError: another run has it; names the host and the process.
     """
-    made = not out.exists()
+    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     path = out / ".lock"
     descriptor = _locked(path, console, _LOCK_TIMEOUT_S if timeout_s is None else timeout_s)
     try:
@@ -57,8 +58,8 @@ def lock_run_dir(out: Path, console: Console, *, timeout_s: float | None = None)
     finally:
         with contextlib.suppress(OSError):
             path.unlink()
-            if made:
-                out.rmdir()
+            for folder in missing:
+                folder.rmdir()
         os.close(descriptor)
 
 
@@ -68,7 +69,12 @@ def _locked(path: Path, console: Console, timeout_s: float) -> int:
     told = False
     while True:
         out.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another run has just removed the folder, which was empty
+            if time.monotonic() > deadline:
+                raise
+            continue
         try:
             fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # A run that ends removes the file: what was locked may be one that has no name any more.

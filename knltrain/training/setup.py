@@ -93,7 +93,7 @@ def set_up(
     train_set, val_set = open_datasets(config, placement, group, console, stop)
     schedule = make_schedule(config, len(train_set))
     rank_batches = rank_batches_of(by_size, schedule)
-    runtime_env = describe_runtime(config, compute, placement, group, train_set, rank_batches[-1], start)
+    runtime_env = choose_runtime(config, compute, placement, group, train_set, rank_batches[-1], start)
     workers = compute.threads if config.workers is None else config.workers
     loaders = [
         cleanup.enter_context(
@@ -186,11 +186,11 @@ def open_datasets(
     return data
 
 
-def describe_runtime(
+def choose_runtime(
     config: RunConfig, compute: Compute, placement: RankPlacement, group: Group, train_set: Dataset, part: RankBatch,
     start: ResumePoint,
 ) -> dict[str, Any]:  # fmt: skip
-    """What of ranks, machine and versions decides a run's bits; which convolutions are native is chosen here.
+    """Chooses which convolutions are native, and says what of ranks, machine and versions decides a run's bits.
 
     Args:
         config: what is trained.
