@@ -291,6 +291,12 @@ def test_refusals_come_before_training(config, changes, words):
     assert not Path(config.out).exists()
 
 
+def test_a_refused_run_leaves_no_folders(config, tmp_path):
+    with pytest.raises(KnltrainError):
+        run(config, data="/nowhere/at/all", out=str(tmp_path / "runs" / "first"))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tmp_path):
     """Their neighbours take their places in the accuracy."""
     run(config, max_steps=1)
