@@ -46,7 +46,7 @@ def test_one_rank_goes_on_where_two_were_stopped(image_folder, tmp_path, monkeyp
     result = start([*mpiexec("-n", 2), *KNLTRAIN, "train", *command("together", "--max-steps", "3", *GLOO)])
     assert result.returncode == 0, result.stderr
     said = " ".join(train_here(*command("together")).split())
-    assert "was made otherwise (world_size 2 -> 1, backend gloo -> none)" in said
+    assert "was computed otherwise (world_size 2 -> 1, backend gloo -> none)" in said
     assert "bits may differ" in said
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
 

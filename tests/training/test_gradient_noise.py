@@ -36,7 +36,7 @@ def test_of_a_quadratic(ranks, accumulate):
     mean[0] = distance
     share = RankBatch(ranks * accumulate * local, local, 0, ranks)
     group = types.SimpleNamespace(world_size=ranks)
-    noise, progress = NoiseScale(RunConfig(), group), Progress(step=0)
+    noise = NoiseScale(RunConfig(), group)
     for _ in range(100):
         draws = rng.normal(scale=deviation, size=(ranks, accumulate, local, dimensions))
         micro_batches = torch.tensor(mean + draws.mean(2), dtype=torch.float32)
@@ -51,8 +51,8 @@ def test_of_a_quadratic(ranks, accumulate):
                 for bucket in micro_batches[rank].mean(0).split(1500):
                     noise.add(bucket)
             squares += noise.squares
-        progress = noise.update(progress, squares, float(micro_batches.mean((0, 1)).norm()))
-    assert noise.row(progress)["noise_scale"] == pytest.approx(known, rel=0.05)
+        noise.update(squares, float(micro_batches.mean((0, 1)).norm()))
+    assert noise.row()["noise_scale"] == pytest.approx(known, rel=0.05)
 
 
 def begun(share, **comm):
@@ -64,27 +64,38 @@ def begun(share, **comm):
 def test_where_it_is_not_defined():
     def row(share, **comm):
         noise = begun(share, **comm)
-        return noise.row(noise.update(Progress(step=0), 3.0, 1.0))
+        noise.update(3.0, 1.0)
+        return noise.row()
 
     assert row(RankBatch(64, 64, 0, 1)) == {}
     assert row(RankBatch(64, 16, 0, 2), compression="powersgd") == {}
     assert row(RankBatch(64, 16, 0, 1))["noise_scale"] == pytest.approx(2 / (1 / 16 - 1 / 64) / ((64 - 48) / 48))
     # The small batch has the smaller norm: by chance, or where there is no noise.
-    assert begun(RankBatch(64, 16, 0, 1)).row(Progress(step=0)) == {"noise_scale": None}
+    assert begun(RankBatch(64, 16, 0, 1)).row() == {"noise_scale": None}
 
 
 def test_of_batches_that_grow():
     """Batches of 16 and 64 in micro-batches of 16: the first have nothing to be compared with."""
-    noise, progress = begun(RankBatch(16, 16, 0, 1)), Progress(step=0)
-    assert noise.row(progress) == {}
+    noise = begun(RankBatch(16, 16, 0, 1))
+    assert noise.row() == {}
     noise.begin_step(RankBatch(64, 16, 0, 1))
-    assert noise.row(noise.update(progress, 3.0, 1.0))["noise_scale"] == pytest.approx(128)
+    noise.update(3.0, 1.0)
+    assert noise.row()["noise_scale"] == pytest.approx(128)
 
 
-def test_a_gradient_that_is_no_number_does_not_stay():
+def test_a_nan_does_not_stay():
     noise = begun(RankBatch(64, 16, 0, 1))
-    before = noise.update(Progress(step=0), 3.0, 1.0)
-    assert noise.update(before, float("nan"), 1.0) == before
+    noise.update(3.0, 1.0)
+    before = noise.state()
+    noise.update(float("nan"), 1.0)
+    assert noise.state() == before
+
+
+def test_a_checkpoint_has_its_averages():
+    noise, resumed = begun(RankBatch(64, 16, 0, 1)), begun(RankBatch(64, 16, 0, 1))
+    noise.update(3.0, 1.0)
+    resumed.load(Progress(step=1, **noise.state()))
+    assert resumed.row() == noise.row() != {"noise_scale": None}
 
 
 def norms(folder):
