@@ -123,7 +123,7 @@ def test_a_run_that_diverged_leaves_the_others_their_scale(tmp_path, loss, clipp
     if clipped:
         assert axes.get_ylim() == (0, limit)
     invoke(*folders, "--out", tmp_path / "out")
-    assert ("losses beyond the axis" in " ".join(page_of(tmp_path / "out").texts)) == clipped
+    assert ("first loss beyond the axis" in " ".join(page_of(tmp_path / "out").texts)) == clipped
 
 
 def test_the_time_to_a_target(tmp_path):
