@@ -29,16 +29,17 @@ def channels_last(*shape):
     return torch.randn(shape).contiguous(memory_format=torch.channels_last)
 
 
-def engine_of(name, image_size, precision, *, engine="fused", dropout=None, lr=0.005):
+def engine_of(name, image_size, precision, *, engine="fused", dropout=None, lr=0.005, seed=0):
     optim = OptimConfig(name="sgd", variant="heavy-ball", lr=lr, weight_decay=1e-4)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = model_of(RunConfig(model=name, image_size=image_size, dropout=dropout), 10)
     return build_engine(engine, precision, model, build_optimizer(model, optim))
 
 
-def losses(name, image_size, precision, engine, *, steps, batch, lr):
-    made = engine_of(name, image_size, precision, engine=engine, lr=lr)
-    generator = torch.Generator().manual_seed(1)
+def losses(name, image_size, precision, engine, *, steps, batch, lr, seed=0):
+    dropout = 0.0 if name == "alexnet_bn" else None
+    made = engine_of(name, image_size, precision, engine=engine, dropout=dropout, lr=lr, seed=seed)
+    generator = torch.Generator().manual_seed(1 + seed)
     labels = torch.randint(10, (64,), generator=generator)
     images = torch.randn(64, 3, image_size, image_size, generator=generator) + 0.3 * labels.view(-1, 1, 1, 1)
     values = []
@@ -66,7 +67,7 @@ def first_gradients(name, image_size, precision, engine):
 
 
 def test_bf16_gradients_are_as_near_to_float32_as_autocasts():
-    """Layer by layer. Losses would say less: ReLU and pooling turn on roundings, and runs drift apart by chance."""
+    """Layer by layer, in one step: runs drift apart by chance, for ReLU and pooling turn on roundings."""
     if reason := why_no_engine("eager", "bf16"):
         pytest.skip(reason)
     reference = first_gradients("alexnet_bn", 67, "fp32", "eager")
@@ -80,17 +81,25 @@ def test_bf16_gradients_are_as_near_to_float32_as_autocasts():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, image_size, lr, steps", [("small_resnet", 32, 0.005, 20), ("resnet20", 32, 0.02, 24)])
-def test_steps_stay_in_the_band_of_bf16_autocast(name, image_size, lr, steps, monkeypatch):
-    """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure."""
+@pytest.mark.parametrize(
+    "name, image_size, lr, steps, seeds",
+    [("small_resnet", 32, 0.005, 20, 1), ("resnet20", 32, 0.02, 24, 1), ("alexnet_bn", 67, 0.02, 20, 3)],
+)
+def test_steps_stay_in_the_band_of_bf16_autocast(name, image_size, lr, steps, seeds, monkeypatch):
+    """How far bf16 may lead from float32 is not for us to say: stock autocast's distance is the measure.
+
+    The distances of one run of AlexNet-BN are anywhere from half to twice each other: it takes the mean of several.
+    """
     if reason := why_no_engine("eager", "bf16"):
         pytest.skip(reason)
     add_small_networks(monkeypatch.setitem)
-    run = {"steps": steps, "batch": 16, "lr": lr}
-    reference = losses(name, image_size, "fp32", "eager", **run)
-    assert reference[-8:].mean() < 0.9 * reference[:8].mean()
-    autocast = (losses(name, image_size, "bf16", "eager", **run) - reference).abs().mean()
-    ours = (losses(name, image_size, "bf16", "fused", **run) - reference).abs().mean()
+    autocast = ours = 0.0
+    for seed in range(seeds):
+        run = {"steps": steps, "batch": 16, "lr": lr, "seed": seed}
+        reference = losses(name, image_size, "fp32", "eager", **run)
+        assert reference[-8:].mean() < 0.9 * reference[:8].mean()
+        autocast += float((losses(name, image_size, "bf16", "eager", **run) - reference).abs().mean()) / seeds
+        ours += float((losses(name, image_size, "bf16", "fused", **run) - reference).abs().mean()) / seeds
     assert ours < 1.5 * autocast, f"{ours:.4f} from float32, autocast {autocast:.4f}"
 
 
