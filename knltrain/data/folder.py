@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
@@ -90,6 +91,14 @@ class Folder:
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = "replace or remove this image, or pass --on-bad skip" if is_bad(error) else "see that it can be read"
         return DataError(f"{self.name(index)}: {reason}; {remedy}")
+
+    def files_sha256(self) -> str:
+        """Returns a hash of the files' names below the part."""
+        begin = len(str(self.part)) + 1
+        digest = sha256()
+        for file in self._files:
+            digest.update(f"{file[begin:]}\n".encode(errors="surrogateescape"))
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Does nothing: no file stays open between images."""

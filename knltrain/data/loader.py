@@ -66,6 +66,9 @@ class Dataset(Protocol):
     def bad(self, index: int, error: DecodeError | OSError) -> DataError:
         """Returns the error for an image that cannot be used: its name, and what to do."""
 
+    def files_sha256(self) -> str:
+        """Returns a hash of where the images are, without reading any; equal for a copy."""
+
     def close(self) -> None:
         """Closes all files."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -84,6 +85,11 @@ class Manifest(msgspec.Struct, kw_only=True):
         strangers = {path.relative_to(root).as_posix() for path in found or ()} - {s.file for s in self.shards[part]}
         if strangers:
             raise DataError(f"{root / min(strangers)}: not in {NAME}; move it elsewhere")
+
+    def part_sha256(self, part: str) -> str:
+        """Returns a hash of a part's files, by their checksums; equal for a copy of the folder."""
+        files = msgspec.json.encode((self.format, self.size, self.shards[part], self.labels.get(part)))
+        return hashlib.sha256(files).hexdigest()
 
 
 def read_manifest(root: Path) -> Manifest | None:

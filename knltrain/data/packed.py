@@ -35,6 +35,7 @@ class Packed:
         manifest.check_shards(root, part)
         self.classes = tuple(manifest.classes)
         self.size = manifest.size
+        self._files_sha256 = manifest.part_sha256(part)
         self._paths = [root / shard.file for shard in manifest.shards[part]]
         self._shards: list[Pixels] = []
         for path in self._paths:
@@ -81,6 +82,10 @@ class Packed:
     def bad(self, index: int, error: Exception) -> DataError:
         """Returns the error for an image that cannot be used."""
         return DataError(f"{self.name(index)}: {error}")
+
+    def files_sha256(self) -> str:
+        """Returns a hash of the manifest's checksums."""
+        return self._files_sha256
 
     def close(self) -> None:
         """Unmaps the files."""

@@ -45,5 +45,9 @@ class Synthetic:
         """Returns the error for an image that cannot be used."""
         return DataError(f"{self.name(index)}: {error}")
 
+    def files_sha256(self) -> str:
+        """Returns the same for all of these data sets, which have no files."""
+        return "synthetic"
+
     def close(self) -> None:
         """Does nothing: no file is open."""

@@ -109,6 +109,7 @@ class Tar:
     def __init__(self, root: Path, part: str) -> None:
         self._paths = shards_of(root, part)
         manifest = read_manifest(root)
+        self._part, self._manifest = part, manifest
         if manifest is not None:
             manifest.check_shards(root, part, self._paths)
         elif not self._paths:
@@ -169,6 +170,15 @@ class Tar:
         reason = error.strerror if isinstance(error, OSError) else error
         remedy = "copy the shard again, or pass --on-bad skip" if is_bad(error) else "see that the shard can be read"
         return DataError(f"{self.name(index)}: {reason}; {remedy}")
+
+    def files_sha256(self) -> str:
+        """Returns a hash of the manifest's checksums, or of the shards' names and their index."""
+        if self._manifest is not None:
+            return self._manifest.part_sha256(self._part)
+        digest = sha256("\n".join(path.name for path in self._paths).encode(errors="surrogateescape"))
+        for column in self._index:
+            digest.update(column.tobytes())
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Closes the shards."""
