@@ -81,7 +81,9 @@ class TrainingStep:
             config, num_classes=classes, engine=name, precision=precision, node=self.node, threads=self.threads,
             images=config.global_batch,
         )  # fmt: skip
-        self.engine = build_engine(name, precision, model, build_optimizer(model, config.optim), convolutions)
+        optimizer = build_optimizer(model, config.optim)
+        optimizer.carries_norms = True  # as in a run
+        self.engine = build_engine(name, precision, model, optimizer, convolutions)
         self._config = config
         self._share = RankBatch(config.global_batch, config.global_batch, rank=0, world_size=1)
         self._loader: Loader | None = None

@@ -4,10 +4,26 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+
+class _Mark(NamedTuple):
+    """An option by which another optimizer's saved state is known, and what its buffers hold."""
+
+    option: str
+    whose: str
+    holds: str
+
+
+_MARKS = (
+    _Mark("trust_coefficient", "knltrain's LARS", "steps with their learning rates"),
+    _Mark("trust_coeff", "timm's Lars", "scaled gradients without their learning rates"),
+    _Mark("betas", "Adam's family", "moments of gradients"),
+    _Mark("dampening", "torch.optim.SGD, or of apex's LARC around it", "gradients without their learning rates"),
+)
 
 
 class MasterOptimizer(torch.optim.Optimizer):
@@ -15,14 +31,23 @@ class MasterOptimizer(torch.optim.Optimizer):
 
     Such a parameter uses its copy's gradient, and each step writes both. :meth:`accumulate_fp32` sums the gradients of
     several micro-batches in float32.
+
+    Attributes:
+        carries_norms: LARS keeps the norms of weights from the update that wrote them, which saves a pass over the
+            weights. For a loop in which nobody else writes to them: a write through ``.data`` or NumPy is not seen.
     """
 
+    carries_norms = False
     # Names of a parameter's state tensors, which have its shape and start at zero.
     _buffers: tuple[str, ...] = ("momentum_buffer",)
+    # Options that are younger than some saved states, and what those states mean.
+    _later_options: Mapping[str, Any] = {}
+    # Options of other optimizers with which a state means the same here, and their only values.
+    _equal_options: Mapping[str, Any] = {}
 
     # PyTorch wraps these to exclude them from compilation; the first call imports torch._dynamo, 1 s of start-up.
     add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
-    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+    _load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
     state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
     _zero_parameters_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
@@ -30,6 +55,55 @@ class MasterOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
         self.working_copies: dict[Tensor, nn.Parameter] = {}
         self.accumulated: dict[Tensor, Tensor] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "working_copies": self.working_copies, "accumulated": self.accumulated}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for option, value in self._later_options.items():
+                group.setdefault(option, value)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continues a state that :meth:`state_dict` gave, for the same parameters in the same groups.
+
+        What parameters are called here, and the kind of each group, stays. Buffers are copied.
+
+        Raises:
+            ValueError: the state is of another optimizer or of other parameters; nothing has changed.
+        """
+        groups = list(state_dict["param_groups"])
+        state = {
+            index: {name: value for name, value in entries.items() if value is not None}
+            for index, entries in state_dict["state"].items()
+        }
+        lengths, saved = ([len(group["params"]) for group in some] for some in (self.param_groups, groups))
+        if lengths == saved:  # else torch says what is wrong
+            for place, (group, live) in enumerate(zip(groups, self.param_groups, strict=True)):
+                self._refuse_another_optimizers(group)
+                groups[place] = {**group, **{key: live[key] for key in ("names", "kind") if key in live}}
+                for index, parameter in zip(group["params"], live["params"], strict=True):
+                    for name in state.get(index, {}).keys() & {*self._buffers}:
+                        state[index][name] = _copy_of_buffer(name, state[index][name], parameter)
+        self._load_state_dict({"state": state, "param_groups": groups})
+
+    def _refuse_another_optimizers(self, group: Mapping[str, Any]) -> None:
+        """Raises ValueError if a saved group is of an optimizer whose state means something else."""
+        own = type(self).__name__
+        options = self.defaults.keys() - {"differentiable"}  # torch adds it to an optimizer that was copied
+        missing = sorted(options - group.keys() - self._later_options.keys())
+        foreign = [mark for mark in _MARKS if mark.option in group and mark.option not in options]
+        foreign = [mark for mark in foreign if mark.option not in self._equal_options]
+        if missing or foreign:
+            what = f"{foreign[0].whose}; its buffers hold {foreign[0].holds}" if foreign else "another optimizer"
+            lacks = f" and it lacks {', '.join(missing)}" if missing else ""
+            raise ValueError(f"{own} cannot continue this state: it is of {what}{lacks}. Load the weights alone, and "
+                             f"begin {own} without a state")  # fmt: skip
+        for option, value in self._equal_options.items():
+            if group.get(option, value) != value:
+                raise ValueError(f"{own} cannot continue this state: it was made with {option} {group[option]}, which "
+                                 f"{own} does not have")  # fmt: skip
 
     def use_working_copies(self, copies: Mapping[Tensor, nn.Parameter]) -> None:
         """Sets bf16 copies of parameters, whose gradients :meth:`step` uses and to which it writes new weights."""
@@ -116,3 +190,11 @@ class MasterOptimizer(torch.optim.Optimizer):
     ) -> None:
         """Updates parameters, their state and copies; ``groups`` has each parameter's group."""
         raise NotImplementedError
+
+
+def _copy_of_buffer(name: str, buffer: Tensor, parameter: Tensor) -> Tensor:
+    """A buffer in the parameter's memory format, in which the update reads both."""
+    if buffer.shape != parameter.shape:
+        raise ValueError(f"the state is of other parameters: a {name} has shape {tuple(buffer.shape)}, and its "
+                         f"parameter {tuple(parameter.shape)}")  # fmt: skip
+    return torch.empty_like(parameter, requires_grad=False).copy_(buffer)

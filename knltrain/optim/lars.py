@@ -40,9 +40,9 @@ class LARS(MasterOptimizer):
     Raises:
         ValueError: a number out of its range, or ``maximize``.
 
-    The norm of a layer's weights is kept from the update that wrote them. It is computed again after any write that
-    changes the tensor's version; writes through ``.data`` do not.
     """
+
+    _later_options: Mapping[str, Any] = {"nesterov": False}
 
     def __init__(
         self,
@@ -83,8 +83,7 @@ class LARS(MasterOptimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
-            group.setdefault("nesterov", False)  # for states saved before the option existed
+        self._squares = {}
 
     def trust_ratios(self, norms: Mapping[str, float]) -> dict[str, dict[str, float | None]]:
         return {
@@ -108,7 +107,7 @@ class LARS(MasterOptimizer):
         return trust_ratio(weight_norm, grad_norm, **numbers)
 
     def _known_square(self, parameter: Tensor) -> float:
-        """Returns the sum of squares from the previous update; NaN if the weights were written to since."""
+        """Returns the sum of squares from the previous update; NaN if it is not kept, or weights were written since."""
         version, square = self._squares.get(parameter, (-1, math.nan))
         return square if version == parameter._version else math.nan
 
@@ -135,6 +134,6 @@ class LARS(MasterOptimizer):
             clip=[group["clip"] for group in groups],
             nesterov=[group["nesterov"] for group in groups],
         )
-        self._squares = {
-            parameter: (parameter._version, square) for parameter, square in zip(params, squares.tolist(), strict=True)
-        }
+        if self.carries_norms:
+            values = zip(params, squares.tolist(), strict=True)
+            self._squares = {parameter: (parameter._version, square) for parameter, square in values}

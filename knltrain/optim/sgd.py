@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -14,6 +15,8 @@ from knltrain.optim.base import MasterOptimizer
 class SGD(MasterOptimizer):
     """SGD with torch.optim.SGD's update (:func:`knltrain.ops.optimizers.sgd_step`) and bf16 working copies.
 
+    It continues a state of torch.optim.SGD without dampening.
+
     Args:
         params: parameters or groups. A group may override every option below.
         lr: learning rate.
@@ -24,6 +27,8 @@ class SGD(MasterOptimizer):
     Raises:
         ValueError: a number out of its range.
     """
+
+    _equal_options: Mapping[str, Any] = {"dampening": 0, "maximize": False}
 
     def __init__(
         self,

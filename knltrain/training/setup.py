@@ -292,6 +292,7 @@ def build_state(run: Run, point: ResumePoint) -> TrainState:
     model = model_of(config, len(run.train_set.classes))
     init_from = initialize(model, config, run.out, group, run.console, resumed=point.folder is not None)
     optimizer = build_optimizer(model, config.optim)
+    optimizer.carries_norms = True
     progress = point.restore(
         model, optimizer, group, run.console,
         runtime_env=run.runtime_env, schedule=run.schedule, labels_sha256=run.meta["labels_sha256"],

@@ -186,6 +186,7 @@ def test_weights_that_somebody_has_written_to_have_another_norm(dtype):
     options = {"lr": 0.5, "momentum": 0.0, "weight_decay": 5e-4, "trust_coefficient": 0.01}
     params = parameters(dtype)
     optimizer = LARS(params, **options)
+    optimizer.carries_norms = True
     stepped(optimizer, params)
     with torch.no_grad():
         for param in params:
