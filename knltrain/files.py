@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+# What an error says of a name: that there is nothing, or no file. Others say that it cannot be read now.
+_ABSENT = frozenset(
+    {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
+)
+
 
 def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
     """Opens a regular file for reading, in binary mode. Does not block on a pipe that nobody writes to.
@@ -27,6 +32,31 @@ def open_regular(path: str | Path, buffering: int = -1) -> IO[bytes]:
         file.close()
         raise OSError(errno.EINVAL, "not a file", str(path))
     return file
+
+
+def says_absent(error: OSError) -> bool:
+    """Whether an error says that a file is missing or no file, and not that it cannot be read now.
+
+    A file that cannot be read (permission, a stale NFS handle, an I/O error) may be whole: it must not be taken for
+    damaged, passed over or replaced.
+    """
+    return error.errno in _ABSENT
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Has errors of the block name the file, as those of ``open`` do: ``read`` and ``write`` do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+def resolved(path: str | Path) -> Path:
+    """Returns the one path of a file or folder: absolute, with ``~`` and symbolic links followed; it may not exist."""
+    return Path(os.path.realpath(os.path.expanduser(path)))
 
 
 def cache_folder() -> Path:
@@ -52,7 +82,7 @@ def replacing(path: Path, *, aside: Path | None = None, sync: bool = True) -> It
     Raises:
         OSError: the file cannot be written. What ``path`` held before is untouched.
     """
-    with replacing_path(path, aside=aside, sync=sync) as name, open(name, "wb") as file:
+    with replacing_path(path, aside=aside, sync=sync) as name, naming(path), open(name, "wb") as file:
         yield file
 
 
@@ -84,7 +114,8 @@ def sync_folder(path: Path) -> None:
 def _sync(path: Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

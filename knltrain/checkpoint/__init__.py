@@ -14,6 +14,7 @@ from knltrain.checkpoint.store import (
     remove_leftovers,
     restore,
     restore_average,
+    started_from,
     verify,
     write,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "remove_leftovers",
     "restore",
     "restore_average",
+    "started_from",
     "verify",
     "write",
 ]

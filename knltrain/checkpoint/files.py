@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from knltrain.errors import KnltrainError
-from knltrain.files import open_regular
+from knltrain.files import naming, open_regular, says_absent
 
 _TYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
           torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}  # fmt: skip
@@ -91,14 +91,15 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> Sum:
     size = crc = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        for part in parts:
-            for start in range(0, len(part), _CHUNK):
-                chunk = part[start : start + _CHUNK]
-                crc = zlib.crc32(chunk, crc)
-                size += len(chunk)
-                while chunk:
-                    chunk = chunk[os.write(descriptor, chunk) :]
-        os.fsync(descriptor)
+        with naming(path):
+            for part in parts:
+                for start in range(0, len(part), _CHUNK):
+                    chunk = part[start : start + _CHUNK]
+                    crc = zlib.crc32(chunk, crc)
+                    size += len(chunk)
+                    while chunk:
+                        chunk = chunk[os.write(descriptor, chunk) :]
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
     return Sum(size, f"{crc:08x}")
@@ -108,18 +109,19 @@ def check_file(path: Path, expected: Sum) -> None:
     """Compares a file with its size and checksum.
 
     Raises:
-        KnltrainError: it is missing, unreadable, or does not match.
+        KnltrainError: it is missing, or does not match.
+        OSError: it cannot be read now.
     """
     crc = 0
     try:
-        with open_regular(path) as file:
+        with naming(path), open_regular(path) as file:
             size = os.fstat(file.fileno()).st_size
             if size != expected.bytes:
                 raise KnltrainError(f"{path.name} has {size:,} of {expected.bytes:,} bytes")
             while chunk := file.read(_CHUNK):
                 crc = zlib.crc32(chunk, crc)
     except OSError as error:
-        raise KnltrainError(f"{path.name}: {error.strerror}") from None
+        raise _damage(path, error) from None
     if f"{crc:08x}" != expected.crc32:
         raise KnltrainError(f"{path.name} does not match its checksum")
 
@@ -134,17 +136,23 @@ def unseal(path: Path) -> dict[str, object]:
 
     Raises:
         KnltrainError: it is missing, not JSON, or does not match its checksum.
+        OSError: it cannot be read now.
     """
     try:
-        with open_regular(path) as file:
+        with naming(path), open_regular(path) as file:
             state = json.load(file)
     except OSError as error:
-        raise KnltrainError(f"{path.name}: {error.strerror}") from None
+        raise _damage(path, error) from None
     except (ValueError, RecursionError):
         raise KnltrainError(f"{path.name} is not JSON") from None
     if not isinstance(state, dict) or state.pop("crc32", None) != _crc32(state):
         raise KnltrainError(f"{path.name} does not match its checksum")
     return state
+
+
+def _damage(path: Path, error: OSError) -> KnltrainError | OSError:
+    """Returns what to raise for a file that could not be read: damage only where it is missing."""
+    return KnltrainError(f"{path.name}: {error.strerror}") if says_absent(error) else error
 
 
 def _crc32(state: Mapping[str, object]) -> str:
@@ -156,8 +164,12 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
     Raises:
         KnltrainError: it is missing or damaged.
+        OSError: it cannot be read now.
     """
     try:
+        open_regular(path).close()  # its errors are of the kind that they are, those of safetensors are not
         return load_file(path)
     except (OSError, SafetensorError, ValueError) as error:
+        if isinstance(error, OSError) and not says_absent(error):
+            raise
         raise KnltrainError(f"{path} cannot be read: {error}") from None

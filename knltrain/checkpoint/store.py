@@ -9,6 +9,7 @@ synced and renamed: a folder of this name is complete, unless it was changed or 
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import warnings
@@ -31,14 +32,15 @@ from knltrain.checkpoint.files import (
     unseal,
     write_file,
 )
-from knltrain.errors import KnltrainError
-from knltrain.files import sync_folder
+from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import open_regular, resolved, says_absent, sync_folder
 
 _MODEL, _OPTIMIZER, _STATISTICS = "model.safetensors", "optimizer.safetensors", "statistics.safetensors"
 _TRAINED = "trained.safetensors"
 # Prefix of the moving average's running statistics, beside the network's own.
 _AVERAGE = "average/"
 _STATE = "state.json"
+_NAME = re.compile(r"step-\d{8,18}")
 
 
 @dataclass(frozen=True)
@@ -170,11 +172,19 @@ def write(snapshot: Snapshot, folder: Path) -> None:
 
 
 def list_checkpoints(out: Path) -> list[Path]:
-    """Returns the run's checkpoints, oldest first, valid or not."""
-    folders = (out / "checkpoints").glob("step-*")
-    return sorted(
-        (path for path in folders if re.fullmatch(r"step-\d{8,18}", path.name) and path.is_dir()), key=_step_of
-    )
+    """Returns the run's checkpoints, oldest first, valid or not.
+
+    Raises:
+        OSError: the folder cannot be read now; a run that took it for empty would start over.
+    """
+    try:
+        with os.scandir(out / "checkpoints") as entries:
+            names = [entry.name for entry in entries if _NAME.fullmatch(entry.name) and entry.is_dir()]
+    except OSError as error:
+        if not says_absent(error):
+            raise
+        return []
+    return sorted((out / "checkpoints" / name for name in names), key=_step_of)
 
 
 def remove_old(out: Path, newest: Path, keep: int) -> None:
@@ -185,9 +195,15 @@ def remove_old(out: Path, newest: Path, keep: int) -> None:
     """
     later = [folder for folder in list_checkpoints(out) if _step_of(folder) > _step_of(newest)]
     others = [folder for folder in list_checkpoints(out) if folder not in later]
-    rated = [(top1, _step_of(folder), folder) for folder in others if (top1 := _top1_of(folder)) is not None]
-    best = max(rated)[-1] if rated else None
-    for folder in [*later, *(folder for folder in others[:-keep] if folder != best)]:
+    rated, unread = [], []
+    for folder in others:
+        try:
+            if (top1 := _top1_of(folder)) is not None:
+                rated.append((top1, _step_of(folder), folder))
+        except OSError:  # it may be the best
+            unread.append(folder)
+    kept = [max(rated)[-1], *unread] if rated else unread
+    for folder in [*later, *(folder for folder in others[:-keep] if folder not in kept)]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -224,6 +240,7 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
 
     Raises:
         KnltrainError: it is neither, or no checkpoint is valid.
+        OSError: one cannot be read now.
     """
     if (folder / _STATE).exists():
         verify(folder)
@@ -234,25 +251,63 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
     return found
 
 
-def find(out: Path, resume: str, say: Callable[[str], None]) -> Path | None:
-    """Resolves the field ``resume``: the newest valid checkpoint for ``auto``, None for ``never``, or a given one.
+def find(out: Path, resume: str, say: Callable[[str], None]) -> tuple[Path | None, list[str]]:
+    """Resolves the field ``resume``: the newest valid checkpoint for ``auto``, none for ``never``, or a given one.
 
-    A run that has already started from the given checkpoint resumes from the newest that it has written since.
+    A run that has already started from the given checkpoint resumes from the newest that it has written since, by this
+    command or by one with ``auto``. Another spelling of a path names the same checkpoint.
 
     Args:
         out: the run's folder.
         resume: auto, never, a checkpoint, or a run's folder.
-        say: called with a message for each checkpoint that was passed over.
+        say: called with a message for each checkpoint that was passed over, and if later ones will be removed.
+
+    Returns:
+        The checkpoint, and the given ones that the run has started from, as :func:`started_from`.
 
     Raises:
+        ConfigError: OUT holds checkpoints of a run that did not start from the given one.
         KnltrainError: there are checkpoints but none is valid, or the given folder has none.
+        OSError: one cannot be read now. It may be whole: neither an older one nor the beginning takes its place.
     """
     if resume == "never":
-        return None
-    if resume == "auto":
-        return _newest_valid(list_checkpoints(out), say)
-    since = [folder for folder in list_checkpoints(out) if _resume_of(folder) == resume]
-    return _newest_valid(since, say) or newest(Path(resume), say)
+        return None, []
+    there, given = list_checkpoints(out), resolved(resume)
+    if resume == "auto" or given == resolved(out):
+        folder = _newest_valid(there, say)
+        return folder, started_from(read_state(folder)) if folder else []
+    if folder := _newest_since(there, str(given), say):
+        return folder, started_from(read_state(folder))
+    found = newest(given, say)
+    if folder := _newest_since(there, str(found), say):
+        return folder, started_from(read_state(folder))
+    before: list[str] = []
+    if found.parent == resolved(out) / "checkpoints":
+        before = started_from(read_state(found))
+        if later := [folder.name for folder in there if _step_of(folder) > _step_of(found)]:
+            say(
+                f"{out} goes back to {found.name}: later checkpoints ({', '.join(later)}) are removed when the next is "
+                "written; to keep them, give another --out"
+            )
+    elif there:
+        raise ConfigError(f"{out} holds a run that did not start from {given}; give another --out")
+    return found, [*before, *dict.fromkeys((str(given), str(found)))]
+
+
+def started_from(state: Mapping[str, Any]) -> list[str]:
+    """Returns the given checkpoints that a checkpoint's run has started from, oldest first, as resolved paths.
+
+    Where a run's folder was given there are two: it, and the checkpoint that was its newest then.
+    """
+    if isinstance(named := state.get("started_from"), list):
+        return [str(path) for path in named]
+    resume = str(state["config"].get("resume", "auto"))  # of versions that did not write it
+    return [] if resume in ("auto", "never") else [str(resolved(resume))]
+
+
+def _newest_since(folders: Sequence[Path], given: str, say: Callable[[str], None]) -> Path | None:
+    """Returns the newest valid checkpoint of those whose run has started from the given one."""
+    return _newest_valid([folder for folder in folders if given in _started_from(folder)], say)
 
 
 def _newest_valid(folders: Sequence[Path], say: Callable[[str], None]) -> Path | None:
@@ -393,6 +448,7 @@ def load_optimizer(folder: Path, optimizer: torch.optim.Optimizer) -> None:
 def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int, prefix: str = "") -> None:
     buffers = dict(model.named_buffers())
     try:
+        open_regular(path).close()
         with safe_open(path, "pt") as file, torch.no_grad():
             for key in file.keys():  # noqa: SIM118 - no dictionary
                 if key.startswith(_AVERAGE) != bool(prefix):
@@ -402,6 +458,8 @@ def _load_statistics(path: Path, model: nn.Module, rank: int, world_size: int, p
                     return
                 buffers[key.removeprefix(prefix)].copy_(rows[rank : rank + 1][0])
     except (OSError, SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        if isinstance(error, OSError) and not says_absent(error):
+            raise
         raise KnltrainError(f"{path} cannot be read: {error}") from None
 
 
@@ -421,12 +479,12 @@ def _step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
-def _resume_of(folder: Path) -> str | None:
-    """Returns the field ``resume`` of the run that wrote a checkpoint."""
+def _started_from(folder: Path) -> list[str]:
+    """Returns what :func:`started_from` does; nothing for a damaged checkpoint."""
     try:
-        return str(read_state(folder)["config"].get("resume"))
+        return started_from(read_state(folder))
     except KnltrainError:
-        return None
+        return []
 
 
 def _top1_of(folder: Path) -> float | None:

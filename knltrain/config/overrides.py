@@ -22,9 +22,12 @@ from msgspec import Meta
 
 from knltrain.config.schema import RunConfig
 from knltrain.errors import ConfigError
+from knltrain.files import resolved
 
 # Characters of a text field: twice Linux's PATH_MAX.
 _MAX_TEXT = 8192
+_PATHS = ("data", "stage", "out", "resume", "init_from")
+_COMPARED_PATHS = ("resume", "init_from")
 # All fields together take about 2,000 bytes.
 _MAX_FILE_BYTES = 1 << 20
 
@@ -81,11 +84,20 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
         if isinstance(converted, str) and not _is_text(converted):
             raise ConfigError(f"{name}: {_short_repr(value)} will not do: it takes {_describe_type(kind)}")
         group, _, leaf = name.rpartition(".")
-        changes.setdefault(group, {})[leaf] = converted
+        changes.setdefault(group, {})[leaf] = _one_spelling(name, converted)
     top = changes.pop("")
     for group, leaves in changes.items():
         top[group] = dataclasses.replace(getattr(config, group), **leaves)
     return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def _one_spelling(name: str, value: object) -> object:
+    """Returns a path with its ``~`` expanded; of what a run begins with, absolute and without links, to be compared."""
+    if name not in _PATHS or not isinstance(value, str):
+        return value
+    if name in _COMPARED_PATHS and value not in ("", "auto", "never"):
+        return str(resolved(value))
+    return os.path.expanduser(value)
 
 
 def names(text: str) -> frozenset[str]:

@@ -20,6 +20,7 @@ from knltrain.config.schedule import Schedule, make_schedule
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
 from knltrain.training.run_dir import changes, guard_checkpoint, guard_out
+from knltrain.training.same_data import differences
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +31,51 @@ class ResumePoint:
         folder: the checkpoint that it goes on from; None: from the beginning.
         changes: fields that were changed during the run, each with the step, as JSON types.
         convolutions: which convolutions native kernels computed, so that they still do; None: that is to be chosen.
+        started_from: given checkpoints that the run has started from, as resolved paths.
+        allowed: what may differ from the checkpoint.
     """
 
     folder: Path | None
     changes: list[dict[str, Any]]
     convolutions: dict[str, list[str]] | None
+    started_from: list[str] = dataclasses.field(default_factory=list)
+    allowed: frozenset[str] = frozenset()
+
+    def check_data(self, classes: Sequence[str], data: Mapping[str, Any], group: Group, console: Console) -> None:
+        """Compares the data with those that the checkpoint was trained on; the first rank does, for all.
+
+        Args:
+            classes: the class names.
+            data: as :func:`~knltrain.training.same_data.describe` says it.
+            group: the ranks.
+            console: told what is not as it was.
+
+        Raises:
+            ConfigError: classes or labels are others, and ``data`` is not allowed to change.
+        """
+        refusal = self._compare_data(classes, data, console) if group.is_first else ""
+        if refusal := group.broadcast_str(refusal):
+            raise ConfigError(refusal)
+
+    def _compare_data(self, classes: Sequence[str], data: Mapping[str, Any], console: Console) -> str:
+        """Says what is not as it was; returns why the run is refused, or nothing."""
+        other, perhaps = [], ""
+        if self.folder is not None:
+            state = checkpoint.read_state(self.folder)
+            other, perhaps = differences(state, classes, data)
+        if other and "data" not in self.allowed:
+            return (
+                f"{self.folder} was trained on other data ({'; '.join(other)}); give those, another --out, or "
+                "--allow-change data"
+            )
+        if other:
+            self.changes.append({"step": state["step"], "field": "data", "before": other, "after": "as it is now"})
+            console.line(f"from step {state['step']} on, the data are others: {'; '.join(other)}")
+        elif "data" in self.allowed:
+            console.warn("--allow-change data has no effect: it is as it was, or may always change")
+        if perhaps and not other:
+            console.warn(f"{self.folder} was trained on {perhaps}")
+        return ""
 
     def restore(
         self,
@@ -45,7 +86,6 @@ class ResumePoint:
         *,
         runtime_env: Mapping[str, object],
         schedule: Schedule,
-        labels_sha256: str,
     ) -> checkpoint.Progress:
         """Gives a model and its optimizer the checkpoint's state, and says where the run stands.
 
@@ -56,25 +96,17 @@ class ResumePoint:
             console: told what is not as it was.
             runtime_env: how this run computes: ranks, threads, engine, and so on.
             schedule: of this run.
-            labels_sha256: of the images that there are to train on, in their order; as the checkpoint's meta has it.
 
         Raises:
             ConfigError: with other batches than before, the next step would have other images than those that follow.
-            KnltrainError: the checkpoint cannot be read, or is of another network or other data.
+            KnltrainError: the checkpoint cannot be read, or is of another network.
         """
         if self.folder is None:
             return checkpoint.Progress(step=0)
         if unseen := group.count(not self.folder.is_dir()):
             raise KnltrainError(f"{self.folder}: {unseen} ranks do not see it; OUT must be a folder that all share")
         state = checkpoint.restore(self.folder, model, optimizer, rank=group.rank, world_size=group.world_size)
-        if state["images"] != schedule.num_images:
-            raise KnltrainError(f"{self.folder} was trained on {state['images']:,} images, not {schedule.num_images:,}")
         _refuse_other_position(self.folder, state, schedule)
-        if state.get("labels_sha256", labels_sha256) != labels_sha256:
-            console.warn(
-                f"{self.folder} was trained on images in another order than they have now: of the epoch that goes on, "
-                "some come twice and others do not"
-            )
         before = state["made"]
         different = [
             f"{name} {before.get(name)} -> {now}" for name, now in runtime_env.items() if before.get(name) != now
@@ -145,28 +177,29 @@ def choose(config: RunConfig, out: Path, group: Group, console: Console, allowed
         KnltrainError: a checkpoint that was named is damaged, or every one of the run is.
     """
     history: list[dict[str, Any]] = []
+    started_from: list[str] = []
     folder = convolutions = None
     if group.is_first:
         record = guard_out(config, out, allowed)
         checkpoint.remove_leftovers(out)
         changed = changes(configuration.flatten(record["config"]), config) if record else {}
-        folder = checkpoint.find(out, config.resume, console.warn)
+        folder, started_from = checkpoint.find(out, config.resume, console.warn)
         step = 0
         if folder:
             state = checkpoint.read_state(folder)
             step = state["step"]
-            # A checkpoint that the same command has written since is its own: nothing to compare.
-            if config.resume not in ("auto", state["config"].get("resume")):
+            # OUT/config.json has been compared, and speaks for what the run has written since it started.
+            if not record or str(folder) in started_from:
                 guard_checkpoint(config, folder, state, allowed)
                 changed |= changes(configuration.flatten(state["config"]), config)
             # The checkpoint says it, not OUT/config.json: a run writes that before its first checkpoint.
             if state["config"].get("conv", RunConfig().conv) == config.conv:
                 convolutions = state["made"].get("convolutions", {})
-        for name in sorted(allowed - changed.keys()):
+        for name in sorted(allowed - changed.keys() - {"data"}):  # which is compared when it is open
             console.warn(f"--allow-change {name} has no effect: it is as it was, or may always change")
         history = record.get("changes", [])
         for name, (was, now) in changed.items():
             history.append({"step": step, "field": name, "before": was, "after": now})
             console.line(f"from step {step} on, {name} is {now} and no longer {was}")
     found, convolutions = json.loads(group.broadcast_str(json.dumps([str(folder or ""), convolutions])))
-    return ResumePoint(Path(found) if found else None, history, convolutions)
+    return ResumePoint(Path(found) if found else None, history, convolutions, started_from, allowed)

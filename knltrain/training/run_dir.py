@@ -17,6 +17,7 @@ from typing import Any
 from knltrain import config as configuration
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import naming, open_regular, resolved, says_absent
 from knltrain.runlog.console import Console
 
 # What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
@@ -26,6 +27,7 @@ _MAY_CHANGE = {
     "force_bf16", "comm.backend", "comm.timeout_s", "health.policy", "health.max_skips", "health.max_rewinds",
     "health.rewind_factor", "health.divergence_steps", "health.compare_every",
 }  # fmt: skip
+_LEFT_BY_RUNS = ("config.json", "metrics.jsonl", "checkpoints")
 # A run that was killed a moment ago may have ranks that have not ended yet.
 _LOCK_TIMEOUT_S = 10.0
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL}
@@ -118,22 +120,29 @@ def guard_out(config: RunConfig, out: Path, allowed: frozenset[str]) -> dict[str
         allowed: fields that may differ from the run that the folder holds.
 
     Returns:
-        OUT/config.json as it is, or nothing where there is none.
+        OUT/config.json as it is, or nothing where there is none: then a checkpoint says what the run was.
 
     Raises:
         ConfigError: OUT has a run of another configuration, or one that would be started over.
+        OSError: config.json cannot be read now.
     """
     path = out / "config.json"
-    if not path.exists():
-        return {}
-    if config.resume == "never":
+    if config.resume == "never" and any((out / name).exists() for name in _LEFT_BY_RUNS):
         raise ConfigError(f"{out} holds a run already; give another --out, or delete the folder to start over")
     try:
-        record: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        with naming(path), open_regular(path) as file:
+            record: dict[str, Any] = json.loads(file.read())
         before = configuration.flatten(record["config"])
         record["changes"] = list(record.get("changes", []))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+        if isinstance(error, OSError) and not says_absent(error):
+            raise
+        raise ConfigError(
+            f"{path} is damaged; delete this file, and the run goes on with the configuration that its newest "
+            "checkpoint has"
+        ) from None
     _refuse(changes(before, config), allowed, f"{out} holds a run", "give another --out, or ")
     return record
 
@@ -159,8 +168,13 @@ def changes(before: Mapping[str, object], config: RunConfig) -> dict[str, tuple[
     return {
         name: (then.get(name), now.get(name))
         for name in sorted(then.keys() | now.keys())
-        if then.get(name) != now.get(name)
+        if _comparable(name, then.get(name)) != _comparable(name, now.get(name))
     }
+
+
+def _comparable(name: str, value: object) -> object:
+    """Returns a field's value with one spelling for each path."""
+    return resolved(value) if name == "init_from" and isinstance(value, str) and value else value
 
 
 def _refuse(changed: Mapping[str, tuple[object, object]], allowed: frozenset[str], what: str, remedy: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,6 +37,7 @@ from knltrain.training.gradient_noise import NoiseScale
 from knltrain.training.replica_check import ReplicaCheck
 from knltrain.training.resume import ResumePoint, choose
 from knltrain.training.run_dir import digest, lock_run_dir
+from knltrain.training.same_data import describe as describe_data
 from knltrain.training.signals import InterruptError, StopRequest
 from knltrain.training.state import Evaluations, Run, TrainState
 from knltrain.training.step_guard import StepGuard
@@ -91,6 +91,8 @@ def set_up(
         cleanup.enter_context(lock_run_dir(out, console))
     start = choose(config, out, group, console, allow_change)
     train_set, val_set = open_datasets(config, placement, group, console, stop)
+    data = describe_data(train_set, val_set)
+    start.check_data(train_set.classes, data, group, console)
     schedule = make_schedule(config, len(train_set))
     rank_batches = rank_batches_of(by_size, schedule)
     runtime_env = choose_runtime(config, compute, placement, group, train_set, rank_batches[-1], start)
@@ -120,7 +122,7 @@ def set_up(
         start=start,
         plan=describe_plan(config, compute, placement, group, schedule, rank_batches[-1], workers, runtime_env),
         runtime_env=runtime_env,
-        meta=describe_checkpoint(config, train_set, runtime_env),
+        meta=describe_checkpoint(config, train_set, data, runtime_env, start),
     )
     run.state = build_state(run, start)
     return run
@@ -261,7 +263,9 @@ def describe_plan(
     return plan
 
 
-def describe_checkpoint(config: RunConfig, train_set: Dataset, runtime_env: dict[str, Any]) -> dict[str, Any]:
+def describe_checkpoint(
+    config: RunConfig, train_set: Dataset, data: dict[str, Any], runtime_env: dict[str, Any], start: ResumePoint
+) -> dict[str, Any]:
     """What every checkpoint of the run says of its network, its data and its configuration, as JSON types."""
     return {
         "model": config.model,
@@ -270,7 +274,8 @@ def describe_checkpoint(config: RunConfig, train_set: Dataset, runtime_env: dict
         "dropout": config.dropout,
         "classes": list(train_set.classes),
         "images": len(train_set),
-        "labels_sha256": hashlib.sha256(train_set.labels.tobytes()).hexdigest(),
+        "data": data,
+        "started_from": start.started_from,
         "made": runtime_env,
         "config": configuration.as_dict(config),
         "config_sha256": digest(config),
@@ -293,10 +298,7 @@ def build_state(run: Run, point: ResumePoint) -> TrainState:
     init_from = initialize(model, config, run.out, group, run.console, resumed=point.folder is not None)
     optimizer = build_optimizer(model, config.optim)
     optimizer.carries_norms = True
-    progress = point.restore(
-        model, optimizer, group, run.console,
-        runtime_env=run.runtime_env, schedule=run.schedule, labels_sha256=run.meta["labels_sha256"],
-    )  # fmt: skip
+    progress = point.restore(model, optimizer, group, run.console, runtime_env=run.runtime_env, schedule=run.schedule)
     average = None
     if config.ema_decay:
         average = WeightAverage(model, config.ema_decay)

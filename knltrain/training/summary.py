@@ -59,8 +59,8 @@ def finished_summary(run: Run) -> dict[str, Any]:
     try:
         summary: dict[str, Any] = json.loads((run.out / "summary.json").read_text("utf-8"))
         if summary["steps"] == run.state.step and summary["finished"]:
-            return summary
-    except (OSError, ValueError, KeyError, TypeError):
+            return {**summary, "out": str(run.out)}  # the folder may have been moved
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass
     return summarize(run, run.state.wall_s, 0, None, finished=True)
 

@@ -78,10 +78,10 @@ def test_the_last_and_the_best_are_kept_and_nothing_else_lies_around(tmp_path):
     for step, top1 in ((1, 20.0), (2, 60.0), (3, 60.0), (4, 30.0), (5, None), (6, 50.0), (7, 40.0)):
         store.remove_old(tmp_path, save(tmp_path, step, model, optimizer, top1=top1), keep=2)
     assert names(tmp_path) == ["step-00000003", "step-00000006", "step-00000007"]
-    assert checkpoint.find(tmp_path, "auto", pytest.fail).name == "step-00000007"
-    assert checkpoint.find(tmp_path, "never", pytest.fail) is None
-    assert checkpoint.find(tmp_path, str(tmp_path), pytest.fail).name == "step-00000007"
-    assert checkpoint.find(tmp_path / "empty", "auto", pytest.fail) is None
+    assert checkpoint.find(tmp_path, "auto", pytest.fail)[0].name == "step-00000007"
+    assert checkpoint.find(tmp_path, "never", pytest.fail) == (None, [])
+    assert checkpoint.find(tmp_path, str(tmp_path), pytest.fail)[0].name == "step-00000007"
+    assert checkpoint.find(tmp_path / "empty", "auto", pytest.fail) == (None, [])
 
 
 def test_a_run_that_went_back_leaves_its_old_way(tmp_path):
@@ -165,7 +165,7 @@ def test_damage_is_passed_over_with_a_line_and_refused_where_named(tmp_path, fil
     damaged = save(tmp_path, 2, model, optimizer)
     damage(damaged / file, how)
     said = []
-    assert checkpoint.find(tmp_path, "auto", said.append).name == "step-00000001"
+    assert checkpoint.find(tmp_path, "auto", said.append)[0].name == "step-00000001"
     (line,) = said
     assert str(damaged) in line
     assert file in line

@@ -1,5 +1,6 @@
 """A run that is stopped goes on as if it had not been, in its own folder, and nothing else does."""
 
+import errno
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from small_networks import (
 )
 
 from knltrain import checkpoint
+from knltrain.checkpoint.files import seal
 from knltrain.config import override
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.runlog.console import Console
@@ -263,8 +265,223 @@ def test_other_data_under_a_checkpoint_is_refused(config, image_folder, tmp_path
     smaller = tmp_path / "smaller"
     shutil.copytree(image_folder, smaller)
     next((smaller / "train" / "class0").iterdir()).unlink()
-    with pytest.raises(KnltrainError, match="was trained on 48 images, not 47"):
+    with pytest.raises(ConfigError, match=r"other data \(train: 48 -> 47 images\); .*--allow-change data"):
         run(config, data=str(smaller))
+    console = Said()
+    run(config, data=str(smaller), allow=["data"], max_steps=2, console=console)
+    assert "from step 1 on, the data are others: train: 48 -> 47 images" in console.lines
+    (change,) = json.loads(Path(config.out, "config.json").read_text())["changes"]
+    assert (change["step"], change["field"], change["before"]) == (1, "data", ["train: 48 -> 47 images"])
+    console = Said()
+    run(config, data=str(smaller), allow=["data"], max_steps=3, console=console)  # now it is as it was
+    assert any("--allow-change data has no effect" in line for line in console.lines)
+
+
+def _rename_a_class(root):
+    for part in ("train", "val"):
+        (root / part / "class1").rename(root / part / "class9")
+
+
+def _relabel(root):
+    image = next((root / "train" / "class0").iterdir())
+    image.rename(root / "train" / "class1" / image.name.replace(".", "-other."))
+
+
+def _remove_from_val(root):
+    next((root / "val" / "class2").iterdir()).unlink()
+
+
+def _add_a_class(root):
+    for part in ("train", "val"):
+        shutil.copytree(root / part / "class1", root / part / "class9")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (_rename_a_class, r"class 1 'class1' -> 'class2'; class 2 'class2' -> 'class9'"),
+        (_relabel, r"train: class 'class0' 16 -> 15 images; train: class 'class1' 16 -> 17 images"),
+        (_remove_from_val, r"val: \d+ -> \d+ images"),
+        (_add_a_class, r"3 -> 4 classes"),
+    ],
+)
+def test_other_classes_and_labels_are_refused_with_what_differs(config, image_folder, tmp_path, change, words):
+    run(config, max_steps=1)
+    before = contents(Path(config.out))
+    shutil.copytree(image_folder, tmp_path / "other")
+    change(tmp_path / "other")
+    with pytest.raises(ConfigError, match=rf"step-00000001 was trained on other data \(.*{words}"):
+        run(config, data=str(tmp_path / "other"))
+    assert contents(Path(config.out)) == before
+
+
+def test_images_under_other_names_are_said(config, image_folder, tmp_path):
+    run(config, max_steps=1)
+    shutil.copytree(image_folder, tmp_path / "other")
+    image = next((tmp_path / "other" / "train" / "class0").iterdir())
+    image.rename(image.with_name("0.jpg"))
+    console = Said()
+    run(config, data=str(tmp_path / "other"), max_steps=2, console=console)
+    assert sum("was trained on other files" in line for line in console.lines) == 1
+
+
+def rewrite_state(folder, change):
+    """Changes what a checkpoint says of itself, as another version would have written it."""
+    described = checkpoint.read_state(folder)
+    change(described)
+    (folder / "state.json").write_text(seal(described))
+
+
+def test_a_checkpoint_of_a_version_that_said_less_of_its_data_goes_on(config, image_folder, tmp_path):
+    def older(described):
+        described["labels_sha256"] = described.pop("data")["train"]["labels_sha256"]
+        del described["started_from"]
+
+    run(config, max_steps=1)
+    rewrite_state(newest(config.out), older)
+    shutil.copytree(config.out, tmp_path / "again")
+    run(config, max_steps=2)
+    smaller = tmp_path / "smaller"
+    shutil.copytree(image_folder, smaller)
+    next((smaller / "train" / "class0").iterdir()).unlink()
+    with pytest.raises(ConfigError, match="48 -> 47 images"):
+        run(config, out=str(tmp_path / "again"), data=str(smaller))
+
+
+# Spellings of a path -------------------------------------------------------------------------------------------------
+
+
+def spellings(path, tmp_path, monkeypatch):
+    """Other names of a path."""
+    (tmp_path / "link").symlink_to(path.parent)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    below = path.relative_to(tmp_path)
+    return [f"{path}/", str(below), f"./{below}", str(path.parent / "." / ".." / path.parent.name / path.name),
+            str(tmp_path / "link" / path.name), f"~/{below}"]  # fmt: skip
+
+
+def test_a_checkpoint_is_the_same_under_every_spelling(config, tmp_path, monkeypatch):
+    """Otherwise a run would start over from it, and what it has written since would be removed."""
+    run(config, max_steps=2, out=str(tmp_path / "start"))
+    folder = newest(tmp_path / "start")
+    run(config, resume=str(folder), max_steps=4)
+    for spelling in [*spellings(folder, tmp_path, monkeypatch), str(tmp_path / "start"), "start/"]:
+        console = Said()
+        run(config, resume=spelling, max_steps=4, console=console)
+        assert any("nothing left to train" in line for line in console.lines), spelling
+        assert newest(config.out).name == "step-00000004"
+
+
+def test_the_steps_that_auto_has_added_are_of_the_run_that_a_checkpoint_began(config, tmp_path):
+    run(config, max_steps=2, out=str(tmp_path / "start"))
+    named = {"resume": str(newest(tmp_path / "start"))}
+    run(config, max_steps=3, **named)
+    run(config, max_steps=5, **{"checkpoint.keep": 1})
+    run(config, max_steps=6, **named)
+    assert [row["step"] for row in computed(config.out) if "loss" in row] == [3, 4, 5, 6]
+    assert checkpoint.read_state(newest(config.out))["started_from"] == [named["resume"]]
+
+
+def test_a_version_that_wrote_only_resume_is_understood(config, tmp_path):
+    def older(described):
+        del described["started_from"]
+        described["config"]["resume"] += "/"
+
+    run(config, max_steps=2, out=str(tmp_path / "start"))
+    named = {"resume": str(newest(tmp_path / "start"))}
+    run(config, max_steps=4, **named)
+    rewrite_state(newest(config.out), older)
+    console = Said()
+    run(config, max_steps=4, console=console, **named)
+    assert any("nothing left to train" in line for line in console.lines)
+
+
+def test_a_run_is_not_continued_with_another_runs_checkpoint(config, tmp_path):
+    run(config, max_steps=2, out=str(tmp_path / "start"))
+    run(config, max_steps=4)
+    before = contents(Path(config.out))
+    with pytest.raises(ConfigError, match=r"run holds a run that did not start from .*start; give another --out"):
+        run(config, resume=str(tmp_path / "start"))
+    assert contents(Path(config.out)) == before
+
+
+def test_going_back_in_a_folder_says_what_will_be_removed(config):
+    run(config, max_steps=2, **{"checkpoint.keep": 5})
+    first = newest(config.out)
+    run(config, max_steps=3, **{"checkpoint.keep": 5})
+    console = Said()
+    run(config, max_steps=4, resume=f"{first}/", console=console, **{"checkpoint.keep": 5})
+    (line,) = [line for line in console.lines if "goes back to" in line]
+    assert "goes back to step-00000002: later checkpoints (step-00000003) are removed when" in line
+    assert [row["step"] for row in computed(config.out) if "loss" in row] == [1, 2, 3, 4]
+
+
+def test_initial_weights_are_the_same_under_every_spelling(config, tmp_path, monkeypatch):
+    run(config, max_steps=1, out=str(tmp_path / "first"))
+    weights = newest(tmp_path / "first") / "model.safetensors"
+    run(config, max_steps=1, init_from=str(weights))
+    for spelling in spellings(weights, tmp_path, monkeypatch):
+        if not spelling.endswith("/"):
+            run(config, max_steps=2, init_from=spelling)
+
+
+def test_a_moved_runs_summary_names_its_folder(config, tmp_path):
+    run(config)
+    Path(config.out).rename(tmp_path / "moved")
+    summary, finished = run(config, out=str(tmp_path / "moved"))
+    assert (summary["out"], finished) == (str(tmp_path / "moved"), True)
+
+
+# What is damaged, and what cannot be read ----------------------------------------------------------------------------
+
+
+def test_without_config_json_the_checkpoint_says_what_the_run_is(config):
+    run(config, max_steps=2)
+    Path(config.out, "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"step-00000002 is a checkpoint of another configuration \(optim.lr: 2.0"):
+        run(config, max_steps=4, **{"optim.lr": 3.0})
+    with pytest.raises(ConfigError, match="holds a run already"):
+        run(config, max_steps=4, resume="never")
+    run(config, max_steps=4)
+    assert [row["step"] for row in computed(config.out) if "loss" in row] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\0" * 100, b"{}", b'{"config": 3}', b"[" * 100_000])
+def test_a_damaged_config_json_can_be_deleted(config, content):
+    run(config, max_steps=2)
+    path = Path(config.out, "config.json")
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"config.json is damaged; delete this file, and the run goes on"):
+        run(config, max_steps=3)
+    path.unlink()
+    run(config, max_steps=3)
+    assert newest(config.out).name == "step-00000003"
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("name", ["config.json", "state.json", "model.safetensors", "checkpoints"])
+def test_what_cannot_be_read_now_is_not_damaged(config, monkeypatch, name, number):
+    """Nothing is passed over, and nothing is advised to be deleted: it may be whole."""
+    run(config, max_steps=2)
+    before = contents(Path(config.out))
+    originals = {"open": os.open, "scandir": os.scandir}
+
+    def failing(function):
+        def call(path=".", *arguments, **options):
+            if str(path).endswith(name):
+                raise OSError(number, os.strerror(number), path)
+            return originals[function](path, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        for function in originals:
+            patch.setattr(os, function, failing(function))
+        with pytest.raises(OSError, match=os.strerror(number)) as raised:
+            run(config, max_steps=4)
+    assert str(raised.value.filename).endswith(name)
+    assert contents(Path(config.out)) == before
 
 
 def contents(out):
