@@ -19,7 +19,7 @@ from knltrain.config import RunConfig
 from knltrain.data.datasets import open_part
 from knltrain.data.loader import Batch, Loader, RankBatch
 from knltrain.errors import ConfigError
-from knltrain.models import model_of
+from knltrain.models import model_of, refuse_single_values
 from knltrain.models.convolutions import choose
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.contention import CpuContentionMonitor
@@ -73,6 +73,8 @@ class TrainingStep:
             config.engine, model=config.model, precision=precision, node=self.node, threads=self.threads
         )
         set_fp32_precision(config.fp32_precision, precision=precision, engine=name, node=self.node)
+        if config.global_batch == 1:
+            refuse_single_values(config, [config.image_size], "give a larger --batch")
         dataset = open_part(config, "train") if config.data else None
         torch.manual_seed(config.seed)
         classes = len(dataset.classes) if dataset else _CLASSES

@@ -84,6 +84,7 @@ class Schedule:
             config.schedule,
             peak=config.peak_lr_at(self.phase(step).batch),
             step=self.images(step) / config.global_batch,
+            epoch=self.epoch(step),
             total_steps=self.images(self.total_steps) / config.global_batch,
             steps_per_epoch=self.num_images / config.global_batch,
         )
@@ -123,7 +124,7 @@ def _value_at_epoch(epoch: float, values: tuple[int, ...], ends: tuple[float, ..
 
 
 def learning_rate(
-    config: ScheduleConfig, *, peak: float, step: float, total_steps: float, steps_per_epoch: float
+    config: ScheduleConfig, *, peak: float, step: float, epoch: float, total_steps: float, steps_per_epoch: float
 ) -> float:
     """Returns the learning rate of one optimizer update.
 
@@ -131,6 +132,8 @@ def learning_rate(
         config: the schedule and its constants.
         peak: the learning rate L at the end of the warm-up.
         step: the update, counted from 0; may be a fraction.
+        epoch: the images seen before it over the size of the training set. Warm-up and milestones are compared with
+            it: a quotient of whole numbers is rounded once, so a step at a milestone is at it, with any batch.
         total_steps: updates in the run, T.
         steps_per_epoch: updates per epoch; may be a fraction.
 
@@ -140,7 +143,7 @@ def learning_rate(
     if not 0 <= step < total_steps:
         raise ValueError(f"step {step} is outside the run's {total_steps} steps")
     warmup_steps = config.warmup_epochs * steps_per_epoch
-    if step < warmup_steps:
+    if epoch < config.warmup_epochs:
         return config.warmup_lr + (peak - config.warmup_lr) * step / warmup_steps
     if config.name == "poly":
         return config.end_lr + (peak - config.end_lr) * math.pow(1 - step / total_steps, config.power)
@@ -148,7 +151,7 @@ def learning_rate(
         done = (step - warmup_steps) / (total_steps - warmup_steps + 1)
         return config.end_lr + (peak - config.end_lr) * math.pow(1 - done, config.power)
     if config.name == "step":
-        behind = sum(step >= milestone * steps_per_epoch for milestone in config.milestones)
+        behind = sum(epoch >= milestone for milestone in config.milestones)
         return peak * config.gamma**behind
     if config.name == "constant":
         return peak

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from knltrain.config import RunConfig
@@ -90,6 +91,41 @@ def refuse_unbuildable(config: RunConfig) -> None:
             if [weight.shape for weight in other.parameters()] != weights:
                 raise ConfigError(f"schedule.image-sizes: the weights of {config.model} are made for one image-size")
             _refuse_size(other, config.at_size(size), "schedule.image-sizes")
+
+
+def refuse_single_values(config: RunConfig, image_sizes: Iterable[int], remedy: str) -> None:
+    """Checks that a configuration's network can be trained on one image at a time, of any of some sizes.
+
+    Batch norm cannot where its input has one pixel: a single value per channel has no variance.
+
+    Args:
+        config: gives the network.
+        image_sizes: height and width of the images of steps with micro-batches of one, in pixels.
+        remedy: what to do instead.
+
+    Raises:
+        ConfigError: it cannot; the message names the layer.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(), WithoutValues():
+        for size in sorted(set(image_sizes)):
+            model, single = model_of(config.at_size(size), num_classes=1), []
+            for path, module in model.named_modules():
+                if isinstance(module, _BatchNorm):
+                    module.register_forward_pre_hook(_record_single_values(single, path))
+            model.eval()(torch.zeros(1, 3, size, size))
+            if single:
+                raise ConfigError(
+                    f"a micro-batch of one image: batch norm {single[0]} of {config.model} gets one value per channel "
+                    f"at image-size {size}, which has no variance; {remedy}"
+                )
+
+
+def _record_single_values(found: list[str], path: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if arguments[0].numel() == arguments[0].shape[1]:
+            found.append(path)
+
+    return hook
 
 
 class WithoutValues(TorchFunctionMode):

@@ -35,7 +35,7 @@ from knltrain.sweep.markdown import report
 from knltrain.sweep.plan import Point, Sweep, removed_values
 from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
 from knltrain.training import run_dir
-from knltrain.training.batching import rank_batch_of
+from knltrain.training.batching import rank_batches_by_size, refuse_untrainable_batches
 from knltrain.training.engine import choose_engine, choose_precision
 from knltrain.training.signals import StopRequest
 
@@ -159,13 +159,12 @@ def check(plan: Sweep, console: Console) -> int:
     }
     for complaint in [*unused_field_warnings(base, plan.fields), *sorted(late)]:
         console.warn(complaint)
+    refuse_unbuildable(base)
     for point in plan.search():
         try:
-            for batch in (None, *point.config.schedule.batches):
-                rank_batch_of(point.config, 0, 1, batch)
+            refuse_untrainable_batches(point.config, rank_batches_by_size(point.config, 0, 1))
         except ConfigError as error:
             raise ConfigError(f"--batches {point.batch}: {error}") from None
-    refuse_unbuildable(base)
     train_set, _ = open_data(base)
     for batch in plan.batches:
         if batch > base.epochs * len(train_set):

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 from knltrain.config import RunConfig
-from knltrain.config.schedule import Schedule
+from knltrain.config.schedule import Schedule, make_schedule
 from knltrain.data.loader import RankBatch
 from knltrain.errors import ConfigError
+from knltrain.models import refuse_single_values
+
+# So many images that every phase of a schedule has steps, before the data is opened.
+_MANY_IMAGES = 10**9
 
 
 def rank_batch_of(config: RunConfig, rank: int, world_size: int, batch: int | None = None) -> RankBatch:
@@ -40,6 +44,29 @@ def rank_batches_by_size(config: RunConfig, rank: int, world_size: int) -> dict[
     """
     changed = {batch: rank_batch_of(config, rank, world_size, batch) for batch in config.schedule.batches}
     return {**changed, config.global_batch: rank_batch_of(config, rank, world_size)}
+
+
+def refuse_untrainable_batches(config: RunConfig, by_size: dict[int, RankBatch]) -> None:
+    """Checks that batch norm can normalise every micro-batch that a run will have; before the data is opened.
+
+    Args:
+        config: of the run.
+        by_size: as :func:`rank_batches_by_size` divided its batches.
+
+    Raises:
+        ConfigError: a micro-batch of one image has one value per channel; the message says what to raise.
+    """
+    parts = rank_batches_of(by_size, make_schedule(config, _MANY_IMAGES))
+    singles = [part for part in parts if part.local_batch == 1]
+    if not singles:
+        return
+    part = singles[0]
+    if part.accumulate > 1:
+        remedy = "raise local-batch"
+    else:
+        remedy = f"raise the batch of {part.global_batch} to {2 * part.world_size} or more"
+        remedy += ", or use fewer ranks" if part.world_size > 1 else ""
+    refuse_single_values(config, [part.image_size or config.image_size for part in singles], remedy)
 
 
 def rank_batches_of(by_size: dict[int, RankBatch], schedule: Schedule) -> tuple[RankBatch, ...]:

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 
 class WeightAverage:
-    """A network whose weights and running statistics are means over the steps of a run.
+    """A network whose weights and running statistics are means over the updates of a run; a skipped step makes none.
 
     After update t of a run, counted from 1, with d the decay and w a number of the network that trains::
 
         a = k a + (1 - k) w          k = min(d, (t - 1) / t)
 
-    so that the first 1/(1 - d) steps all count alike, and the initial weights not at all. Batch norm's running
+    so that the first 1/(1 - d) updates all count alike, and the initial weights not at all. Batch norm's running
     statistics are averaged likewise, each rank's by itself: those of the network belong to its newest weights. What is
     no fraction (a counter of batches) is copied.
 
@@ -33,14 +33,14 @@ class WeightAverage:
         self._decay = decay
 
     @torch.no_grad()
-    def update(self, state: Mapping[str, Tensor], step: int) -> None:
+    def update(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Takes the weights after an update into the mean.
 
         Args:
             state: of the network that trains: float32 weights and buffers by name.
-            step: t, from 1.
+            updates: t, from 1.
         """
-        kept = min(self._decay, (step - 1) / step)
+        kept = min(self._decay, (updates - 1) / updates)
         for name, mean in self.model.state_dict().items():
             if mean.is_floating_point():
                 mean.lerp_(state[name], 1 - kept)

@@ -1,4 +1,4 @@
-"""Norms of gradients: the same for any number of threads, and finite wherever every number is."""
+"""Norms of gradients: the same for any number of threads, finite where every number is, and 0 where every number is."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Numbers that one thread sums up; rows of so many are shared out among threads.
 _ROW = 2**15
+# Below this root mean square, enough squares underflow float32, or are cut to 0 there, to be missed in a norm.
+_SMALL = 1e-15
 
 
 def norm_of(gradients: Iterable[Tensor]) -> float:
@@ -39,8 +41,10 @@ def flat_in_memory(tensor: Tensor) -> Tensor:
 
 def _norm(gradient: Tensor) -> float:
     norm = math.sqrt(_sum_of_squares(gradient))
-    # Squares may overflow float32 although no number does.
-    return norm if math.isfinite(norm) else float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
+    if math.isfinite(norm) and norm >= _SMALL * math.sqrt(gradient.numel()):
+        return norm
+    # Squares may overflow or underflow float32 although no number does.
+    return float(torch.linalg.vector_norm(gradient, dtype=torch.float64))
 
 
 def _sum_of_squares(gradient: Tensor) -> float:

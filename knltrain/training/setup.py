@@ -27,7 +27,7 @@ from knltrain.node.memory import keep_freed_memory
 from knltrain.ops.native import isa
 from knltrain.optim import build_optimizer
 from knltrain.runlog.console import Console
-from knltrain.training.batching import rank_batches_by_size, rank_batches_of
+from knltrain.training.batching import rank_batches_by_size, rank_batches_of, refuse_untrainable_batches
 from knltrain.training.divergence import DivergenceCheck
 from knltrain.training.due import DueRules
 from knltrain.training.ema import WeightAverage
@@ -88,6 +88,7 @@ def set_up(
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     if group.is_first:
         refuse_unbuildable(config)
+        refuse_untrainable_batches(config, by_size)
         cleanup.enter_context(lock_run_dir(out, console))
     start = choose(config, out, group, console, allow_change)
     train_set, val_set = open_datasets(config, placement, group, console, stop)

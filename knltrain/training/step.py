@@ -120,7 +120,7 @@ class Stepper:
             self._log.trust_ratios(done, run.epoch(done), state.engine.optimizer.trust_ratios(norms))
         state.engine.optimizer.step()
         if state.average:
-            state.average.update(state.engine.state_dict(), done)
+            state.average.update(state.engine.state_dict(), done - state.guard.skipped_steps)
 
     def _report(self, numbers: StepNumbers, data_s: float, *, step_s: float) -> None:
         run, comm = self._run, self._clock.pop_step()

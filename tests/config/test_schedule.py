@@ -11,7 +11,12 @@ TOTAL = 100
 
 def rate(step, *, peak=10.0, steps_per_epoch=10.0, **options):
     return learning_rate(
-        ScheduleConfig(**options), peak=peak, step=step, total_steps=TOTAL, steps_per_epoch=steps_per_epoch
+        ScheduleConfig(**options),
+        peak=peak,
+        step=step,
+        epoch=step / steps_per_epoch,
+        total_steps=TOTAL,
+        steps_per_epoch=steps_per_epoch,
     )
 
 
@@ -40,6 +45,21 @@ def test_poly_after_warmup_starts_at_the_peak():
 def test_step_multiplies_at_milestones():
     rates = [rate(step, name="step", milestones=(3, 6), gamma=0.1) for step in (0, 29, 30, 59, 60, 99)]
     assert rates == pytest.approx([10, 10, 1, 1, 0.1, 0.1])
+
+
+@pytest.mark.parametrize("milestone", [3, 0.12, 2.04, 14.4])
+@pytest.mark.parametrize("images, batch", [(50_000, 48), (50_000, 24), (1_281_167, 96), (60_000, 7), (30, 3)])
+def test_what_is_due_at_an_epoch_is_due_at_its_step(images, batch, milestone):
+    """The first step before which so many images were seen, in whole numbers; a product of fractions may be beyond."""
+    first = -(-round(milestone * images * 100) // (100 * batch))  # of at most two decimals, as are the milestones
+    due = {"epochs": 16, "global_batch": batch, "optim.lr": 1.0}
+    step = override(RunConfig(), {**due, "schedule.name": "step", "schedule.milestones": [milestone],
+                                  "schedule.warmup_epochs": 0})  # fmt: skip
+    course = make_schedule(step, images)
+    assert (course.lr(step, first - 1), course.lr(step, first)) == (1.0, pytest.approx(0.1))
+    poly = override(RunConfig(), {**due, "schedule.name": "poly", "schedule.warmup_epochs": milestone})
+    assert course.lr(poly, first - 1) == pytest.approx((first - 1) * batch / (milestone * images))
+    assert course.lr(poly, first) == pytest.approx((1 - first / (16 * images / batch)) ** 2, abs=1e-3)
 
 
 def test_constant():

@@ -84,7 +84,8 @@ def test_whatever_is_within_bounds_can_be_computed_with(data):
         return
     steps = data.draw(st.sampled_from([1, 10**6, 10**15]))
     for step in {0, steps // 2, steps - 1}:
-        rate = learning_rate(config.schedule, peak=config.peak_lr, step=step, total_steps=steps, steps_per_epoch=1e-3)
+        rate = learning_rate(config.schedule, peak=config.peak_lr, step=step, epoch=step / 1e-3, total_steps=steps,
+                             steps_per_epoch=1e-3)  # fmt: skip
         assert 0 <= rate < float("inf")
 
 

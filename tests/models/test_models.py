@@ -9,7 +9,7 @@ from torch import nn
 from knltrain import models
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
-from knltrain.models import build_model, model_of, refuse_unbuildable
+from knltrain.models import build_model, model_of, refuse_single_values, refuse_unbuildable
 from knltrain.models.alexnet import LocalResponseNorm
 
 # The counts of Caffe's bvlc_alexnet and of torchvision's resnet50; alexnet_bn has 2 x (96 + 256 + 384 + 384) more.
@@ -200,3 +200,27 @@ def test_images_that_a_network_does_not_take_are_refused_before_any_are_read(mon
     assert torch.equal(torch.get_rng_state(), before), "the first weights are what they would have been"
     with pytest.raises(ConfigError, match=r"^image-size 16: pooled does not take such .*\(.*\); give another size$"):
         refuse_unbuildable(RunConfig(model="pooled", image_size=16))
+
+
+@pytest.mark.parametrize(
+    "name, refused, taken",
+    [("resnet50", 32, 64), ("resnet20", 4, 8), ("torchvision:mobilenet_v2", 32, 64), ("alexnet_bn_small", 8, 16)],
+)
+def test_one_image_is_refused_where_batch_norm_has_one_value_of_it(name, refused, taken, request):
+    """As PyTorch would refuse it, in the first step of a run."""
+    if name.startswith("torchvision:"):
+        request.getfixturevalue("torchvision")
+    config, before = RunConfig(model=name), torch.get_rng_state()
+    for size in (refused, taken):
+        model, image = build_model(name, num_classes=2, image_size=size).train(), torch.zeros(1, 3, size, size)
+        if size == taken:
+            model(image)
+            refuse_single_values(config, [size], "do this")
+            continue
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(image)
+        torch.set_rng_state(before)
+        with pytest.raises(ConfigError, match=rf"^a micro-batch of one image: batch norm [\w.]+ of {name} .* at "
+                                              rf"image-size {size}, .*; do this$"):  # fmt: skip
+            refuse_single_values(config, [taken, size], "do this")
+        assert torch.equal(torch.get_rng_state(), before)

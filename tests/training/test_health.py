@@ -136,6 +136,23 @@ def test_the_weights_of_a_skipped_step_are_those_before_it(config, tmp_path, mon
         assert [name for name in before if not torch.equal(before[name], after[name])] == []
 
 
+def test_a_first_step_that_is_skipped_leaves_no_initial_weights_in_the_average(config, tmp_path, monkeypatch):
+    """Nor does a run that stops and goes on in between: the mean is over the updates, here of steps 3 and 4."""
+    options = {"health.policy": "skip", "ema_decay": 0.99}
+    for name, stops in (("at once", (4,)), ("resumed", (2, 3, 4))):
+        trained, out = {}, str(tmp_path / name)
+        for stop in stops:
+            with monkeypatch.context() as patch:
+                inject("gradient", 1, patch=patch.setattr)
+                inject("loss", 2, patch=patch.setattr)
+                run(config, out=out, max_steps=stop, **options)
+            trained[stop] = load_file(newest(out) / "trained.safetensors")
+        average = load_file(newest(out) / "model.safetensors")
+    for name in (name for name in average if name.endswith(("weight", "bias"))):
+        torch.testing.assert_close(average[name], (trained[3][name] + trained[4][name]) / 2, rtol=1e-5, atol=1e-7)
+    assert_same_run(out, tmp_path / "at once", evaluations=False)
+
+
 def test_skip_ends_when_too_many_come_in_a_row(config, monkeypatch):
     for step in (3, 5, 6, 7):
         inject("loss", step, patch=monkeypatch.setattr)
@@ -267,7 +284,10 @@ def test_norm_of_many_tensors():
     expected = math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
     assert norm_of(tensors) == pytest.approx(expected, rel=1e-5)
     assert norm_of([tensor.bfloat16() for tensor in tensors]) == pytest.approx(expected, rel=4e-3)
-    assert norm_of([tensor * 1e30 for tensor in tensors]) == pytest.approx(expected * 1e30, rel=1e-5)
+    for scale in (1e30, 1e-15, 1e-18, 1e-21, 1e-25, 1e-30):
+        assert norm_of([tensor * scale for tensor in tensors]) == pytest.approx(expected * scale, rel=1e-5)
+    assert norm_of([torch.full((2**20,), 1e-25, dtype=torch.bfloat16)]) == pytest.approx(1024e-25, rel=4e-3)
+    assert norm_of([torch.zeros(70_000)]) == 0
     threads = torch.get_num_threads()
     norms = set()
     for count in (1, 2, 3):

@@ -23,7 +23,7 @@ from knltrain.runlog.metrics import read_metrics
 from knltrain.training import evaluate as evaluating
 from knltrain.training import setup, trainer
 from knltrain.training import step as stepping
-from knltrain.training.batching import rank_batch_of
+from knltrain.training.batching import rank_batch_of, rank_batches_by_size, refuse_untrainable_batches
 from knltrain.training.due import DueRules
 
 CONTRACT_SUMMARY = {"top1", "top5", "best_top1", "epochs", "steps", "images_per_s", "data_fraction", "comm_fraction",
@@ -282,6 +282,10 @@ def test_bad_data_met_later_names_its_path(config, tmp_path, image_folder):
         ({"global_batch": 10, "local_batch": 4}, "local-batch 4 does not divide the 10 images.*take 2"),
         ({"model": "alexnet", "data": "/nowhere"}, "at least 67"),
         ({"model": "lenet", "data": "/nowhere"}, "no 'lenet'"),
+        (
+            {"model": "resnet50", "dropout": None, "image_size": 32, "local_batch": 1, "data": "/not/looked/at/before"},
+            r"one image: batch norm layer4\.0\.downsample\.1 of resnet50 .* at image-size 32, .*raise local-batch$",
+        ),
         ({"data": "/nowhere/at/all"}, "/nowhere/at/all/train: no such folder"),
     ],
 )
@@ -315,6 +319,25 @@ def test_an_evaluation_says_which_images_it_did_not_see(config, image_folder, tm
     assert [line for line in said if "could not be decoded" in line] == [
         "2 images could not be decoded; the next good ones were used instead"
     ]
+
+
+def test_a_single_image_is_refused_where_and_only_where_it_comes_with_a_single_pixel():
+    def refuse(ranks, **fields):
+        config = override(
+            RunConfig(), {"model": "resnet50", "image_size": 64, "global_batch": 4, "epochs": 4, **fields}
+        )
+        refuse_untrainable_batches(config, rank_batches_by_size(config, 0, ranks))
+
+    refuse(1)
+    refuse(4)
+    refuse(4, **{"schedule.image_sizes": [32], "schedule.image_size_epochs": [1], "schedule.batches": [8],
+                 "schedule.batch_epochs": [2]})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"at image-size 32, .*; raise the batch of 4 to 8 or more, or use fewer"):
+        refuse(4, image_size=32)
+    with pytest.raises(ConfigError, match=r"at image-size 32, .*; raise local-batch$"):
+        refuse(1, local_batch=1, **{"schedule.image_sizes": [32], "schedule.image_size_epochs": [1]})
+    with pytest.raises(ConfigError, match=r"raise the batch of 1 to 2 or more$"):
+        refuse(1, global_batch=1, image_size=32)
 
 
 def test_share_of_several_ranks():
