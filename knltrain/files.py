@@ -61,8 +61,8 @@ def resolved(path: str | Path) -> Path:
 
 def cache_folder() -> Path:
     """Returns $KNLTRAIN_CACHE, or ``knltrain`` in the user's cache folder; it may not exist yet."""
-    if "KNLTRAIN_CACHE" in os.environ:
-        return Path(os.environ["KNLTRAIN_CACHE"])
+    if configured := os.environ.get("KNLTRAIN_CACHE"):
+        return Path(configured)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from knltrain.cli.options import FAILED, JSON, comma_list, reports_errors
+from knltrain.cli.options import FAILED, JSON, reports_errors
 from knltrain.errors import ConfigError
 
 _PARALLEL_COMMANDS = ("train", "eval")
@@ -32,6 +32,7 @@ _PARALLEL_COMMANDS = ("train", "eval")
 def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json: bool) -> None:
     """Show the placement of ranks on this node: their cores, threads, decoders and memory."""
     from knltrain.launch.mpiexec import openmpi_arguments
+    from knltrain.launch.world import discover
     from knltrain.node import plan_formats
     from knltrain.node.topology import read_node
     from knltrain.node.tuned_plan import tuned_plan
@@ -41,8 +42,14 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
         raise ConfigError(f"{root}: no folder sys or proc in it; docs/clusters.md says how to copy those of a node")
     node = read_node(root)
     planned = tuned_plan(node, ranks_per_node)
+    ranks = discover() if topology is None else None  # a launcher here says nothing of another node
+    launcher = {} if ranks is None else {"launcher": {"name": ranks.launcher, "rank": ranks.rank, "size": ranks.size}}
+    result = {**plan_formats.as_dict(node, planned), **launcher}
     if format == "text":
         click.echo(plan_formats.as_text(node, planned), err=as_json)
+        if ranks is not None:
+            seen = f"{ranks.launcher}, rank {ranks.rank} of {ranks.size}" if ranks.size > 1 else ranks.launcher
+            click.echo(f"launcher: {seen}", err=as_json)
     elif format == "env":
         click.echo(plan_formats.as_env(planned), err=as_json)
     elif format == "mpiexec":
@@ -51,9 +58,9 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
     elif format == "slurm":
         click.echo(plan_formats.as_slurm(node, planned), err=as_json)
     elif not as_json:
-        click.echo(json.dumps(plan_formats.as_dict(node, planned), indent=2))
+        click.echo(json.dumps(result, indent=2))
     if as_json:
-        click.echo(json.dumps(plan_formats.as_dict(node, planned)))
+        click.echo(json.dumps(result))
 
 
 _COLOURS = {"error": "red", "warning": "yellow", "note": "cyan", "ok": "green"}
@@ -92,7 +99,8 @@ def doctor(data: str | None, as_json: bool) -> None:
     "-n", "ranks", metavar="RANKS", type=click.IntRange(min=1), help="Total number of ranks; default --ppn per node."
 )
 @click.option("--ppn", type=click.IntRange(min=1), help="Ranks per node; default as in plan for this one.")
-@click.option("--hosts", metavar="A,B,...", help="Nodes; default this one, or those of the Slurm job.")
+@click.option("--hosts", metavar="A,B,...", help="Nodes, also as node[001-004]; default those of the batch job, or "
+                                                "this one.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Only print the command.")
 @JSON
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="-- train ...")
@@ -101,7 +109,11 @@ def launch(
     ranks: int | None, ppn: int | None, hosts: str | None, dry_run: bool, as_json: bool, arguments: tuple[str, ...]
 ) -> None:
     """Start ranks with mpiexec (Intel MPI, MPICH or Open MPI); each binds itself according to the plan."""
+    from knltrain.launch.allocation import read_allocation
+    from knltrain.launch.environment import given
+    from knltrain.launch.hosts import expand_hosts
     from knltrain.launch.mpiexec import command_line, count_ranks, find_mpiexec
+    from knltrain.launch.world import discover
     from knltrain.node.topology import read_node
     from knltrain.node.tuned_plan import tuned_plan
 
@@ -111,9 +123,24 @@ def launch(
         )
     if as_json and not dry_run:
         raise ConfigError("--json: only --dry-run has a result; for the result of training, give --json after `train`")
-    names = list(comma_list("--hosts", hosts, str)) if hosts else []
+    started = discover()
+    if started.size > 1:
+        raise ConfigError(
+            f"{started.launcher} has started {started.size} processes already, and each of them would start ranks: "
+            f"have it start `knltrain {arguments[0]}` instead of `knltrain launch`"
+        )
+    if hosts is not None:
+        job, names = None, list(expand_hosts(hosts, given_as="--hosts"))
+    else:
+        job = read_allocation(given())
+        names = list(job.hosts) if job else []
+    if job and not names and job.system == "Flux" and job.nodes != 1:
+        raise ConfigError(
+            f"mpiexec does not find the nodes of a Flux job: start ranks with {job.launcher} knltrain {arguments[0]} "
+            "..., or name the nodes with --hosts"
+        )
     mpiexec = find_mpiexec()
-    nodes = len(names) or int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    nodes = len(names) or (job.nodes if job else 0) or 1
     ranks, ppn = count_ranks(ranks, ppn, nodes, len(tuned_plan(read_node()).ranks))
     program = [sys.executable, "-m", "knltrain", *arguments]
     environment = {**os.environ, **mpiexec.environment}

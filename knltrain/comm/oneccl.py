@@ -119,7 +119,7 @@ class Settings:
 def exported_workers(environ: Mapping[str, str] | None = None) -> str:
     """Returns the number of worker threads that the user has exported for oneCCL; empty if none."""
     environ = os.environ if environ is None else environ
-    return environ.get("CCL_WORKER_COUNT") or ("1" if "CCL_WORKER_AFFINITY" in environ else "")
+    return environ.get("CCL_WORKER_COUNT") or ("1" if environ.get("CCL_WORKER_AFFINITY") else "")
 
 
 def configure(
@@ -145,7 +145,7 @@ def configure(
         UnavailableError: the transport's library is missing.
     """
     environ = os.environ if environ is None else environ
-    transport = environ.get("CCL_ATL_TRANSPORT", "ofi")
+    transport = environ.get("CCL_ATL_TRANSPORT") or "ofi"
     if transport not in TRANSPORTS:
         raise ConfigError(f"CCL_ATL_TRANSPORT={transport}: oneCCL has {' and '.join(TRANSPORTS)}; unset it or name one")
     if transport == "mpi" and ranks.launcher != "hydra":
@@ -171,17 +171,17 @@ def configure(
         # Ranks of one node communicate through shared memory. Set here, so that any launcher will do.
         wanted |= {"CCL_ATL_SHM": "1", "CCL_PROCESS_LAUNCHER": "none",
                    "CCL_LOCAL_RANK": str(ranks.local_rank), "CCL_LOCAL_SIZE": str(ranks.local_size)}  # fmt: skip
-    of_ccl = {name: value for name, value in environ.items() if name.startswith(("CCL_", "FI_"))}
+    of_ccl = {name: value for name, value in environ.items() if name.startswith(("CCL_", "FI_")) and value}
     set_before = {name: value for name, value in of_ccl.items() if name in (already_set or {})}
     kept = {name: value for name, value in of_ccl.items() if name not in set_before}
-    missing = {name: value for name, value in wanted.items() if name not in environ}
+    missing = {name: value for name, value in wanted.items() if not environ.get(name)}
     environ.update(missing)
     return Settings(transport, missing | set_before, kept)
 
 
 def _libraries(transport: str, environ: MutableMapping[str, str]) -> dict[str, str]:
     """Returns the paths of libfabric, its providers and MPI; none if a oneAPI environment (I_MPI_ROOT) sets them."""
-    if "I_MPI_ROOT" in environ:
+    if environ.get("I_MPI_ROOT"):
         return {}
     found: dict[str, str] = {}
     if fabric := _of_package("impi-rt", "/libfabric.so.1"):

@@ -145,7 +145,7 @@ def affinity(machine: Machine) -> Finding:
             "error",
             str(error),
             "every process trains a model of its own, or refuses to start",
-            "one launcher: torchrun, mpiexec or srun",
+            "one launcher: torchrun, mpiexec, srun or another of docs/clusters.md",
         )
     try:
         # The mask of a launcher is known only on this machine, not for a copy of another node.
@@ -164,6 +164,9 @@ def affinity(machine: Machine) -> Finding:
             "start without taskset, numactl -C or the launcher's binding, or ask the batch system for all "
             "of the node (Slurm: --exclusive, srun --cpus-per-task)",
         )
+    if ranks.warnings:
+        cause, _, remedy = ranks.warnings[0].partition("; ")
+        return Finding("affinity", "warning", cause, "not all that the job has trains the same model", remedy)
     if beyond := unconfined_warning(node, machine.environ):
         cause, _, remedy = beyond.partition("; ")
         return Finding("affinity", "warning", cause, "jobs on this node take each other's cores", remedy)
@@ -173,6 +176,7 @@ def affinity(machine: Machine) -> Finding:
         return Finding("affinity", "warning", cause, "this rank is slower than the others, which wait for it", remedy)
     limits = "" if len(node.group_cpus) == node.online else " (the control group's)"
     role = f"rank {placement.ranks.local_rank} of {ranks.local_size} here" if ranks.size > 1 else "alone"
+    role += f" ({ranks.launcher})" if ranks.launcher != "none" else ""
     return Finding("affinity", "ok", f"{have}{limits}; {role}, computes on {format_cpu_list(placement.plan.compute)}")
 
 

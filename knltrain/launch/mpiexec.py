@@ -92,7 +92,7 @@ def _impi_rt_environment(path: Path, environ: Mapping[str, str]) -> dict[str, st
 def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Returns the variable without which Intel MPI may use a Slurm job's tasks per node instead of -ppn."""
     name = "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT"
-    return {name: "0"} if "SLURM_JOB_ID" in environ and not environ.get(name) else {}
+    return {name: "0"} if environ.get("SLURM_JOB_ID") and not environ.get(name) else {}
 
 
 def count_ranks(ranks: int | None, per_node: int | None, num_nodes: int, planned_per_node: int) -> tuple[int, int]:
@@ -139,7 +139,7 @@ def command_line(
     if mpiexec.kind == "openmpi":
         line += openmpi_arguments(per_node)
         line += ["--host", ",".join(f"{host}:{per_node}" for host in hosts)] if hosts else []
-        names = [n for n in environ if n in _EXPORTED or n.startswith(_EXPORTED_PREFIXES)]
+        names = [n for n, value in environ.items() if value and (n in _EXPORTED or n.startswith(_EXPORTED_PREFIXES))]
         line += [word for name in sorted(names) for word in ("-x", name)]
     else:
         line += ["-ppn", str(per_node)]

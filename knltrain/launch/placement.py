@@ -16,18 +16,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from knltrain.errors import KnltrainError
-from knltrain.launch.world import Ranks, discover, launcher_cpus
+from knltrain.launch.launchers import LAUNCHERS
+from knltrain.launch.processes import launcher_cpus
+from knltrain.launch.world import Ranks, discover
 from knltrain.node.affinity import Plan, RankPlan, plan_node
 from knltrain.node.binding import BINDING_VARIABLES, prefer_memory
 from knltrain.node.cpulist import format_cpu_list
 from knltrain.node.topology import Node, read_node
 from knltrain.node.tuned_plan import tuned_threads
 
-_UNPINNED = {
-    "hydra": "mpiexec -genv I_MPI_PIN=0 (Intel MPI) or -bind-to none (MPICH)",
-    "openmpi": "mpiexec --bind-to none",
-    "slurm": "srun --cpu-bind=none, with enough --cpus-per-task",
-}
+_UNPINNED = {launcher.name: launcher.unpinned for launcher in LAUNCHERS if launcher.unpinned}
+_PASS_ON_MASK = frozenset(launcher.name for launcher in LAUNCHERS if launcher.passes_on_mask)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +93,8 @@ def find_placement(*, strict: bool = True) -> RankPlacement:
     node, ranks = read_node(), discover()
     whole = node_before_pinning(ranks, node)
     environ = tuned_threads(whole, ranks.local_size, os.environ)
-    return plan_placement(ranks, node, whole, strict=strict, environ=environ)
+    placement = plan_placement(ranks, node, whole, strict=strict, environ=environ)
+    return dataclasses.replace(placement, warnings=(*ranks.warnings, *placement.warnings))
 
 
 def node_before_pinning(ranks: Ranks, node: Node) -> Node:
@@ -110,7 +110,7 @@ def node_before_pinning(ranks: Ranks, node: Node) -> Node:
     allowed = frozenset(node.group_cpus)
     if len(node.cpus) >= len(allowed):
         return node
-    inherited = launcher_cpus(ranks) & allowed if ranks.launcher in ("hydra", "openmpi") else frozenset()
+    inherited = launcher_cpus(ranks.rank, ranks.size) & allowed if ranks.launcher in _PASS_ON_MASK else frozenset()
     if inherited >= frozenset(node.cpus):
         shared = read_node(allowed=inherited)
         if len(shared.cores) >= ranks.local_size:
@@ -207,7 +207,7 @@ def binding_drift(placement: RankPlacement) -> str:
     Libraries change the mask: an OpenMP runtime that binds its first thread, a package that sets its own.
     """
     wanted, got = set(placement.plan.compute), os.sched_getaffinity(0)
-    if wanted <= got or any(name in os.environ for name in BINDING_VARIABLES):
+    if wanted <= got or any(os.environ.get(name) for name in BINDING_VARIABLES):
         return ""
     return (
         f"rank {placement.ranks.rank} was bound to CPUs {format_cpu_list(wanted)} and is on {format_cpu_list(got)} now"

@@ -139,7 +139,7 @@ def kill_mpiexec_later() -> None:
     has confirmed it, which an unreachable one never does.
     """
     with contextlib.suppress(OSError):
-        if "PMI_FD" in os.environ and (mpiexec := _local_mpiexec()):
+        if os.environ.get("PMI_FD") and (mpiexec := _local_mpiexec()):
             subprocess.Popen(
                 ["sh", "-c", _KILL_AFTER_TIMEOUT, "sh", str(mpiexec), str(_MPIEXEC_EXIT_TIMEOUT_S)],
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,

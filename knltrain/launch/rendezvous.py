@@ -20,18 +20,21 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.launch.environment import given, number
 from knltrain.launch.openmpi import OpenMpi
 from knltrain.launch.pmi import Pmi
-from knltrain.launch.world import Ranks, discover
+from knltrain.launch.world import Ranks, discover, is_loopback
 
 # Long enough for the slowest node to start Python from a parallel file system.
 START_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 3.0
+_RESOLVE_INTERVAL_S = 1.0
 _SIOCGIFADDR = 0x8915
 OUTSIDE_ADDRESS = "198.51.100.1"  # reserved for documentation (RFC 5737): the default route leads there
 _MAX_ADDRESSES = 24  # fits into a kilobyte, the shortest value limit that PMI-1 allows
@@ -57,7 +60,7 @@ class Rendezvous:
     def export(self) -> dict[str, str]:
         """Exports the interface for gloo, oneCCL and libfabric, unless the user has; returns the variables set."""
         names = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE") if self.interface else ()
-        exported = {name: self.interface for name in names if name not in os.environ}
+        exported = {name: self.interface for name in names if not os.environ.get(name)}
         os.environ.update(exported)
         return exported
 
@@ -80,12 +83,13 @@ def find_rendezvous(ranks: Ranks, environ: Mapping[str, str] | None = None) -> R
         ConfigError: MASTER_ADDR is loopback, or no variable tells where rank 0 is.
         KnltrainError: the ranks cannot reach each other.
     """
-    environ = os.environ if environ is None else environ
+    environ = given(environ)
     if not ranks.on_several_nodes:
         return Rendezvous(ranks.init_method, interface=loopback(), listen=_listen_address(ranks, environ))
     if ranks.init_method:
         return dataclasses.replace(
-            _from_master_addr(environ["MASTER_ADDR"], ranks), listen=_listen_address(ranks, environ)
+            _from_master_addr(environ["MASTER_ADDR"], ranks, in_pod="KUBERNETES_SERVICE_HOST" in environ),
+            listen=_listen_address(ranks, environ),
         )
     if ranks.launcher == "slurm":
         return _from_slurm_node_list(ranks, environ)
@@ -96,7 +100,7 @@ def find_rendezvous(ranks: Ranks, environ: Mapping[str, str] | None = None) -> R
             f"{ranks.launcher} started {ranks.size} ranks on several nodes and did not set PMI_FD for their "
             "rendezvous; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT, a free port there"
         )
-    pmi = Pmi(int(environ["PMI_FD"]), START_TIMEOUT_S)
+    pmi = Pmi(number(environ, "PMI_FD"), START_TIMEOUT_S)
     try:
         rendezvous = agree_on_address(pmi, ranks)
     except BaseException:
@@ -252,11 +256,25 @@ def _first_reachable(addresses: list[str], port: int) -> str:
     return ""
 
 
-def _from_master_addr(host: str, ranks: Ranks) -> Rendezvous:
-    addresses = _resolve(host)
-    # On its own node a name may resolve to loopback; then the default route gives the interface.
-    named = not host.replace(".", "").isdigit() and host != "localhost"
-    if not addresses and named and ranks.rank == ranks.local_rank:
+def _resolve_in_time(host: str, *, quiet: bool) -> list[str]:
+    """Returns the addresses of a name as ``_resolve`` does; waits until it is known, or for the start's time-out."""
+    deadline = time.monotonic() + START_TIMEOUT_S
+    if not _resolve_any(host) and not quiet:
+        said = f"MASTER_ADDR={host} has no address yet; waiting up to {START_TIMEOUT_S:.0f} s for it"
+        print(said, file=sys.stderr, flush=True)
+    while not _resolve_any(host) and time.monotonic() < deadline:
+        time.sleep(_RESOLVE_INTERVAL_S)
+    return _resolve(host)
+
+
+def _from_master_addr(host: str, ranks: Ranks, *, in_pod: bool) -> Rendezvous:
+    named = not host.replace(".", "").isdigit() and not is_loopback(host)
+    first_node = ranks.rank == ranks.local_rank
+    # The name of a pod is unknown until the pod has started, which may be later than this one.
+    addresses = _resolve(host) if first_node or not named else _resolve_in_time(host, quiet=ranks.local_rank > 0)
+    # On its own node a name may resolve to loopback, and a pod be told that it is at localhost; then the default route
+    # gives the interface.
+    if not addresses and first_node and (named or (is_loopback(host) and in_pod)):
         return Rendezvous(ranks.init_method, host, interface_towards(OUTSIDE_ADDRESS))
     if not addresses:
         raise ConfigError(
@@ -273,7 +291,7 @@ def _from_slurm_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvou
             "export MASTER_ADDR and MASTER_PORT"
         )
     head = ranks.hosts[0]
-    here = int(environ.get("SLURM_NODEID", "0")) == 0
+    here = number(environ, "SLURM_NODEID") == 0 if "SLURM_NODEID" in environ else True
     # On rank 0's node its own name may resolve to loopback: use the route to the second node.
     addresses = _resolve(ranks.hosts[1] if here else head)
     if not addresses:
@@ -283,7 +301,8 @@ def _from_slurm_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvou
             "resolves to loopback; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT"
         )
     # All ranks derive the same port from the ids of job and step, so that jobs on shared nodes use different ones.
-    port = 20000 + (int(environ.get("SLURM_JOB_ID", "0")) * 31 + int(environ.get("SLURM_STEP_ID", "0"))) % 12000
+    job, step = (number(environ, name) if name in environ else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+    port = 20000 + (job * 31 + step) % 12000
     interface = interface_towards(addresses[0])
     if not here:
         return Rendezvous(f"tcp://{addresses[0]}:{port}", addresses[0], interface)

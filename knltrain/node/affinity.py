@@ -119,7 +119,7 @@ def asked_threads(environ: Mapping[str, str]) -> int | None:
         ConfigError: it is not a positive number.
     """
     asked = environ.get("OMP_NUM_THREADS", "")
-    by_torchrun = "TORCHELASTIC_RUN_ID" in environ and asked == "1"
+    by_torchrun = bool(environ.get("TORCHELASTIC_RUN_ID")) and asked == "1"
     if not asked or by_torchrun:
         return None
     # OpenMP allows one number per nesting level; the first is the outermost.

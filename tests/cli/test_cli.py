@@ -189,7 +189,7 @@ def invoke(*arguments):
         (["launch", "-n", "2"], 2, "nothing to launch"),
         (["launch", "-n", "2", "--", "recipes"], 2, "nothing to launch"),
         (["launch", "-n", "9", "--ppn", "2", "--hosts", "a,b", "--", "train"], 2, "-n 9 does not fit 2 node(s)"),
-        (["launch", "--hosts", "a,,b", "--", "train"], 2, "--hosts a,,b"),
+        (["launch", "--hosts", "a,,b", "--", "train"], 2, "--hosts 'a,,b'"),
         (["launch", "--json", "--", "train"], 2, "--json: only --dry-run"),
         (["plan", "--topology", "/nowhere"], 2, "/nowhere: no folder sys or proc in it"),
         (["plan", "--ranks-per-node", "0"], 2, "ranks-per-node"),

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -18,7 +19,8 @@ from knltrain.config import RunConfig
 from knltrain.config.schedule import learning_rate, make_schedule
 from knltrain.data.datasets import open_folder
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.launch.world import Ranks, discover, expand_counts, expand_hosts
+from knltrain.launch.hosts import expand_counts, expand_hosts
+from knltrain.launch.world import Ranks, discover
 from knltrain.node.cpulist import parse_cpu_list
 
 # The same examples every time; KNLTRAIN_FUZZ_EXAMPLES makes them more, and others.
@@ -197,6 +199,8 @@ def test_any_names_of_classes_and_files(classes, files):
 
 LAUNCHERS = ["RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID",
              "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS",
+             "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID", "FLUX_JOB_NNODES", "PMIX_RANK", "PALS_RANKID",
+             "SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "PBS_NODEFILE", "LSB_HOSTS", "LSB_MCPU_HOSTS", "PE_HOSTFILE",
              "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_STEP_NODELIST", "SLURM_NODEID", "MASTER_ADDR",
              "MASTER_PORT"]  # fmt: skip
 LISTS = st.one_of(
@@ -217,7 +221,11 @@ def test_any_words_of_a_launcher(environ):
 @given(LISTS)
 @examples(200)
 def test_any_list_of_nodes_and_of_cpus(text):
-    for expand, error in ((expand_hosts, ConfigError), (expand_counts, ConfigError), (parse_cpu_list, ValueError)):
+    for expand, error in (
+        (partial(expand_hosts, given_as="--hosts"), ConfigError),
+        (expand_counts, ConfigError),
+        (parse_cpu_list, ValueError),
+    ):
         try:
             assert len(expand(text)) <= 2_000_000
         except error as raised:

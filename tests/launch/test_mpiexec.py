@@ -11,8 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from knltrain.cli.main import main
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.launch import mpiexec
 from knltrain.launch.mpiexec import Mpiexec, command_line, count_ranks, find_mpiexec
 
 VERSIONS = {
@@ -121,10 +124,78 @@ def test_a_dry_run_prints_and_starts_nothing(knltrain, tmp_path):
     assert not (tmp_path / "started").exists()
 
 
-def test_a_slurm_jobs_nodes_are_counted(knltrain):
-    needs_mpiexec()
-    result = knltrain("launch", "--ppn", "2", "--dry-run", "--json", "--", "train", SLURM_JOB_NUM_NODES="3")
-    assert json.loads(result.stdout)["ranks"] == 6
+@pytest.fixture
+def dry_run(monkeypatch):
+    """Runs a launch that only prints, with an mpiexec of MPICH; returns click's result."""
+    monkeypatch.setattr(mpiexec, "find_mpiexec", lambda: Mpiexec(Path("/mpi/mpiexec"), "mpich", {}))
+
+    def run(*options, **environ):
+        arguments = ["launch", "--ppn", "2", "--dry-run", "--json", *options, "--", "train"]
+        return CliRunner().invoke(main, arguments, env=environ)
+
+    return run
+
+
+def test_a_slurm_jobs_nodes_are_counted(dry_run):
+    found = json.loads(dry_run(SLURM_JOB_NUM_NODES="3").stdout)
+    assert (found["ranks"], found["hosts"]) == (6, []), "mpiexec reads Slurm's list by itself"
+    assert json.loads(dry_run(SLURM_JOB_NUM_NODES="").stdout)["ranks"] == 2
+    result = dry_run(SLURM_JOB_NUM_NODES="some")
+    assert result.exit_code == 2
+    assert "SLURM_JOB_NUM_NODES=some is not a number" in result.stderr
+
+
+@pytest.mark.parametrize("given, hosts", [
+    ("n1,n1,n2,n2", "n1,n2"), ("n1, n2", "n1,n2"), ("n[1-2]", "n1,n2"), ("node[001-003,7],gpu-a",
+    "node001,node002,node003,node7,gpu-a"), ("10.0.0.1, a.site.org", "10.0.0.1,a.site.org"),
+])  # fmt: skip
+def test_hosts_are_expanded_and_counted_once(given, hosts, dry_run):
+    found = json.loads(dry_run("--hosts", given).stdout)
+    assert (",".join(found["hosts"]), found["ranks"]) == (hosts, 2 * len(hosts.split(",")))
+    assert found["command"][found["command"].index("-hosts") + 1] == hosts
+
+
+@pytest.mark.parametrize(
+    "given", ["", "n1,", "n1:2", "n1 n2", "-rf", "4", "n[1-", "n[2-1]", "n1;n2", "10.0.0.999", "n[]"]
+)
+def test_what_is_no_host_is_refused(given, dry_run):
+    result = dry_run("--hosts", given)
+    assert result.exit_code == 2
+    assert "is not a list of nodes" in result.stderr
+    assert result.stdout == ""
+
+
+def test_the_nodes_of_other_batch_systems_are_taken(dry_run, tmp_path):
+    (tmp_path / "nodes").write_text("n1\nn1\nn2\nn2\n")
+    (tmp_path / "pe").write_text("n1 2 all.q UNDEFINED\nn2 2 all.q UNDEFINED\n")
+    for job in ({"PBS_NODEFILE": str(tmp_path / "nodes")}, {"PE_HOSTFILE": str(tmp_path / "pe")},
+                {"LSB_MCPU_HOSTS": "n1 2 n2 2"}):  # fmt: skip
+        found = json.loads(dry_run(**job).stdout)
+        assert (found["hosts"], found["ranks"]) == (["n1", "n2"], 4)
+        assert json.loads(dry_run("--hosts", "n3", **job).stdout)["hosts"] == ["n3"]
+    result = dry_run(PBS_NODEFILE=str(tmp_path / "gone"))
+    assert (result.exit_code, result.stdout) == (2, "")
+    result = dry_run(FLUX_JOB_NNODES="2")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "start ranks with flux run -N NODES -n TASKS knltrain train" in result.stderr
+
+
+def test_the_commands_agree_about_the_launcher(knltrain):
+    """And a launcher does not start launchers."""
+    unknown = "a PMIx launcher (prun, prterun) seems to have started this process as one of several (PMIX_RANK=1)"
+    commands = (("launch", "--dry-run", "--", "train"), ("plan",), ("train", "--recipe", "quickstart"))
+    for arguments in commands:
+        result = knltrain(*arguments, PMIX_RANK="1")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.startswith(f"knltrain: rank 1: {unknown}")
+    step = {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2", "MV2_COMM_WORLD_LOCAL_RANK": "1",
+            "MV2_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
+    assert knltrain("plan", **step).stdout.endswith("launcher: mvapich, rank 1 of 2\n")
+    result = knltrain("plan", "--format", "json", **step)
+    assert json.loads(result.stdout)["launcher"] == {"name": "mvapich", "rank": 1, "size": 2}
+    result = knltrain(*commands[0], **step)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "mvapich has started 2 processes already" in result.stderr
 
 
 def needs_mpiexec():

@@ -139,7 +139,7 @@ def test_ranks_divide_the_cpus_that_their_launcher_was_confined_to(launcher, xeo
     monkeypatch.setattr(placement, "read_node", functools.partial(read_node, xeon))
 
     def compute(mine, launchers, local_rank, local_size=2):
-        monkeypatch.setattr(placement, "launcher_cpus", lambda _: frozenset(launchers))
+        monkeypatch.setattr(placement, "launcher_cpus", lambda rank, size: frozenset(launchers))
         ranks, node = rank(launcher, local_rank, local_size), read_node(xeon, allowed=set(mine))
         return plan_placement(ranks, node, placement.node_before_pinning(ranks, node), environ={})
 

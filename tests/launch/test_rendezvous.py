@@ -18,7 +18,7 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.launch import rendezvous
 from knltrain.launch.pmi import Pmi
 from knltrain.launch.rendezvous import Rendezvous, agree_on_address, find_rendezvous, interface_towards, own_addresses
-from knltrain.launch.world import Ranks
+from knltrain.launch.world import Ranks, discover
 
 
 class Manager:
@@ -244,7 +244,9 @@ def test_srun_names_the_first_node(monkeypatch):
 
 
 def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
-    monkeypatch.setattr(rendezvous, "_resolve", lambda host: {"n1": ["10.0.0.1"]}.get(host, []))
+    known = {"n1": ["10.0.0.1"], "localhost": ["127.0.0.1"], "127.0.0.1": ["127.0.0.1"]}
+    monkeypatch.setattr(rendezvous, "_resolve_any", lambda host: known.get(host, []))
+    monkeypatch.setattr(rendezvous, "START_TIMEOUT_S", 0.0)
     monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
     for launcher in ("torchrun", "hydra", "slurm", "openmpi"):
         ranks = Ranks(launcher, 3, 4, 1, 2, "env://", hosts=("elsewhere", "n2"))
@@ -252,8 +254,40 @@ def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
         for loopback in ("127.0.0.1", "localhost", "nowhere"):
             with pytest.raises(ConfigError, match=f"MASTER_ADDR={loopback} is not an address that other nodes"):
                 find_rendezvous(ranks, {"MASTER_ADDR": loopback})
+    with pytest.raises(ConfigError, match="MASTER_ADDR=localhost is not an address"):
+        find_rendezvous(Ranks("torchrun", 0, 4, 0, 2, "env://"), {"MASTER_ADDR": "localhost"})
     # On the first node itself its name may be loopback's.
     assert find_rendezvous(Ranks("torchrun", 1, 4, 1, 2, "env://"), {"MASTER_ADDR": "me"}).init_method == "env://"
+
+
+def test_a_name_that_is_not_known_yet_is_waited_for(monkeypatch, capsys):
+    """The other pod has not started: its name has no address for a while."""
+    answers = iter([[], [], [], ["10.0.0.1"], ["10.0.0.1"]])
+    slept = []
+    monkeypatch.setattr(rendezvous, "_resolve_any", lambda host: next(answers))
+    monkeypatch.setattr(rendezvous.time, "sleep", slept.append)
+    monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
+    found = find_rendezvous(Ranks("torchrun", 1, 2, 0, 1, "env://"), {"MASTER_ADDR": "run-master-0"})
+    assert (found.address, len(slept)) == ("10.0.0.1", 2)
+    assert "MASTER_ADDR=run-master-0 has no address yet; waiting up to 600 s" in capsys.readouterr().err
+
+
+def test_the_first_pod_may_be_told_that_it_is_at_localhost(monkeypatch):
+    environ = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500",
+               "KUBERNETES_SERVICE_HOST": "10.96.0.1"}  # fmt: skip
+    monkeypatch.setattr(rendezvous, "interface_towards", lambda address: "eth0")
+    found = find_rendezvous(discover(environ), environ)
+    assert (found.init_method, found.interface, found.listen) == ("env://", "eth0", None)
+
+
+def test_numbers_of_slurm_and_hydra_that_are_none_are_refused(monkeypatch):
+    monkeypatch.setattr(rendezvous, "_resolve", lambda host: ["10.0.0.1"])
+    ranks, environ = slurm(0, ("n1", "n2"))
+    for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_NODEID"):
+        with pytest.raises(ConfigError, match=f"{name}=x is not a number"):
+            find_rendezvous(ranks, {**environ, name: "x"})
+    with pytest.raises(ConfigError, match="PMI_FD=x is not a number"):
+        find_rendezvous(Ranks("hydra", 0, 2, 0, 1), {"PMI_FD": "x"})
 
 
 def test_the_first_rank_listens_where_the_user_says_and_nowhere_else(monkeypatch):
@@ -287,6 +321,7 @@ def test_interfaces_are_told_to_the_libraries_unless_the_user_has(monkeypatch):
     for name in ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FI_TCP_IFACE", "mine")
+    monkeypatch.setenv("CCL_KVS_IFACE", "")
     Rendezvous("env://", "10.0.0.1", "ib0").export()
     names = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")
     assert [os.environ[name] for name in names] == ["ib0", "ib0", "mine"]

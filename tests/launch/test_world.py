@@ -3,7 +3,8 @@ import os
 import pytest
 
 from knltrain.errors import ConfigError
-from knltrain.launch.world import discover, expand_counts, expand_hosts, launcher_rank
+from knltrain.launch.hosts import expand_counts, expand_hosts
+from knltrain.launch.world import discover, launcher_rank
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -12,6 +13,16 @@ OPENMPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_
            "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}  # fmt: skip
 SLURM = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2"}
 ONE_TASK = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "1"}
+
+
+MVAPICH2 = {name.replace("OMPI", "MV2"): value for name, value in OPENMPI.items()}
+MVAPICH4 = {name.replace("OMPI", "MVP"): value for name, value in OPENMPI.items()}
+JSRUN = {name.replace("OMPI_COMM_WORLD", "JSM_NAMESPACE"): value for name, value in OPENMPI.items()}
+PALS = {"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2", "PALS_NODEID": "0", "PMI_RANK": "1",
+        "PMI_SIZE": "2", "PMI_LOCAL_RANK": "1", "PMI_LOCAL_SIZE": "2"}  # fmt: skip
+FLUX = {"FLUX_TASK_RANK": "1", "FLUX_JOB_SIZE": "2", "FLUX_TASK_LOCAL_ID": "1", "FLUX_JOB_NNODES": "1",
+        "PMI_RANK": "1", "PMI_SIZE": "2", "PMI_FD": "7", "FLUX_ENCLOSING_ID": "f1"}  # fmt: skip
+POD = {"RANK": "1", "WORLD_SIZE": "3", "MASTER_ADDR": "run-master-0", "MASTER_PORT": "23456"}
 
 
 def test_alone():
@@ -25,7 +36,12 @@ def test_torchrun():
     assert ranks.init_method == "env://"
 
 
-@pytest.mark.parametrize("name, variables", [("hydra", HYDRA), ("openmpi", OPENMPI), ("slurm", SLURM)])
+@pytest.mark.parametrize("name, variables", [
+    ("hydra", HYDRA), ("openmpi", OPENMPI), ("slurm", SLURM), ("mvapich", MVAPICH2), ("mvapich", MVAPICH4),
+    ("jsrun", JSRUN), ("jsrun", {**JSRUN, "PMIX_RANK": "1"}), ("pals", PALS), ("flux", FLUX),
+    ("openmpi", {**OPENMPI, "PMIX_RANK": "1"}), ("slurm", {**SLURM, "PMIX_RANK": "1"}),
+    ("hydra", {**HYDRA, **MVAPICH2}),
+])  # fmt: skip
 def test_mpi_and_slurm_on_one_node_meet_in_a_file(name, variables):
     ranks = discover(variables)
     assert (ranks.launcher, ranks.rank, ranks.size, ranks.local_size) == (name, 1, 2, 2)
@@ -65,6 +81,79 @@ def test_what_a_script_repeats_of_its_launcher_is_the_launchers():
     for unknown in ({}, {"LOCAL_RANK": "1"}, ONE_TASK):
         with pytest.raises(ConfigError, match=r"RANK=1 and WORLD_SIZE=2 leave open.*LOCAL_WORLD_SIZE"):
             discover({"RANK": "1", "WORLD_SIZE": "2", **unknown})
+
+
+@pytest.mark.parametrize("variables", [
+    {"PMIX_RANK": "1"}, {"PMIX_RANK": "0"}, {"ALPS_APP_PE": "1"}, {"HOROVOD_RANK": "1", "HOROVOD_SIZE": "2"},
+    {"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2"}, {"PMI_RANK": "1", "PMI_SIZE": "2"},
+    {"MPIRUN_RANK": "1", "MPIRUN_NPROCS": "2"}, {"FLUX_TASK_RANK": "1"}, {"SLURM_PROCID": "1"}, {"RANK": "0"},
+    {"WORLD_SIZE": "2"}, {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_RANK": "0"},
+    {**ONE_TASK, "PMI_RANK": "1", "PMI_SIZE": "4"}, {**ONE_TASK, "PMIX_RANK": "1"},
+])  # fmt: skip
+def test_what_looks_like_a_launcher_and_does_not_say_enough_is_refused(variables):
+    with pytest.raises(ConfigError, match=r"as one of several .*each would train a model of its own\. Export RANK"):
+        discover(variables)
+    # What the message asks for is enough.
+    by_hand = {**TORCHRUN, "RANK": "1", "WORLD_SIZE": "2"}
+    assert discover({**variables, **by_hand}).size == 2
+
+
+@pytest.mark.parametrize("variables", [
+    {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"WORLD_SIZE": "1"}, {**ONE_TASK, "PMIX_RANK": "0"},
+    {"PMIX_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+])  # fmt: skip
+def test_one_process_of_any_launcher_is_alone(variables):
+    assert discover(variables).size == 1
+
+
+def test_the_message_says_which_variables_are_meant():
+    with pytest.raises(
+        ConfigError, match=r"RANK=\$PALS_RANKID LOCAL_RANK=\$PALS_LOCAL_RANKID LOCAL_WORLD_SIZE=\$PALS_"
+    ):
+        discover({"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2"})
+
+
+@pytest.mark.parametrize("variables", [TORCHRUN, HYDRA, OPENMPI, SLURM, MVAPICH2, PALS, FLUX])
+def test_variables_that_are_empty_are_not_set(variables):
+    assert discover(dict.fromkeys(variables, "")) == discover({})
+    assert launcher_rank(dict.fromkeys(variables, "")) == ""
+    for outer in (HYDRA, OPENMPI, SLURM):
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TMPDIR")
+        found = discover({**outer, **dict.fromkeys(names, "")})
+        assert found == discover(outer)
+        assert found.init_method.startswith("file:///tmp/")
+
+
+def test_flux_tells_nodes_and_not_tasks_of_a_node():
+    four = {
+        **FLUX,
+        "FLUX_TASK_RANK": "3",
+        "FLUX_JOB_SIZE": "4",
+        "FLUX_JOB_NNODES": "2",
+        "PMI_RANK": "3",
+        "PMI_SIZE": "4",
+    }
+    found = discover(four)
+    assert (found.rank, found.local_rank, found.local_size, found.init_method) == (3, 1, 2, "")
+    for uneven in ({"FLUX_JOB_SIZE": "5", "PMI_SIZE": "5"}, {"FLUX_TASK_LOCAL_ID": "2"}, {"FLUX_JOB_NNODES": "0"}):
+        with pytest.raises(ConfigError, match=r"not as many on each.*LOCAL_WORLD_SIZE"):
+            discover({**four, **uneven})
+    assert discover({**four, **TORCHRUN}).launcher == "torchrun"
+
+
+def test_a_pod_has_its_node_alone():
+    for pod in (POD, {**POD, "KUBERNETES_SERVICE_HOST": "10.96.0.1"}):
+        found = discover(pod)
+        assert (found.rank, found.size, found.local_rank, found.local_size) == (1, 3, 0, 1)
+        assert found.init_method == "env://"
+        assert bool(found.warnings) == (pod is POD), "elsewhere ranks may share a node"
+    first = {**POD, "RANK": "0", "MASTER_ADDR": "localhost"}
+    assert discover({**first, "KUBERNETES_SERVICE_HOST": "10.96.0.1"}).local_size == 1
+    for more in ({"LOCAL_RANK": "1"}, {"MASTER_PORT": ""}, {"MASTER_ADDR": "127.0.1.1"}, {"PMIX_RANK": "1"}):
+        with pytest.raises(ConfigError, match="leave open"):
+            discover({**POD, **more})
+    with pytest.raises(ConfigError, match="leave open"):
+        discover(first)
 
 
 def test_the_innermost_launcher_counts():
@@ -118,7 +207,9 @@ def test_srun_with_pmi2_is_srun():
 
 
 def test_a_launcher_that_says_nothing_of_its_nodes_is_refused():
-    with pytest.raises(ConfigError, match="none of torchrun, Open MPI, Hydra and srun started 4 processes"):
+    with pytest.raises(
+        ConfigError, match=r"speaks PMI seems .*\(PMI_RANK=1, PMI_SIZE=4\).*RANK=\$PMI_RANK WORLD_SIZE=\$PMI_SIZE"
+    ):
         discover({"PMI_RANK": "1", "PMI_SIZE": "4"})
 
 
@@ -146,13 +237,13 @@ def test_a_launcher_in_each_task_of_another_is_refused():
     ("login.site.org,n[1]", "login.site.org n1"),
 ])  # fmt: skip
 def test_compressed_node_lists(text, names):
-    assert expand_hosts(text) == tuple(names.split())
+    assert expand_hosts(text, given_as="--hosts") == tuple(names.split())
 
 
 @pytest.mark.parametrize("text", ["n[1-", "n[3-1]", "n[a]", "n[1-99999999]", "[", "", "n[]"])
 def test_damaged_node_lists(text):
     with pytest.raises(ConfigError, match="not a list of nodes"):
-        expand_hosts(text)
+        expand_hosts(text, given_as="--hosts")
 
 
 def test_counts():

@@ -1,5 +1,6 @@
 """Files of a node that are damaged, or made to do harm: taken as not there, without a wait."""
 
+import functools
 import json
 import os
 
@@ -9,12 +10,13 @@ from node import trees
 
 from knltrain.cli.main import main
 from knltrain.errors import ConfigError
-from knltrain.launch.world import expand_counts, expand_hosts
+from knltrain.launch.hosts import expand_counts, expand_hosts
 from knltrain.node.cgroup import read_limits
 from knltrain.node.cpulist import parse_cpu_list, read_number, read_text
 from knltrain.node.topology import read_node
 
 DIGITS = "9" * 5000
+hosts = functools.partial(expand_hosts, given_as="SLURM_STEP_NODELIST")
 
 
 @pytest.fixture
@@ -87,12 +89,12 @@ def test_numbers(tmp_path, text, number):
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize(
     "expand, text",
-    [(expand_hosts, "n[0-999999][0-999999]"), (expand_hosts, "n[0-999998]," * 50), (expand_counts, "1(x999999)," * 50),
+    [(hosts, "n[0-999999][0-999999]"), (hosts, "n[0-999998]," * 50), (expand_counts, "1(x999999)," * 50),
      (expand_counts, DIGITS)],
     ids=range(4),
 )  # fmt: skip
 def test_lists_of_a_launcher_that_would_fill_the_memory(expand, text):
-    with pytest.raises(ConfigError, match="Slurm's variables are damaged") as raised:
+    with pytest.raises(ConfigError, match=r"too many nodes|Slurm's variables are damaged") as raised:
         expand(text)
     assert len(str(raised.value)) < 400
 
