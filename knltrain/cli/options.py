@@ -162,7 +162,7 @@ def comma_list(flag: str, text: str, kind: Callable[[str], _T]) -> tuple[_T, ...
         ConfigError: a value is missing or not of this kind.
     """
     try:
-        values = tuple(kind(word.strip()) for word in text.split(","))
+        values = tuple(kind(word) for word in configuration.comma_separated(text))
     except ValueError:
         values = ()
     if not values or "" in values:

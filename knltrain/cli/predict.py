@@ -205,7 +205,7 @@ def _config_and_nodes(
 
 def _profile(path: str) -> dict[str, Any]:
     try:
-        profile = json.loads(Path(path).read_text("utf-8"))
+        profile = json.loads(Path(path).read_text("utf-8-sig"))
     except OSError as error:
         raise ConfigError(f"--layers {path}: {error.strerror}") from None
     except ValueError:

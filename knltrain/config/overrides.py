@@ -74,11 +74,8 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
         if name not in known:
             raise ConfigError(_unknown(name))
         kind = known[name].type
-        given: object = value
-        if isinstance(value, str) and _is_list(kind):
-            given = [item for item in value.split(",") if item]
         try:
-            converted = msgspec.convert(given, kind, strict=False)
+            converted = msgspec.convert(_stripped(value, kind), kind, strict=False)
         except (msgspec.ValidationError, RecursionError):
             raise ConfigError(f"{name}: {_short_repr(value)} will not do: it takes {_describe_type(kind)}") from None
         if isinstance(converted, str) and not _is_text(converted):
@@ -89,6 +86,24 @@ def override(config: RunConfig, values: Mapping[str, object]) -> RunConfig:
     for group, leaves in changes.items():
         top[group] = dataclasses.replace(getattr(config, group), **leaves)
     return dataclasses.replace(config, **top)  # type: ignore[arg-type]
+
+
+def comma_separated(text: str) -> list[str]:
+    """Splits a list at its commas, on the command line and in TOML strings alike; spaces around values do not count.
+
+    Returns:
+        The values, of which some may be empty; none for an empty text.
+    """
+    return [word.strip() for word in text.split(",")] if text.strip() else []
+
+
+def _stripped(value: object, kind: Any) -> object:
+    """Returns a value without the spaces around its words, and a list of them as a list; a text as it is."""
+    if isinstance(value, str) and _is_list(kind):
+        return comma_separated(value)
+    if isinstance(value, list):
+        return [item.strip() if isinstance(item, str) else item for item in value]
+    return value.strip() if isinstance(value, str) and _type_and_bounds(kind)[0] is not str else value
 
 
 def _one_spelling(name: str, value: object) -> object:
@@ -106,7 +121,7 @@ def names(text: str) -> frozenset[str]:
     Raises:
         ConfigError: there is no such field; the message suggests the nearest.
     """
-    asked = frozenset(name.strip().replace("-", "_") for name in text.split(","))
+    asked = frozenset(name.replace("-", "_") for name in comma_separated(text) or [""])
     for name in sorted(asked - {field.name for field in fields()}):
         raise ConfigError(_unknown(name))
     return asked
@@ -183,7 +198,7 @@ def read_toml(path: str | Path) -> dict[str, object]:
             raise ConfigError(f"--config {path}: not a file")
         if state.st_size > _MAX_FILE_BYTES:
             raise ConfigError(f"--config {path}: {state.st_size:,} bytes, too large for a file of fields; give another")
-        return flatten(tomllib.loads(Path(path).read_text("utf-8")))
+        return flatten(tomllib.loads(Path(path).read_text("utf-8-sig")))
     except OSError as error:
         raise ConfigError(f"--config {path}: {error.strerror}") from None
     except RecursionError:

@@ -119,7 +119,7 @@ def _number(field: str, value: float, source: str) -> str:
 def _objects(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a file: one, or one a line."""
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError:

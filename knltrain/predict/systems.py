@@ -180,7 +180,7 @@ def load(name: str) -> System:
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names())}"
         raise ConfigError(f"no system {name!r}; {hint} A path ends in .toml")
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8-sig")
     except OSError as error:
         raise ConfigError(f"--system {name}: {error.strerror}") from None
     except UnicodeDecodeError:

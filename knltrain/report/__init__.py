@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from knltrain.errors import KnltrainError, one_line
+from knltrain.files import naming, replacing
 from knltrain.report.draw import Picture, draw
 from knltrain.report.page import page
 from knltrain.report.runs import Run, name_apart, read_run
@@ -40,7 +41,8 @@ def report(folders: Sequence[Path], out: Path, console: Console, target_top1: fl
     runs = name_apart(runs)
     pictures = draw(runs)
     figures = _write_figures(pictures, out / "figures")
-    (out / "report.html").write_text(page(runs, pictures, target_top1), "utf-8")
+    with replacing(out / "report.html", sync=False) as file:
+        file.write(page(runs, pictures, target_top1).encode())
     return {
         "page": str(out / "report.html"),
         "figures": figures,
@@ -85,6 +87,7 @@ def _write_figures(pictures: Sequence[Picture], folder: Path) -> list[str]:
     for picture in pictures:
         for suffix, content in picture.files.items():
             path = folder / f"{picture.name}.{suffix}"
-            path.write_bytes(content)
+            with naming(path):
+                path.write_bytes(content)
             figures.append(str(path))
     return figures

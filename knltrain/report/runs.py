@@ -16,12 +16,15 @@ from numpy.typing import NDArray
 
 from knltrain.config import flatten
 from knltrain.errors import KnltrainError, one_line
-from knltrain.files import open_regular
+from knltrain.files import open_regular, says_absent
+from knltrain.runlog.metrics import left_out
 
 Column = NDArray[np.float64]
 
 # Bytes of a JSON file, and of a row; ResNet-50's trust ratios take 6 kB.
 _MAX_FILE_BYTES, _MAX_ROW_BYTES = 1 << 24, 1 << 20
+# Lines that are no rows, after which a file is no longer read: it may be endless.
+_MAX_BAD_LINES = 1000
 # Larger values are read as NaN: no run has them, and no axis can show them.
 _MAX_VALUE = 1e15
 # Characters of a setting's value on the page.
@@ -218,31 +221,44 @@ def _columns(numbers: Column) -> dict[str, Column]:
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    """A JSON object that a file holds; None where there is none."""
+    """A JSON object that a file holds; None where there is none.
+
+    Raises:
+        KnltrainError: it cannot be read now.
+    """
     try:
         with open_regular(path) as file:
             value = json.loads(file.read(_MAX_FILE_BYTES))
-    except (OSError, ValueError, RecursionError):
+    except OSError as error:
+        if not says_absent(error):
+            raise KnltrainError(f"{path}: {error.strerror}") from None
+        return None
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _rows(path: Path, kind: type[Any], problems: list[str]) -> Iterator[Any]:
-    """The rows of a file up to the first damaged one. The last line may be incomplete after a crash."""
+    """The rows of a file; lines that are none are left out. The last line may be incomplete after a crash."""
     decode = msgspec.json.Decoder(kind).decode
+    bad: list[int] = []
     try:
         with open_regular(path) as file:
             for number, line in enumerate(iter(lambda: file.readline(_MAX_ROW_BYTES), b""), 1):
                 try:
-                    yield decode(line)
+                    yield decode(line.strip(b"\0\n"))
                 except (ValueError, RecursionError):
-                    if file.read(1):
-                        problems.append(f"{path}: line {number} is no row; it and all after it are left out")
-                    return
+                    if line.endswith(b"\n") or len(line) == _MAX_ROW_BYTES:
+                        bad.append(number)
+                    if len(bad) == _MAX_BAD_LINES:
+                        problems.append(f"{path}: line {bad[0]} and many others are no rows; the rest is left out")
+                        return
     except FileNotFoundError:
         return
     except OSError as error:
         problems.append(f"{path} cannot be read ({error.strerror}), and is left out")
+    if bad:
+        problems.append(left_out(path, bad[0], len(bad)))
 
 
 def _settings(record: Mapping[str, Any]) -> dict[str, str]:

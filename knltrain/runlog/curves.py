@@ -11,6 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from knltrain.files import replacing
+
 # A line through fewer points is drawn with the points: through one it would show nothing.
 _MIN_POINTS_WITHOUT_MARKERS = 30
 
@@ -23,7 +25,7 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, title: str) -> No
         path: where to.
         title: above the picture.
     """
-    rows = list(rows)
+    rows = [row for row in rows if "epoch" in row]
     steps = [row for row in rows if "loss" in row]
     evaluations = [row for row in rows if "top1" in row]
     figure = Figure(figsize=(9, 3.8), layout="constrained")
@@ -41,7 +43,8 @@ def draw_curves(rows: Iterable[Mapping[str, Any]], path: Path, title: str) -> No
     for axes in (loss_axes, accuracy_axes):
         axes.grid(alpha=0.3)
         _legend_above(axes)
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)
 
 
 def _points(rows: Iterable[Mapping[str, Any]], name: str) -> tuple[list[float], list[float]]:

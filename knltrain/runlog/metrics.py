@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from knltrain.files import replacing
+from knltrain.files import naming, replacing
 
 Row = Mapping[str, Any]
 
@@ -22,6 +22,7 @@ class _Appended:
     """An unbuffered file to append to. Data that a full disk does not take are kept and written later."""
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         self._left = bytearray()
 
@@ -35,10 +36,11 @@ class _Appended:
         Raises:
             OSError: not all of it could be written.
         """
-        while self._left:
-            del self._left[: os.write(self._descriptor, self._left)]
-        if sync:
-            os.fsync(self._descriptor)
+        with naming(self._path):
+            while self._left:
+                del self._left[: os.write(self._descriptor, self._left)]
+            if sync:
+                os.fsync(self._descriptor)
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -71,7 +73,7 @@ class MetricsLog:
         last = {"step": after_step, "evaluation": after_step if evaluated_step is None else evaluated_step}
         for file in (path, self._ratios_path):
             if file.exists():
-                rows = read_metrics(file)
+                rows = read_metrics(file, warn)
                 kept = [row for row in rows if row["step"] <= last["evaluation" if "top1" in row else "step"]]
                 write_text(file, "".join(json.dumps(row) + "\n" for row in kept))
         self._file = _Appended(path)
@@ -123,7 +125,7 @@ class MetricsLog:
                 file.flush(sync=sync)
         except OSError as error:
             if not self._failing:
-                self._warn(f"metrics cannot be written ({error.strerror}); they follow when they can")
+                self._warn(f"metrics cannot be written ({error.filename}: {error.strerror}); they follow when they can")
             self._failing = True
         else:
             self._failing = False
@@ -133,18 +135,47 @@ def _five_digits(ratio: float | None) -> float | None:
     return None if ratio is None or not math.isfinite(ratio) else float(f"{ratio:.5g}")
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Reads a metrics.jsonl; a last line that a crash cut short is left out."""
-    rows = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            break
-        rows.append(row)
-    return rows
+def read_metrics(path: Path, warn: Callable[[str], None] = warnings.warn) -> list[dict[str, Any]]:
+    """Reads a metrics.jsonl. Lines that are no rows are left out, as is a last line that a crash cut short.
+
+    Args:
+        path: the file.
+        warn: called once if there are such lines before the end.
+
+    Raises:
+        OSError: it is missing, or cannot be read now.
+    """
+    with naming(path), open(path, "rb") as file:
+        *lines, _ = file.read().split(b"\n")
+    rows = [_row(line) for line in lines]
+    if bad := [number for number, row in enumerate(rows, 1) if row is None]:
+        warn(left_out(path, bad[0], len(bad)))
+    return [row for row in rows if row is not None]
+
+
+def left_out(path: Path, first: int, count: int) -> str:
+    """Says that lines of a file are no rows.
+
+    Args:
+        path: the file.
+        first: the number of the first such line.
+        count: how many there are.
+    """
+    if count == 1:
+        return f"{path}: line {first} is no row; it is left out"
+    return f"{path}: {count:,} lines are no rows, line {first} first; they are left out"
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """Returns the row that a line has; None if it is none. A crash may have left NULs where a disk lost what came."""
+    try:
+        row = json.loads(line.strip(b"\0"))
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(row, dict) or type(row.get("step")) is not int:
+        return None
+    numbers = all(isinstance(value, int | float | dict) or value is None for value in row.values())
+    return row if numbers else None
 
 
 def write_json(path: Path, value: object) -> None:

@@ -152,6 +152,7 @@ def _draw_run(axes: Axes, folder: Path, colour: str, label: str) -> list[float]:
         rows = read_metrics(folder / "metrics.jsonl")
     except FileNotFoundError:
         rows, label = [], f"{label}: no metrics.jsonl"
+    rows = [row for row in rows if "epoch" in row]
     steps = [row for row in rows if row.get("loss") is not None]
     length = math.ceil(len(steps) / _MAX_POINTS)
     parts = [steps[first : first + length] for first in range(0, len(steps), length)] if steps else []

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from knltrain.config.schedule import make_schedule
+from knltrain.files import naming, open_regular, says_absent
 from knltrain.sweep.plan import Point, Sweep
 
 Status = Literal["waiting", "stopped", "done", "diverged", "failed"]
@@ -210,9 +211,18 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A JSON object; an empty one where there is no such file, or none that is whole."""
+    """A JSON object; an empty one where there is no such file, or none that is whole.
+
+    Raises:
+        OSError: it cannot be read now; a run that has ended would be trained again.
+    """
     try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        with naming(path), open_regular(path) as file:
+            value = json.loads(file.read())
+    except OSError as error:
+        if not says_absent(error):
+            raise
+        return {}
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -23,6 +23,7 @@ from knltrain import config as configuration
 from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
 from knltrain.data.datasets import open_data
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import naming, open_regular, says_absent
 from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.topology import read_node
@@ -184,14 +185,17 @@ def guard(plan: Sweep, out: Path) -> None:
         raise ConfigError(f"{out} holds a run; give another --out")
     if path.exists():
         try:
-            before = json.loads(path.read_text("utf-8"))
+            with naming(path), open_regular(path) as file:
+                before = json.loads(file.read())
             differ = removed_values(plan, before)
             if not differ:
                 # The first run of a sweep that grew may be another: compare with the one that the file describes.
                 same = plan.point(before["optimizers"][0], before["batches"][0], 1.0, before["seeds"][0]).config
                 changed = run_dir.changes(configuration.flatten(before["config"]), same)
                 differ = [f"{name}: {was} -> {now}" for name, (was, now) in changed.items()]
-        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError):
+        except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
+            if isinstance(error, OSError) and not says_absent(error):
+                raise
             raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
         if differ:
             raise ConfigError(f"{out} holds another sweep ({'; '.join(differ)}); give another --out")
@@ -308,9 +312,14 @@ def _last_row(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_ROW_BYTES))
             lines = file.read().split(b"\n")[:-1]
-        return next((row for row in map(json.loads, reversed(lines)) if "loss" in row), {})
-    except (OSError, ValueError):  # a row that the tail begins within
+    except OSError:
         return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):  # a damaged row, or one that the tail begins within
+            row = json.loads(line)
+            if isinstance(row, dict) and {"step", "loss", "images_per_s"} <= row.keys():
+                return row
+    return {}
 
 
 def _last_words(text: str) -> str:

@@ -77,8 +77,8 @@ def summarize(
         contention: of all ranks' CPUs, since the last start; None where that is not known.
         finished: whether nothing is left to train.
     """
-    rows = read_metrics(run.out / "metrics.jsonl")
-    steps = [row for row in rows if "step_s" in row]
+    rows = read_metrics(run.out / "metrics.jsonl", run.console.warn)
+    steps = [row for row in rows if {"step_s", "data_s", "comm_s", "exposed_comm_s"} <= row.keys()]
     evaluations = [row for row in rows if "top1" in row]
     train_s = sum(row["step_s"] for row in steps)
     last: dict[str, Any] = evaluations[-1] if evaluations else {}
@@ -114,5 +114,8 @@ def summarize(
     from knltrain.runlog.curves import draw_curves  # late: one rank draws, once, and matplotlib takes a second to load
 
     title = f"{run.config.recipe or run.config.model}, batch {run.config.global_batch:,}"
-    draw_curves(rows, run.out / "curves.png", title)
+    try:
+        draw_curves(rows, run.out / "curves.png", title)
+    except OSError as error:  # the run is on disk, and the curves can be drawn of it again
+        run.console.warn(f"{error.filename}: {error.strerror}: the curves are not drawn; `knltrain report` draws them")
     return summary

@@ -42,6 +42,33 @@ def test_strings_become_the_fields_types():
     assert config.augment.resize is None
 
 
+@pytest.mark.parametrize(
+    "value", ["30,60", "30, 60", " 30 ,60 ", "30,\t60", [30, 60], ["30", " 60"], (30, 60.0)], ids=itertools.count()
+)
+def test_lists_are_read_alike_with_spaces_and_from_toml(tmp_path, value):
+    assert override(RunConfig(), {"schedule.milestones": value}).schedule.milestones == (30.0, 60.0)
+    path = tmp_path / "run.toml"
+    path.write_text(f"[schedule]\nmilestones = {json.dumps(value)}\n")
+    assert override(RunConfig(), configuration.read_toml(path)).schedule.milestones == (30.0, 60.0)
+
+
+@pytest.mark.parametrize("value", ["30,,60", "30,60,", ",", "30 60", "30;60"])
+def test_lists_with_a_gap_are_refused(value):
+    with pytest.raises(ConfigError, match=r"schedule.milestones: .* values with commas between them"):
+        override(RunConfig(), {"schedule.milestones": value})
+
+
+def test_an_empty_list_is_none():
+    assert override(RunConfig(), {"schedule.milestones": " "}).schedule.milestones == ()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path):
+    """Windows editors write one."""
+    path = tmp_path / "run.toml"
+    path.write_bytes(b"\xef\xbb\xbfepochs = 3\n")
+    assert override(RunConfig(), configuration.read_toml(path)).epochs == 3
+
+
 def test_nothing_else_changes():
     base = RunConfig(schedule=ScheduleConfig(power=3))
     changed = override(base, {"schedule.end_lr": "0.5"})

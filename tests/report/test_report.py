@@ -1,5 +1,6 @@
 """The report as a command: what it draws, what it leaves out, and what it makes of hostile folders."""
 
+import errno
 import json
 import os
 from html.parser import HTMLParser
@@ -249,11 +250,38 @@ def test_damage_in_the_middle_is_said(tmp_path, line):
         lines = (folder / name).read_bytes().splitlines()
         (folder / name).write_bytes(b"\n".join([*lines[:5], line, *lines[5:], b""]))
     run, problems = read_run(folder)
-    assert problems == [
-        f"{folder}/{name}: line 6 is no row; it and all after it are left out"
-        for name in ("metrics.jsonl", "trust_ratios.jsonl")
-    ]
-    assert (run.results()["steps"], len(run.trust_ratios.epochs)) == (4, 5)
+    for name, problem in zip(("metrics.jsonl", "trust_ratios.jsonl"), problems, strict=True):
+        assert problem.startswith(f"{folder}/{name}: ")
+        assert problem.endswith(
+            "line 6 is no row; it is left out" if len(line) < 1 << 20 else "line 6 first; they are left out"
+        )
+    whole, _ = read_run(run_folder(tmp_path / "whole", ratios=RATIOS))
+    assert run.results() == whole.results()
+    assert len(run.trust_ratios.epochs) == len(whole.trust_ratios.epochs)
+
+
+def test_a_file_without_end_is_not_read_to_its_end(tmp_path):
+    folder = run_folder(tmp_path / "run")
+    with (folder / "metrics.jsonl").open("ab") as file:
+        file.write(b"x\n" * 1000)
+        file.truncate(1 << 40)
+    run, problems = read_run(folder)
+    assert problems == [f"{folder}/metrics.jsonl: line {run.steps['step'].size + run.evaluations['step'].size + 1} and "
+                        "many others are no rows; the rest is left out"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_what_cannot_be_read_now_is_said_with_its_reason(tmp_path, monkeypatch, name):
+    folder, original = run_folder(tmp_path / "run"), os.open
+
+    def open_(path, *arguments, **options):
+        if str(path).endswith(name):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    with pytest.raises(KnltrainError, match=f"{name}: Permission denied"):
+        read_run(folder)
 
 
 def test_rows_of_numbers_that_cannot_be_drawn(tmp_path):

@@ -36,10 +36,35 @@ def test_what_is_no_row_is_left_out_when_a_run_goes_on(tmp_path, tail):
     """A number that was cut short reads as another: a row without its end is none."""
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"step": 1}\n{"step": 2}\n' + tail)
-    with MetricsLog(tmp_path, after_step=5) as log:
+    said = []
+    with MetricsLog(tmp_path, after_step=5, warn=said.append) as log:
         log.write({"step": 3})
+    assert said == ([f"{path}: line 3 is no row; it is left out"] if tail.endswith(b"\n") else [])
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
     assert not list(tmp_path.glob("*.tmp"))
+
+
+BAD = [b"x", b"", b"[]", b"null", b"\xff", b'{"step": 3, "loss": 1', b'{"step": "3"}', b'{"step": true}', b"\0" * 9,
+       b"[" * 100_000, b'{"step": 3, "loss": "low"}', b'{"loss": 3}']  # fmt: skip
+
+
+@pytest.mark.parametrize("line", BAD, ids=range(len(BAD)))
+def test_rows_after_a_bad_line_are_kept_and_it_is_said_once(tmp_path, line):
+    path, said = tmp_path / "metrics.jsonl", []
+    path.write_bytes(b'{"step": 1}\n' + line + b'\n{"step": 4}\n' + line + b'\n{"step": 5}\n{"st')
+    assert [row["step"] for row in read_metrics(path, said.append)] == [1, 4, 5]
+    assert said == [f"{path}: 2 lines are no rows, line 2 first; they are left out"]
+    with MetricsLog(tmp_path, after_step=4, warn=said.append) as log:
+        log.write({"step": 5})
+    assert path.read_text() == '{"step": 1}\n{"step": 4}\n{"step": 5}\n'
+    assert len(said) == 2
+    assert len(read_metrics(path, pytest.fail)) == 3
+
+
+def test_a_row_behind_the_nuls_of_a_crash_is_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + b"\0" * 4096 + b'{"step": 2}\n' + b"\0" * 512)
+    assert [row["step"] for row in read_metrics(path, pytest.fail)] == [1, 2]
 
 
 def test_an_evaluation_that_will_be_made_again_is_dropped(tmp_path):
@@ -68,7 +93,8 @@ def test_rows_wait_for_room_on_a_full_disk(tmp_path, monkeypatch):
         monkeypatch.undo()
         log.write(ROWS[2])
     assert read_metrics(tmp_path / "metrics.jsonl") == ROWS
-    assert said == ["metrics cannot be written (No space left on device); they follow when they can"]
+    reason = f"{tmp_path}/metrics.jsonl: No space left on device"
+    assert said == [f"metrics cannot be written ({reason}); they follow when they can"]
     assert scalars(tmp_path, "loss") == [(1, 2.0), (2, 1.5)]
 
 
