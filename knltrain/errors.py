@@ -28,5 +28,9 @@ class ConfigError(KnltrainError):
     """An invalid or impossible request. The command line prints only the message and exits with 2."""
 
 
+class DataError(KnltrainError):
+    """A data set that cannot be used; the message names the file or folder."""
+
+
 class SharedError(KnltrainError):
     """An error that all ranks raise at the same step for the same reason, so that they end together."""

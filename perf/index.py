@@ -44,17 +44,17 @@ def generate(folder: Path, count: int) -> None:
     """A tar file of ``count`` samples that takes no room on the disk, and the index of it."""
     import numpy as np
 
-    from knltrain.data import tar
+    from knltrain.data import tar_index
 
     path = folder / "train-00000.tar"
     with open(path, "wb") as file:
         file.truncate(count * _SAMPLE_BYTES)
     at = np.arange(count)
     offsets, sizes = at * _SAMPLE_BYTES + tarfile.BLOCKSIZE, np.full(count, 400)  # behind a header each
-    index = tar.TarIndex(np.zeros(count, np.int32), offsets, sizes, at % 1000)
-    state = path.stat()
-    stamp = np.array([(state.st_size, state.st_mtime_ns)])
-    if not tar._write_index(folder / f"train-index-v{tar._VERSION}.npz", np.array([path.name]), stamp, index):
+    index = tar_index.Index(tar_index.TarIndex(np.zeros(count, np.int32), offsets, sizes, at % 1000), ())
+    names, stamps = np.array([path.name]), tar_index._stamps([path])
+    where = folder / f"train-index-v{tar_index._VERSION}.npz"
+    if not tar_index._write_index(where, [path], names, stamps, index):
         raise OSError(f"{folder}: the index could not be written")
 
 

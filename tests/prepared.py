@@ -12,8 +12,8 @@ from knltrain.runlog.console import Console
 SIZE = 32
 
 
-def prepare(src, dst, *, format="raw", size=SIZE, workers=2, on_bad="fail"):
-    return preparing.prepare(src, dst, Console(), format=format, size=size, workers=workers, on_bad=on_bad)
+def prepare(src, dst, *, format="raw", size=SIZE, workers=2, on_bad="fail", **others):
+    return preparing.prepare(src, dst, Console(), format=format, size=size, workers=workers, on_bad=on_bad, **others)
 
 
 def webdataset(path, files):

@@ -26,19 +26,22 @@ from knltrain.errors import ConfigError
 @click.option("--workers", type=click.IntRange(min=1, max=1024), help="Processes; default one per core.")
 @click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True,
               help="End, or skip images that cannot be decoded; DST/rejected.jsonl lists them.")  # fmt: skip
+@field_options("classes", "class_order")
 @click.option("--verify", metavar="DST", help="Only compare a prepared folder with its checksums.")
 @JSON
 @reports_errors
 def prepare(
     src: str | None, dst: str | None, format: Literal["raw", "tar"], size: int, workers: int | None, on_bad: str,
-    verify: str | None, as_json: bool,
+    verify: str | None, as_json: bool, classes: str | None, class_order: str | None,
 ) -> None:  # fmt: skip
     """Convert the images of SRC to few large files in DST, for train's --data; decodes each once.
 
     SRC holds train/CLASS/IMAGE and val/CLASS/IMAGE, or WebDataset's train-*.tar and val-*.tar, or ImageNet's
-    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with LOC_val_solution.csv or the devkit beside them.
+    ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar with LOC_val_solution.csv or the devkit beside them. The val
+    part may also be called validation or valid.
     """
     from knltrain.data import prepare as preparing
+    from knltrain.data.classes import read_choice
     from knltrain.runlog.console import Console
 
     console = Console(json=as_json)
@@ -50,8 +53,9 @@ def prepare(
         if src is None or dst is None:
             raise ConfigError("give SRC, the images, and DST, the folder to write; or --verify DST")
         result = preparing.prepare(
-            Path(src), Path(dst), console, format=format, size=size, workers=workers, on_bad=on_bad
-        )
+            Path(src), Path(dst), console, format=format, size=size, workers=workers, on_bad=on_bad,
+            choice=read_choice(class_order or "", classes or ""),
+        )  # fmt: skip
         if result["images_per_s"]:
             counts = ", ".join(f"{count:,} {part}" for part, count in result["counts"].items())
             console.line(
@@ -67,7 +71,7 @@ def prepare(
 @click.option("--recipe", metavar="NAME", help="Show the images with this recipe's augmentation.")
 @click.option("--sheet", metavar="FILE", default="contact-sheet.png", show_default=True, help="File of the picture.")
 @JSON
-@field_options("image_size", "augment.name", "augment.resize")
+@field_options("classes", "class_order", "image_size", "augment.name", "augment.resize")
 @click.pass_context
 @reports_errors
 def data(

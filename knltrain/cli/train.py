@@ -116,7 +116,7 @@ _NETWORK_FIELDS = ("model", "image_size", "augment.resize")
 @click.argument("checkpoint")
 @_NO_STRICT
 @JSON
-@field_options("data", "precision", "force_bf16", "workers", "on_bad", *_NETWORK_FIELDS)
+@field_options("data", "classes", "class_order", "precision", "force_bf16", "workers", "on_bad", *_NETWORK_FIELDS)
 @reports_errors
 def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values: str | None) -> None:
     """Evaluate CHECKPOINT (or the newest one of a run's folder) on the val part of --data.

@@ -197,6 +197,12 @@ class RunConfig:
 
     recipe: str = _field("", "name of the recipe that this configuration started from")
     data: str = _field("", "ImageFolder directory, tar shards, output of prepare, synthetic, or shapes")
+    classes: str = _field("", "file with one class name a line: only these classes of the data are used")
+    class_order: str = _field(
+        "",
+        "how classes are numbered: name, numeric (names that are numbers), or a file with one class name a line; "
+        "default: as tar files and prepared data have it, class folders by name",
+    )
     stage: str = _field("", "folder of each node, on its own disk or in memory, to which prepared data is copied first")
     out: str = _field("", "folder of the run; default runs/RECIPE")
     model: str = _field("alexnet_bn", "alexnet, alexnet_bn, alexnet_bn_small, resnet20, resnet50 or torchvision:NAME")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import TYPE_CHECKING
 
-from knltrain.data.loader import Dataset
+if TYPE_CHECKING:
+    from knltrain.data.loader import Dataset
 
 
 def identity(dataset: Dataset) -> dict[str, str | int]:

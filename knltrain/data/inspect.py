@@ -15,6 +15,7 @@ from matplotlib.ft2font import FT2Font
 from PIL import Image, ImageDraw, ImageFont
 
 from knltrain.config import RunConfig
+from knltrain.data.classes import read_choice
 from knltrain.data.datasets import open_folder
 from knltrain.data.decode import DecodeError, decoder_of_parts
 from knltrain.data.folder import DataError, Folder
@@ -41,7 +42,7 @@ def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) ->
         root: of images, of tar shards, or prepared.
         sheet: the PNG file that is written.
         console: where to print.
-        config: image size and augmentation; the size is made smaller where prepared images are.
+        config: which classes are used, image size and augmentation; the size is made smaller where prepared images are.
 
     Returns:
         ``parts``: for each its format, counts and sizes; ``images_per_s_per_core`` of reading, decoding and augmenting
@@ -51,20 +52,23 @@ def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) ->
         DataError: the folder cannot be used.
     """
     parts: dict[str, Any] = {}
+    choice = read_choice(config.class_order, config.classes)
     for part in ("train", "val"):
         try:
-            dataset = open_folder(root, part)
+            dataset = open_folder(root, part, choice)
         except DataError as error:
             parts[part] = {"error": str(error)}
             console.warn(str(error))
             continue
         parts[part] = _describe_part(dataset)
         console.line(_sentence(part, parts[part]))
+        for remark in dataset.remarks:
+            console.warn(remark)
         dataset.close()
     usable = [part for part, row in parts.items() if "error" not in row]
     if not usable:
         raise DataError(f"{root}: neither train nor val can be used")
-    dataset = open_folder(root, usable[0])
+    dataset = open_folder(root, usable[0], choice)
     config = _fitting(dataset, config)
     rate = rate_per_core(dataset, config)
     console.line(f"{rate:,.0f} img/s on one core, {config.augment.name} to {config.image_size} pixels")
@@ -73,7 +77,7 @@ def describe(root: Path, sheet: Path, console: Console, *, config: RunConfig) ->
             "JPEGs are decoded whole, not only where a crop needs them: that takes the native kernels, and a "
             "libjpeg-turbo as Pillow's wheels bring it"
         )
-    _draw_sheet(open_folder(root, usable[0]), config, sheet)
+    _draw_sheet(open_folder(root, usable[0], choice), config, sheet)
     console.line(f"{sheet}: {_SHEET * _SHEET} images as the network sees them")
     return {"data": str(root), "parts": parts, "images_per_s_per_core": rate, "sheet": str(sheet)}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Annotated, Any
 
@@ -94,6 +94,11 @@ class Journal:
     def forget_rejected(self) -> None:
         """Drops the records of shards with rejected images, which are then made again."""
         self.records = {file: record for file, record in self.records.items() if not record["rejected"]}
+
+    def forget(self, files: Iterable[str]) -> None:
+        """Drops the records of shards, which are then made again."""
+        for file in files:
+            del self.records[file]
 
     def add(self, file: str, record: dict[str, Any]) -> None:
         """Records a finished shard, synced."""

@@ -47,10 +47,17 @@ class SourceImage(Protocol):
 
 
 class Dataset(Protocol):
-    """Images with labels, by index."""
+    """Images with labels, by index.
+
+    Attributes:
+        classes: names, in the order of their numbers.
+        labels: class number of every image.
+        remarks: what was left out, and what may not be as it was meant, for people.
+    """
 
     classes: tuple[str, ...]
     labels: NDArray[np.int64]
+    remarks: tuple[str, ...]
 
     def __len__(self) -> int: ...
 

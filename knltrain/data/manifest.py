@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 import msgspec
 
 from knltrain.data.folder import DataError
+from knltrain.files import open_regular
 
 NAME = "meta.json"
 Format = Literal["raw", "tar"]
+# Blocks of a file that are compared at every start: few, and read in parallel, as a parallel file system likes it.
+_NUM_SAMPLES = 5
+_SAMPLE_BYTES = 4096
+_NUM_THREADS = 8
 
 
 Count = Annotated[int, msgspec.Meta(ge=0)]
@@ -27,12 +35,14 @@ class Shard(msgspec.Struct, forbid_unknown_fields=True):
         images: number of images.
         bytes: file size.
         sha256: checksum.
+        sample: hash of a few blocks, which is compared whenever the file is used; empty in older manifests.
     """
 
     file: str
     images: Count
     bytes: Count
     sha256: str
+    sample: str = ""
 
 
 class Manifest(msgspec.Struct, kw_only=True):
@@ -59,7 +69,7 @@ class Manifest(msgspec.Struct, kw_only=True):
     rejected: Count = 0
 
     def check_shards(self, root: Path, part: str, found: list[Path] | None = None) -> None:
-        """Compares names and sizes of a part's files with the manifest.
+        """Compares names, sizes and samples of a part's files with the manifest.
 
         Args:
             root: the folder.
@@ -67,7 +77,7 @@ class Manifest(msgspec.Struct, kw_only=True):
             found: the existing files, to find files that are not in the manifest.
 
         Raises:
-            DataError: a file is missing, has another size, or is not in the manifest.
+            DataError: a file is missing, is another than that in the manifest, or is not in it.
         """
         if part not in self.shards:
             raise DataError(f"{root}: it was prepared without {part}")
@@ -76,20 +86,57 @@ class Manifest(msgspec.Struct, kw_only=True):
             try:
                 size = path.stat().st_size
             except OSError as error:
-                raise DataError(f"{path}: {error.strerror}; copy it again, or run knltrain prepare again") from None
+                raise DataError(f"{path}: {error.strerror}; {remedy(error)}") from None
             if size != shard.bytes:
                 raise DataError(
                     f"{path}: {size:,} bytes where {NAME} says {shard.bytes:,}; copy it again, or run knltrain prepare "
                     "again"
                 )
+        self._check_samples(root, part)
         strangers = {path.relative_to(root).as_posix() for path in found or ()} - {s.file for s in self.shards[part]}
         if strangers:
             raise DataError(f"{root / min(strangers)}: not in {NAME}; move it elsewhere")
+
+    def _check_samples(self, root: Path, part: str) -> None:
+        """Refuses files of the right size that are of another preparation."""
+        sampled = [shard for shard in self.shards[part] if shard.sample]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            found = list(pool.map(sample_of, (root / shard.file for shard in sampled)))
+        for shard, sample in zip(sampled, found, strict=True):
+            if sample != shard.sample:
+                raise DataError(
+                    f"{root / shard.file}: not the file that {NAME} lists, but of the same size; copy it again, or run "
+                    "knltrain prepare again"
+                )
 
     def part_sha256(self, part: str) -> str:
         """Returns a hash of a part's files, by their checksums; equal for a copy of the folder."""
         files = msgspec.json.encode((self.format, self.size, self.shards[part], self.labels.get(part)))
         return hashlib.sha256(files).hexdigest()
+
+
+def sample_of(path: Path) -> str:
+    """Returns a hash of a few blocks of a file, evenly spread.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    try:
+        with open_regular(path, buffering=0) as file:
+            last = max(0, os.fstat(file.fileno()).st_size - _SAMPLE_BYTES)
+            for number in range(_NUM_SAMPLES):
+                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, last * number // (_NUM_SAMPLES - 1)))
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; {remedy(error)}") from None
+    return digest.hexdigest()
+
+
+def remedy(error: OSError) -> str:
+    """Returns what to do about a file of a prepared folder that cannot be read."""
+    if error.errno == errno.ENOENT:
+        return "copy it again, or run knltrain prepare again"
+    return "see that it can be read"
 
 
 def read_manifest(root: Path) -> Manifest | None:
@@ -107,7 +154,7 @@ def read_manifest(root: Path) -> Manifest | None:
         if not isinstance(content, dict) or not content.keys() & {"format", "shards"}:
             return None  # another program's: it is a common name
         manifest = msgspec.json.decode(text, type=Manifest)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}") from None

@@ -14,8 +14,8 @@ import shutil
 import signal
 import tarfile
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from hashlib import sha256
@@ -25,11 +25,22 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from knltrain.data.classes import ALL_CLASSES, ClassChoice
 from knltrain.data.convert import Encoded, checksum, exit_with_parent, finish_squares, jpegs, short_sides, squares_into
 from knltrain.data.folder import DataError
 from knltrain.data.journal import Journal
-from knltrain.data.manifest import JOURNAL, NAME, Format, Manifest, Shard, encode_manifest, read_manifest
+from knltrain.data.manifest import (
+    JOURNAL,
+    NAME,
+    Format,
+    Manifest,
+    Shard,
+    encode_manifest,
+    read_manifest,
+    sample_of,
+)
 from knltrain.data.order import permutation
+from knltrain.data.parts import NAMES, instead
 from knltrain.data.sources import Source, find_sources
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.files import replacing
@@ -40,6 +51,9 @@ REJECTED = "rejected.jsonl"
 _SHARD_BYTES = 1 << 30
 # Images per task of a worker.
 _CHUNK_IMAGES = 32
+# Files whose times are compared: threads wait for the file server, each for some files at a time.
+_CHUNK_FILES = 256
+_NUM_THREADS = 8
 # Images sampled to estimate encoded sizes.
 _NUM_SAMPLED = 64
 
@@ -84,8 +98,9 @@ def _shard_name(part: str, number: int, format: Format) -> str:
 
 
 def prepare(
-    src: Path, dst: Path, console: Console, *, format: Format, size: int, workers: int | None, on_bad: str
-) -> dict[str, Any]:
+    src: Path, dst: Path, console: Console, *, format: Format, size: int, workers: int | None, on_bad: str,
+    choice: ClassChoice = ALL_CLASSES,
+) -> dict[str, Any]:  # fmt: skip
     """Converts ``src`` to ``dst``; resumes an interrupted earlier call.
 
     Args:
@@ -96,6 +111,7 @@ def prepare(
         size: short side, pixels; 0 with ``tar`` keeps images as they are.
         workers: processes; by default one for each CPU that this process may use.
         on_bad: ``fail`` or ``skip``, for images that cannot be decoded.
+        choice: which classes are used, and their order.
 
     Returns:
         The manifest's counts and ``rejected``, with ``bytes``, ``seconds`` and ``images_per_s`` of this call.
@@ -111,20 +127,23 @@ def prepare(
         workers = len(os.sched_getaffinity(0))
     _refuse_nested(src, dst)
     done = _finished_manifest(dst, format, size)
-    sources = find_sources(src)
+    sources = find_sources(src, choice)
+    _say_what_is_left_out(src, sources, console)
     settings: dict[str, Any] = {"format": format, "size": size, "source": _fingerprint(sources)}
     if done is not None:
         if done.source != settings["source"]:
             raise ConfigError(f"{dst} was made from other images than {src}; give another folder")
+        _refuse_changed(src, dst, sources, console)
         without = f" without {done.rejected:,} images that {REJECTED} lists" if done.rejected else ""
         console.line(f"{dst} is complete{without}; knltrain prepare --verify {dst} compares its checksums")
         return _summary(done, dst, 0, 0.0)
     dst.mkdir(parents=True, exist_ok=True)
-    with _explain_errors(dst), _pool(workers) as pool, Journal(dst) as journal:
+    with _explain_errors(dst, console), _pool(workers) as pool, Journal(dst) as journal:
         images_a_shard = journal.begin(settings, lambda: _images_per_shard(pool, sources, format, size))
         plan = _Plan(sources, format, images_a_shard)
         if on_bad == "fail":
             journal.forget_rejected()  # they may have been replaced
+        _forget_outdated(plan, journal, dst, console)
         _refuse_full_disk(dst, plan, journal, size)
         sides = pool.submit(short_sides, _sample(sources)).result()
         if format == "raw" and sides and (usual := int(np.median(sides))) < size:
@@ -217,6 +236,69 @@ def _fingerprint(sources: dict[str, Source]) -> str:
     return digest.hexdigest()
 
 
+def _say_what_is_left_out(src: Path, sources: dict[str, Source], console: Console) -> None:
+    for remark in dict.fromkeys(remark for source in sources.values() for remark in source.remarks):
+        console.warn(remark)
+    for part in NAMES.keys() - sources.keys():
+        console.warn(
+            f"{src} has no {part} part, which training needs: only {' and '.join(sources)} is prepared"
+            f"{instead(src, part)}"
+        )
+
+
+def _refuse_changed(src: Path, dst: Path, sources: dict[str, Source], console: Console) -> None:
+    """Compares the times of the source's files with that of a complete folder.
+
+    Raises:
+        ConfigError: files were written after it.
+    """
+    made_ns = (dst / NAME).stat().st_mtime_ns
+    files = {source.where(index)[0] for source in sources.values() for index in range(len(source.labels))}
+    changed = changed_since(sorted(files), made_ns)
+    if not changed:
+        return
+    path, written = max(changed, key=lambda one: one[1])
+    what = f"{len(changed):,} files of {src} {{}} after {dst} was made, such as {path}"
+    if written:
+        raise ConfigError(f"{what.format('were written')}; give another folder, or delete this one to make it again")
+    console.warn(
+        f"{what.format('were put there, renamed or given other rights')}; if they are other images than before, "
+        "give another folder, or delete this one to make it again"
+    )
+
+
+def _forget_outdated(plan: _Plan, journal: Journal, dst: Path, console: Console) -> None:
+    """Has the finished shards made again of which images have changed since."""
+    outdated = []
+    for job in plan.jobs:
+        if job.file in journal.records:
+            files = {path for path, _, _ in plan.where(job, job.first, job.stop)}
+            if changed_since(sorted(files), (dst / job.file).stat().st_mtime_ns):
+                outdated.append(job.file)
+    if outdated:
+        journal.forget(outdated)
+        console.line(f"{len(outdated):,} shards are made again: images of them were changed since")
+
+
+def changed_since(paths: Sequence[str], since_ns: int) -> list[tuple[str, bool]]:
+    """Returns the files that have changed since a time, each with whether it was written since.
+
+    The time of the last change (ctime) decides, which nobody sets: an older file that is put back keeps its time of
+    writing (mtime), and images may bring one that lies in the future.
+
+    Raises:
+        OSError: a file cannot be looked at.
+    """
+
+    def look(some: Sequence[str]) -> list[tuple[str, bool]]:
+        states = [(path, os.stat(path)) for path in some]
+        return [(path, state.st_mtime_ns > since_ns) for path, state in states if state.st_ctime_ns > since_ns]
+
+    chunks = [paths[first : first + _CHUNK_FILES] for first in range(0, len(paths), _CHUNK_FILES)]
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:
+        return [one for found in pool.map(look, chunks) for one in found]
+
+
 def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
     """Returns the locations of a sample of images."""
     source = max(sources.values(), key=lambda source: len(source.labels))
@@ -225,10 +307,13 @@ def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
 
 
 @contextlib.contextmanager
-def _explain_errors(dst: Path) -> Iterator[None]:
-    """Turns errors of disks and workers into KnltrainErrors that say how to resume."""
+def _explain_errors(dst: Path, console: Console) -> Iterator[None]:
+    """Says how to resume: on an interrupt, and in the KnltrainErrors that errors of disks and workers become."""
     try:
         yield
+    except KeyboardInterrupt:
+        console.line(f"{dst} is not finished; the same command goes on from there")
+        raise
     except BrokenProcessPool:
         raise KnltrainError(
             "a worker process was killed, perhaps for lack of memory; run the same command again to resume"
@@ -397,7 +482,8 @@ def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, re
     labels: dict[str, list[NDArray[np.int64]]] = {part: [] for part in plan.sources}
     for job in plan.jobs:
         record = journal.records[job.file]
-        shards[job.part].append(Shard(job.file, record["images"], record["bytes"], record["sha256"]))
+        sample = sample_of(dst / job.file)
+        shards[job.part].append(Shard(job.file, record["images"], record["bytes"], record["sha256"], sample))
         labels[job.part].append(np.delete(plan.labels(job), [place for place, _ in record["rejected"]]))
     digests = {}
     if plan.format == "raw":

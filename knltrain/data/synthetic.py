@@ -25,6 +25,7 @@ class Synthetic:
         count = IMAGENET_IMAGES if part == "train" else _VAL_IMAGES
         self.classes = tuple(f"class{index:03}" for index in range(_CLASSES))
         self.labels = np.arange(count) % _CLASSES
+        self.remarks: tuple[str, ...] = ()
         self._pool = np.random.default_rng(0).integers(0, 256, (_POOL, size, size, 3), dtype=np.uint8)
 
     def __len__(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,9 @@ from torch import nn
 from knltrain import checkpoint
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
+from knltrain.data.classes import read_choice
 from knltrain.data.convert import checksum
-from knltrain.data.datasets import open_part
+from knltrain.data.datasets import open_part, remarks_of
 from knltrain.data.folder import DataError
 from knltrain.data.loader import Batch, Loader, replaced
 from knltrain.errors import KnltrainError
@@ -136,12 +138,17 @@ def evaluate_checkpoint(
         of_a_file = path.is_file()
         if of_a_file and group.world_size > 1:  # alone there is nothing to compare
             require_same_file(str(path), checksum(str(path)), group)
+        choice = read_choice(config.class_order, config.classes)
         if not of_a_file:
             state = checkpoint.read_state(path)
             config, classes = as_trained(config, state), state["classes"]
-        dataset = open_part(config, "val")
-        if classes not in (None, list(dataset.classes)):
-            raise DataError(f"{config.data}/val has other classes than {path} was trained on")
+            if state["config"].get("classes") and not config.classes:
+                choice = dataclasses.replace(choice, only=frozenset(classes or ()), only_from=str(path))
+        if classes is not None:
+            choice = dataclasses.replace(choice, numbers=tuple(classes), order_from=str(path))
+        dataset = open_part(config, "val", choice)
+        for remark in remarks_of(dataset):
+            console.warn(remark)
         model = model_of(config, len(dataset.classes))
         if not of_a_file:
             checkpoint.load_weights(path, model)

@@ -15,7 +15,7 @@ from knltrain import config as configuration
 from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.config.schedule import Schedule, make_schedule
-from knltrain.data.datasets import open_data
+from knltrain.data.datasets import open_data, remarks_of
 from knltrain.data.loader import Dataset, Loader, RankBatch
 from knltrain.data.stage import stage_on_every_node
 from knltrain.launch.placement import RankPlacement
@@ -186,6 +186,8 @@ def open_datasets(
     data = open_data(config)
     if group.is_first:
         group.barrier()
+    for remark in remarks_of(*data):
+        console.warn(remark)
     return data
 
 

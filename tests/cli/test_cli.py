@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import write_jpeg
 from safetensors.torch import load_file
 
 from knltrain.cli.main import main
@@ -20,7 +21,8 @@ from knltrain.training import trainer
 
 # Adding a flag is a decision: it is added here too, or better becomes a field of a recipe.
 FIELDS = """
-    data stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
+    data classes class-order
+    stage out model dropout zero-init-residual image-size epochs max-steps global-batch local-batch precision
     fp32-precision force-bf16 engine conv seed resume init-from workers on-bad label-smoothing log-trust-ratios
     ema-decay
     optim.name optim.variant optim.lr optim.lr-scaling optim.momentum optim.beta2 optim.weight-decay optim.decay-on
@@ -39,6 +41,8 @@ FLAGS = {
         "help",
         "no-strict-affinity",
         "data",
+        "classes",
+        "class-order",
         "precision",
         "force-bf16",
         "workers",
@@ -70,8 +74,18 @@ FLAGS = {
         "out",
     },
     "tune": {"json", "help", "model", "batch", "precision", "steps", "budget"},
-    "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify"},
-    "data": {"json", "help", "recipe", "sheet", "image-size", "augment.name", "augment.resize"},
+    "prepare": {"json", "help", "format", "size", "workers", "on-bad", "verify", "classes", "class-order"},
+    "data": {
+        "json",
+        "help",
+        "recipe",
+        "sheet",
+        "classes",
+        "class-order",
+        "image-size",
+        "augment.name",
+        "augment.resize",
+    },
     "recipes": {"json", "help"},
     "launch": {"json", "help", "ppn", "hosts", "dry-run"},
     "plan": {"json", "help", "ranks-per-node", "topology", "format"},
@@ -379,6 +393,62 @@ def test_eval_of_an_exported_file_is_that_of_its_checkpoint(image_folder, tmp_pa
     (renamed / "val" / "class0").rename(renamed / "val" / "zebra")
     refused = invoke("eval", file, "--data", renamed)
     assert (refused.exit_code, "other classes than" in refused.stderr) == (1, True)
+
+
+def test_eval_of_a_bare_file_on_folders_that_are_numbers(tmp_path):
+    """The file's outputs are in the order of the numbers, and folders sort as text: 0, 1, 10, 11, 2."""
+    for part in ("train", "val"):
+        for number in range(12):
+            for image in range(2):
+                write_jpeg(tmp_path / "data" / part / str(number) / f"{image}.jpg", 32, 32, number)
+    common = ["--data", tmp_path / "data", "--precision", "fp32"]
+    run, bare = tmp_path / "run", tmp_path / "bare.pth"
+    trained = invoke("train", "--recipe", "cifar-256", "--out", run, "--max-steps", 12, "--global-batch", 8,
+                     "--class-order", "numeric", *common)  # fmt: skip
+    assert "numbered in the order" not in trained.output
+    state = json.loads((max((run / "checkpoints").glob("step-*")) / "state.json").read_text())
+    assert state["classes"] == [str(number) for number in range(12)]
+    assert state["config"]["class_order"] == "numeric"
+    invoke("export", run, tmp_path / "net.safetensors")
+    torch.save(load_file(tmp_path / "net.safetensors"), bare)
+
+    def evaluated(what, *options):
+        result = invoke("eval", what, *common, "--json", *options)
+        assert result.exit_code == 0, result.stderr
+        return json.loads(result.stdout.splitlines()[-1])["loss"], "--class-order numeric numbers them" in result.stderr
+
+    right, said = evaluated(run)
+    assert not said, "the checkpoint names its classes"
+    assert evaluated(tmp_path / "net.safetensors") == (right, False)
+    other, said = evaluated(bare, "--model", "alexnet_bn_small")
+    assert (other != right, said) == (True, True)
+    assert evaluated(bare, "--model", "alexnet_bn_small", "--class-order", "numeric") == (right, False)
+    names = tmp_path / "names"
+    names.write_text("".join(f"{number}\n" for number in range(12)))
+    assert evaluated(bare, "--model", "alexnet_bn_small", "--class-order", names) == (right, False)
+
+
+def test_a_run_of_some_classes_is_evaluated_on_them(image_folder, tmp_path):
+    names, run = tmp_path / "names", tmp_path / "run"
+    names.write_text("class2\nclass0\n")
+    trained = invoke("train", "--recipe", "cifar-256", "--out", run, "--max-steps", 3, "--global-batch", 8,
+                     "--precision", "fp32", "--data", image_folder, "--classes", names, "--json")  # fmt: skip
+    assert trained.exit_code == 0, trained.stderr
+    summary = json.loads(trained.stdout.splitlines()[-1])
+    result = invoke("eval", run, "--data", image_folder, "--precision", "fp32", "--json")
+    assert result.exit_code == 0, result.stderr
+    found = json.loads(result.stdout.splitlines()[-1])
+    assert (found["top1"], found["top5"]) == (summary["top1"], summary["top5"])
+    assert found["images"] == sum(len(list((image_folder / "val" / name).iterdir())) for name in ("class0", "class2"))
+    invoke("export", run, tmp_path / "net.safetensors")
+    refused = invoke("eval", tmp_path / "net.safetensors", "--data", image_folder)
+    assert refused.exit_code == 1
+    assert "other classes than" in refused.stderr
+    assert "'class1' more" in refused.stderr
+    assert invoke("eval", tmp_path / "net.safetensors", "--data", image_folder, "--classes", names).exit_code == 0
+    names.write_text("class7\n")
+    refused = invoke("eval", run, "--data", image_folder, "--classes", names)
+    assert (refused.exit_code, "'class7'" in refused.stderr) == (2, True)
 
 
 def test_what_a_run_would_not_come_to_is_said(image_folder, tmp_path):

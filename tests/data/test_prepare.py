@@ -63,7 +63,7 @@ def test_raw_is_what_the_contract_says(image_folder, raw):
     assert meta["classes"] == list(source.classes)
     assert meta["counts"] == {"train": 48, "val": 13}
     assert meta["size"] == SIZE
-    assert set(meta["shards"]["train"][0]) == {"file", "images", "bytes", "sha256"}
+    assert set(meta["shards"]["train"][0]) == {"file", "images", "bytes", "sha256", "sample"}
 
 
 def test_tar_is_webdatasets(image_folder, shards):
@@ -414,7 +414,7 @@ def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw
     assert all(np.array_equal(again.image(i).pixels(), folder.image(int(twice[i])).pixels()) for i in range(48))
     listed[3] = listed[3].replace(listed[3].split(",")[1][:9], "n99999999")
     (src / "LOC_val_solution.csv").write_text("\n".join(listed))
-    with pytest.raises(DataError, match="n99999999, which is not in"):
+    with pytest.raises(DataError, match="'n99999999' is in val and not in train"):
         prepare(src, tmp_path / "other")
 
 
