@@ -1,5 +1,7 @@
 """Errors for users: one line that says what is wrong, where, and what to do."""
 
+# Exit statuses of commands. STOPPED: a signal came, and the same command goes on from there.
+FAILED, BAD_USAGE, STOPPED, INTERRUPTED = 1, 2, 75, 130
 # Names in archives may have any length.
 _MAX_CHARS = 2000
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import click
 
-from knltrain.cli.options import FAILED, JSON, reports_errors
-from knltrain.errors import ConfigError
+from knltrain.cli.options import JSON, reports_errors
+from knltrain.errors import FAILED, ConfigError
 
 _PARALLEL_COMMANDS = ("train", "eval")
 

@@ -18,13 +18,12 @@ import click
 import knltrain
 from knltrain import config as configuration
 from knltrain.config import RunConfig
-from knltrain.errors import ConfigError, KnltrainError, one_line
+from knltrain.errors import BAD_USAGE, FAILED, INTERRUPTED, ConfigError, KnltrainError, one_line
 from knltrain.launch.world import launcher_rank
 from knltrain.recipes import RECIPES
 
 _T = TypeVar("_T")
 
-FAILED, BAD_USAGE, STOPPED = 1, 2, 75
 # Default image sizes of networks, pixels; 224 for others.
 DEFAULT_IMAGE_SIZE = {"alexnet": 227, "alexnet_bn": 227, "alexnet_bn_small": 32, "resnet20": 32}
 _PACKAGE = os.path.dirname(knltrain.__file__) + os.sep
@@ -38,8 +37,10 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
+        from knltrain.launch.signals import ActAtOnce, end_soon
+
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), ActAtOnce():
                 warnings.showwarning = _show_warning
                 command(*args, **kwargs)
         except KnltrainError as error:
@@ -56,7 +57,8 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             fail(_TOO_LARGE.format(reason[0]), FAILED)
         except KeyboardInterrupt:
-            fail("interrupted", 130)
+            end_soon(INTERRUPTED)  # libraries that wait for other ranks may not let go
+            fail("interrupted", INTERRUPTED)
 
     return wrapped
 

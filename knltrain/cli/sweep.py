@@ -15,14 +15,13 @@ import click
 from knltrain import config as configuration
 from knltrain.cli.options import (
     JSON,
-    STOPPED,
     comma_list,
     config_of_recipe,
     field_options,
     given_fields,
     reports_errors,
 )
-from knltrain.errors import ConfigError
+from knltrain.errors import STOPPED, ConfigError
 from knltrain.sweep.plan import OWN_FIELDS, Cell, Sweep
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from knltrain import config as configuration
 from knltrain.cli.options import (
     DEFAULT_IMAGE_SIZE,
     JSON,
-    STOPPED,
     config_of_recipe,
     field_options,
     given_fields,
@@ -22,7 +21,7 @@ from knltrain.cli.options import (
 )
 from knltrain.config import RunConfig
 from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
-from knltrain.errors import ConfigError
+from knltrain.errors import STOPPED, ConfigError
 from knltrain.recipes import RECIPES
 
 _NO_STRICT = click.option("--no-strict-affinity", is_flag=True, help="Run even on fewer cores than planned.")

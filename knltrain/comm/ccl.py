@@ -6,7 +6,6 @@ collectives run on the caller's thread, asynchronous ones on one thread for all 
 
 # No "from __future__ import annotations": torch binds some of these methods by their signatures.
 
-import atexit
 import socket
 import threading
 import time
@@ -36,6 +35,7 @@ from knltrain.comm.tensors import (
     split,
 )
 from knltrain.comm.work import POLL_INTERVAL_S, Work, waiter
+from knltrain.launch.signals import run_before_end
 
 # If the rank that serves the store is the lost one, a request to the store blocks.
 _STORE_TIMEOUT_S = 5.0
@@ -93,7 +93,7 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         shim = oneccl.load()
         self._hosts = self._exchange_hosts()
         remove_dead_segments()
-        atexit.register(remove_own_segments)  # oneCCL does not clean up after an abandoned group
+        run_before_end(remove_own_segments)  # oneCCL does not clean up after an abandoned group
         with oneccl.quiet():
             if rank == 0:
                 kvs = shim.open_meeting_point()

@@ -110,6 +110,7 @@ def data_parallel(
             (reduced,) = future.value()
             return buffer.copy_(reduced) if reduced is not buffer else buffer
 
+        group.count_collective()
         work = dist.all_reduce(message, group=group.channel, async_op=True)
         state.sent()
         mean: torch.futures.Future[Tensor] = work.get_future().then(copy_back)
@@ -130,6 +131,7 @@ def data_parallel(
 def _average(group: Group, clock: GradientClock, flat: Tensor) -> None:
     clock.started()
     clock.sent()
+    group.count_collective()
     dist.all_reduce(flat, group=group.channel)
     flat /= group.world_size
     clock.finished()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import json
 import os
 import re
 import resource
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -32,15 +33,15 @@ from knltrain.launch.pmi import abort_job, kill_mpiexec_later
 from knltrain.launch.rendezvous import START_TIMEOUT_S, find_rendezvous
 from knltrain.launch.world import Ranks
 
-_START_TIMEOUT = timedelta(seconds=START_TIMEOUT_S)
 # Parts of the errors that gloo, oneCCL and the store raise when a peer is gone.
 _LOST_PEER_MESSAGES = (
     "Connection closed", "Connection reset", "Connection refused", "Connection was likely closed", "Broken pipe",
     "Timed out", "timed out", "oneCCL: ", "did not take part", "did not join", "did not end",
 )  # fmt: skip
 
-_MAX_CHOICE_BYTES = 32
 _MAX_NAMED_RANKS = 8
+# Of fields that differ between two ranks.
+_MAX_NAMED_FIELDS = 8
 
 
 def _raise_open_file_limit() -> None:
@@ -64,6 +65,9 @@ class Group:
         ranks: this process among its peers.
         backend: auto, ccl or gloo; see ``backend.py``.
         cpus: logical CPUs reserved for this rank's communication.
+        same: what must be the same on all ranks, by name, as for :meth:`require_same`; compared before anything that
+            would wait for ranks that do otherwise.
+        start_timeout_s: how long the slowest rank may take to start, and to end its first step, in seconds.
 
     Attributes:
         backend: the chosen back end, or None with one rank.
@@ -73,36 +77,45 @@ class Group:
         last_step: the last step that all ranks have finished; each step ends with a sum over them.
 
     Raises:
-        ConfigError: ccl was requested and is not available, or CCL_WORKER_COUNT differs between ranks.
+        ConfigError: ccl was requested and is not available, an exported interface does not exist, or ranks differ in
+            ``same`` or in CCL_WORKER_COUNT.
         KnltrainError: the rendezvous failed.
     """
 
-    def __init__(self, ranks: Ranks, backend: str = "auto", cpus: Sequence[int] = ()) -> None:
+    def __init__(
+        self, ranks: Ranks, backend: str = "auto", cpus: Sequence[int] = (), *,
+        same: Mapping[str, object] | None = None, start_timeout_s: float = START_TIMEOUT_S,
+    ) -> None:  # fmt: skip
         self.rank, self.world_size, self.local_size = ranks.rank, ranks.size, ranks.local_size
         self.backend: Backend | None = None
         self.interface = ""
         self.last_step: int | None = None
+        self._store: Any = None
         self.channel: dist.ProcessGroup | None = None
         self.hosts = [socket.gethostname()]
         self._liveness: PeerLiveness | None = None
+        self._exchanges, self._start_timeout = 0, timedelta(seconds=start_timeout_s)
         if ranks.size == 1:
             return
         _raise_open_file_limit()
-        rendezvous = find_rendezvous(ranks)
+        rendezvous = find_rendezvous(ranks, start_timeout_s=start_timeout_s)
         already_set = rendezvous.export()
         self.interface = rendezvous.interface
         try:
-            store = open_store(rendezvous, ranks)
-            store.set_timeout(_START_TIMEOUT)
+            self._store = store = open_store(rendezvous, ranks, start_timeout_s)
+            store.set_timeout(self._start_timeout)
+            self.hosts = [host for (host,) in self._all_gather_strings(socket.gethostname())]
+            self._liveness = PeerLiveness(store, self.rank, self.hosts)
+            self.require_same(same or {})
             if backend != "gloo":
-                cpus = self._equal_worker_cpus(cpus, store)
-            self.backend = self._agree_on_backend(choose_backend(backend, ranks, cpus, already_set), backend, store)
+                cpus = self._equal_worker_cpus(cpus)
+            self.backend = self._agree_on_backend(choose_backend(backend, ranks, cpus, already_set), backend)
             dist.init_process_group(
                 self.backend.name,
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
                 rank=ranks.rank,
                 world_size=ranks.size,
-                timeout=_START_TIMEOUT,
+                timeout=self._start_timeout,
             )
         except (RuntimeError, ValueError) as error:
             raise KnltrainError(
@@ -110,36 +123,81 @@ class Group:
                 f"{rendezvous.address or rendezvous.init_method}: {str(error).splitlines()[0]}"
             ) from None
 
-    def _all_gather_strings(self, store: Any, name: str, *words: object) -> list[list[str]]:
-        """Returns the strings of each rank, by rank. All ranks call it at once."""
-        keys = [f"{name}{rank}" for rank in range(self.world_size)]
-        store.set(keys[self.rank], json.dumps([str(word) for word in words]))
-        store.wait(keys, _START_TIMEOUT)
-        return [json.loads(answer) for answer in store.multi_get(keys)]
+    def _all_gather_strings(self, *words: object) -> list[list[str]]:
+        """Returns the strings of each rank, by rank. All ranks call it at once.
 
-    def _equal_worker_cpus(self, cpus: Sequence[int], store: Any) -> Sequence[int]:
+        Raises:
+            KnltrainError: ranks did not call it before the time-out of the start; names them.
+        """
+        self._exchanges += 1
+        keys = [f"exchange{self._exchanges}/{rank}" for rank in range(self.world_size)]
+        self._store.set(keys[self.rank], json.dumps([str(word) for word in words]))
+        try:
+            self._store.wait(keys, self._start_timeout)
+        except RuntimeError:
+            absent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            if not absent:
+                raise
+            who = " and ".join(f"rank {rank}" for rank in absent[:_MAX_NAMED_RANKS])
+            raise KnltrainError(
+                f"{who}{f' and {len(absent) - _MAX_NAMED_RANKS} more' if len(absent) > _MAX_NAMED_RANKS else ''} of "
+                f"{self.world_size} did not start within {self._start_timeout.total_seconds():g} s; "
+                "--comm.start-timeout-s allows more"
+            ) from None
+        return [json.loads(answer) for answer in self._store.multi_get(keys)]
+
+    def require_same(self, values: Mapping[str, object], remedy: str = "start all ranks with the same command") -> None:
+        """Raises on all ranks if they have different values. All ranks call it at once.
+
+        Args:
+            values: by name, what JSON can express; a list's first different element is named.
+            remedy: what the user should do, for the message.
+
+        Raises:
+            ConfigError: ranks have different values; names ranks, hosts and values.
+        """
+        if self.world_size == 1:
+            return
+        text = json.dumps(values, sort_keys=True)
+        digests = [digest for (digest,) in self._all_gather_strings(hashlib.sha256(text.encode()).hexdigest())]
+        other = next((rank for rank, digest in enumerate(digests) if digest != digests[0]), None)
+        if other is None:
+            return
+        texts = self._all_gather_strings(text if self.rank in (0, other) else "")
+        first, second = (json.loads(texts[rank][0]) for rank in (0, other))
+        with contextlib.suppress(RuntimeError, KnltrainError):  # rank 0, with whose process the store ends, goes last
+            self._all_gather_strings()
+        names = [name for name in first | second if first.get(name) != second.get(name)]
+        differ = "; ".join(_difference(name, first.get(name), second.get(name)) for name in names[:_MAX_NAMED_FIELDS])
+        more = f"; and {len(names) - _MAX_NAMED_FIELDS} more" if len(names) > _MAX_NAMED_FIELDS else ""
+        raise ConfigError(
+            f"rank {other} on {self.hosts[other]} is not like rank 0 on {self.hosts[0]}: {differ}{more}; {remedy}"
+        )
+
+    def _equal_worker_cpus(self, cpus: Sequence[int]) -> Sequence[int]:
         """Returns as many of the CPUs reserved for communication as every rank has.
 
         oneCCL never returns where ranks have different numbers of workers.
         """
         exported = oneccl.exported_workers()
-        answers = self._all_gather_strings(store, "workers", socket.gethostname(), len(cpus), exported)
-        numbers = {number: host for host, _, number in reversed(answers)}
+        answers = self._all_gather_strings(len(cpus), exported)
+        numbers = {number: host for host, (_, number) in reversed([*zip(self.hosts, answers, strict=True)])}
         if len(numbers) > 1:
             each = ", ".join(f"{number or 'unset'} on {host}" for number, host in sorted(numbers.items()))
             raise ConfigError(
                 f"CCL_WORKER_COUNT differs ({each}), and with different numbers of workers oneCCL does not start; "
                 "export one for all nodes, or none"
             )
-        return cpus[: min(int(kept) for _, kept, _ in answers)]
+        return cpus[: min(int(kept) for kept, _ in answers)]
 
-    def _agree_on_backend(self, chosen: Backend, requested: str, store: Any) -> Backend:
-        """Makes all ranks use the same ccl, or none, and collects their host names."""
-        answers = self._all_gather_strings(
-            store, "backend", socket.gethostname(), chosen.name, chosen.version.split()[0]
-        )
-        self.hosts = [host for host, _, _ in answers]
-        self._liveness = PeerLiveness(store, self.rank, self.hosts)
+    def _agree_on_backend(self, chosen: Backend, requested: str) -> Backend:
+        """Makes all ranks use the same ccl, or none."""
+        answers = [
+            (host, name, library)
+            for host, (name, library) in zip(
+                self.hosts, self._all_gather_strings(chosen.name, chosen.version.split()[0]), strict=True
+            )
+        ]
         without = sorted({host for host, name, _ in answers if name == "gloo"})
         libraries = {library: host for host, _, library in reversed(answers)}
         if chosen.name == "gloo" or len(libraries) == 1:
@@ -171,11 +229,20 @@ class Group:
         """Whether this rank writes the run's files and speaks to the user."""
         return self.rank == 0
 
+    def count_collective(self) -> None:
+        """Notes that this rank starts a collective; all ranks start the same ones.
+
+        Where one does not answer, the liveness check compares how many each has started.
+        """
+        if self._liveness:
+            self._liveness.count_collective()
+
     def sum(self, *values: float) -> list[float]:
         """Returns the sum of each value over the ranks, in double precision. All ranks call it at once."""
         if self.world_size == 1:
             return list(values)
         tensor = torch.tensor(values, dtype=torch.float64)
+        self.count_collective()
         dist.all_reduce(tensor, group=self.channel)
         return tensor.tolist()
 
@@ -196,12 +263,14 @@ class Group:
         if self.world_size == 1:
             return values[None]
         rows = [torch.empty_like(values) for _ in range(self.world_size)]
+        self.count_collective()
         dist.all_gather(rows, values, group=self.channel)
         return torch.stack(rows)
 
     def barrier(self) -> None:
         """Waits for every rank."""
         if self.world_size > 1:
+            self.count_collective()
             dist.barrier(group=self.channel)
 
     def broadcast_str(self, text: str) -> str:
@@ -213,28 +282,9 @@ class Group:
         if not length:
             return ""
         message = torch.tensor(data or [0] * int(length), dtype=torch.uint8)
+        self.count_collective()
         dist.broadcast(message, 0, group=self.channel)
         return os.fsdecode(bytes(message.tolist()))
-
-    def require_same_on_all_ranks(self, what: str, chosen: str, remedy: str) -> None:
-        """Raises on all ranks if they have chosen differently. All ranks call it at once.
-
-        Args:
-            what: name of the choice, for the message.
-            chosen: this rank's choice; at most 32 bytes.
-            remedy: what the user should do, for the message.
-
-        Raises:
-            ConfigError: ranks have chosen differently; raised on all ranks.
-        """
-        rows = self.gather(torch.tensor(list(chosen.encode().ljust(_MAX_CHOICE_BYTES)), dtype=torch.uint8)).tolist()
-        answers = [bytes(row).decode().rstrip() for row in rows]
-        if len(set(answers)) > 1:
-            each = " and ".join(
-                f"{word} on rank {answers.index(word)} ({self.hosts[answers.index(word)]})"
-                for word in dict.fromkeys(answers)
-            )
-            raise ConfigError(f"ranks have chosen different {what}s, {each}; {remedy}")
 
     @contextlib.contextmanager
     def report_lost_ranks(self) -> Iterator[None]:
@@ -247,7 +297,8 @@ class Group:
             yield
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
-            if self.world_size == 1 or not any(word in reason for word in _LOST_PEER_MESSAGES):
+            is_lost_peer = isinstance(error, dist.DistError) or any(word in reason for word in _LOST_PEER_MESSAGES)
+            if self.world_size == 1 or not is_lost_peer:
                 raise
             kill_mpiexec_later()  # before any rank ends the job, and this one with it
             step = f"; all ranks finished step {self.last_step}" if self.last_step else ""
@@ -255,10 +306,8 @@ class Group:
                 raise KnltrainError(
                     f"{named[0].rstrip(')')}{step}; it has ended, hangs, or waits for its data"
                 ) from None
-            who = (self._liveness and self._liveness.lost()) or "another rank"
-            raise KnltrainError(
-                f"{who} has ended or does not answer{step}; what that rank printed is the cause ({reason})"
-            ) from None
+            who = (self._liveness and self._liveness.lost()) or "another rank has ended or does not answer"
+            raise KnltrainError(f"{who}{step}; what that rank printed may be the cause ({reason})") from None
 
     def names_of(self, ranks: Sequence[int]) -> str:
         """Names ranks and their hosts, for people; of many, the first ones."""
@@ -286,3 +335,13 @@ class Group:
             self._liveness.end()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _difference(name: str, first: object, second: object) -> str:
+    """Says how a value of another rank differs from rank 0's."""
+    if isinstance(first, list) and isinstance(second, list):
+        if len(first) != len(second):
+            return f"{name}: {len(second):,}, not {len(first):,}"
+        at = next(index for index, (one, two) in enumerate(zip(first, second, strict=True)) if one != two)
+        return f"{name}: number {at} is {second[at]}, not {first[at]}"
+    return f"{name}: {second}, not {first}"

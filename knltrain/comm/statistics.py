@@ -30,6 +30,7 @@ def averaged_running_statistics(model: nn.Module, group: Group) -> Iterator[None
         return
     own = torch.cat([buffer.flatten() for buffer in buffers])
     mean = own.clone()
+    group.count_collective()
     dist.all_reduce(mean, group=group.channel)
     _copy_into(mean / group.world_size, buffers)
     try:
@@ -51,6 +52,7 @@ def gather_running_statistics(model: nn.Module, group: Group) -> dict[str, Tenso
         return {}
     own = torch.cat([buffer.flatten() for buffer in buffers.values()])
     rows = torch.empty(group.world_size if group.is_first else 0, len(own), dtype=own.dtype)
+    group.count_collective()
     dist.gather(own, list(rows) if group.is_first else None, dst=0, group=group.channel)
     if not group.is_first:
         return {}

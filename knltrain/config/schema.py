@@ -147,6 +147,9 @@ class CommConfig:
     timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
         600.0, "time-out of collectives after the first step, and of writing a checkpoint, seconds"
     )
+    start_timeout_s: Annotated[float, Meta(ge=0.1, le=30 * 86400, extra={"unit": "seconds"})] = _field(
+        600.0, "how long the slowest rank may take to start, and to end its first step, seconds"
+    )
 
     def bucket_mb_of(self, ranks: int) -> float:
         """Returns the size of a gradient bucket in MiB, for a number of ranks.

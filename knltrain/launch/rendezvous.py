@@ -31,7 +31,7 @@ from knltrain.launch.openmpi import OpenMpi
 from knltrain.launch.pmi import Pmi
 from knltrain.launch.world import Ranks, discover, is_loopback
 
-# Long enough for the slowest node to start Python from a parallel file system.
+# The default of comm.start_timeout_s: enough for the slowest node to start Python from a parallel file system.
 START_TIMEOUT_S = 600.0
 _PROBE_TIMEOUT_S = 3.0
 _RESOLVE_INTERVAL_S = 1.0
@@ -72,12 +72,15 @@ class Exchange(Protocol):
         """Sends a text to all ranks; returns a function from a rank to its text. All ranks call it at once."""
 
 
-def find_rendezvous(ranks: Ranks, environ: Mapping[str, str] | None = None) -> Rendezvous:
+def find_rendezvous(
+    ranks: Ranks, environ: Mapping[str, str] | None = None, *, start_timeout_s: float = START_TIMEOUT_S
+) -> Rendezvous:
     """Finds rank 0's address from the launcher's variables. On several nodes all ranks call it, once.
 
     Args:
         ranks: this process among its peers.
         environ: the environment, by default this process's.
+        start_timeout_s: how long the slowest rank may take to start, in seconds.
 
     Raises:
         ConfigError: MASTER_ADDR is loopback, or no variable tells where rank 0 is.
@@ -88,19 +91,21 @@ def find_rendezvous(ranks: Ranks, environ: Mapping[str, str] | None = None) -> R
         return Rendezvous(ranks.init_method, interface=loopback(), listen=_listen_address(ranks, environ))
     if ranks.init_method:
         return dataclasses.replace(
-            _from_master_addr(environ["MASTER_ADDR"], ranks, in_pod="KUBERNETES_SERVICE_HOST" in environ),
+            _from_master_addr(
+                environ["MASTER_ADDR"], ranks, start_timeout_s, in_pod="KUBERNETES_SERVICE_HOST" in environ
+            ),
             listen=_listen_address(ranks, environ),
         )
     if ranks.launcher == "slurm":
         return _from_slurm_node_list(ranks, environ)
     if ranks.launcher == "openmpi":
-        return _in_subprocess()
+        return _in_subprocess(start_timeout_s)
     if "PMI_FD" not in environ:
         raise ConfigError(
             f"{ranks.launcher} started {ranks.size} ranks on several nodes and did not set PMI_FD for their "
             "rendezvous; export MASTER_ADDR, the address of rank 0's node, and MASTER_PORT, a free port there"
         )
-    pmi = Pmi(number(environ, "PMI_FD"), START_TIMEOUT_S)
+    pmi = Pmi(number(environ, "PMI_FD"), start_timeout_s)
     try:
         rendezvous = agree_on_address(pmi, ranks)
     except BaseException:
@@ -256,22 +261,26 @@ def _first_reachable(addresses: list[str], port: int) -> str:
     return ""
 
 
-def _resolve_in_time(host: str, *, quiet: bool) -> list[str]:
+def _resolve_in_time(host: str, start_timeout_s: float, *, quiet: bool) -> list[str]:
     """Returns the addresses of a name as ``_resolve`` does; waits until it is known, or for the start's time-out."""
-    deadline = time.monotonic() + START_TIMEOUT_S
+    deadline = time.monotonic() + start_timeout_s
     if not _resolve_any(host) and not quiet:
-        said = f"MASTER_ADDR={host} has no address yet; waiting up to {START_TIMEOUT_S:.0f} s for it"
+        said = f"MASTER_ADDR={host} has no address yet; waiting up to {start_timeout_s:g} s for it"
         print(said, file=sys.stderr, flush=True)
     while not _resolve_any(host) and time.monotonic() < deadline:
         time.sleep(_RESOLVE_INTERVAL_S)
     return _resolve(host)
 
 
-def _from_master_addr(host: str, ranks: Ranks, *, in_pod: bool) -> Rendezvous:
+def _from_master_addr(host: str, ranks: Ranks, start_timeout_s: float, *, in_pod: bool) -> Rendezvous:
     named = not host.replace(".", "").isdigit() and not is_loopback(host)
     first_node = ranks.rank == ranks.local_rank
     # The name of a pod is unknown until the pod has started, which may be later than this one.
-    addresses = _resolve(host) if first_node or not named else _resolve_in_time(host, quiet=ranks.local_rank > 0)
+    addresses = (
+        _resolve(host)
+        if first_node or not named
+        else _resolve_in_time(host, start_timeout_s, quiet=ranks.local_rank > 0)
+    )
     # On its own node a name may resolve to loopback, and a pod be told that it is at localhost; then the default route
     # gives the interface.
     if not addresses and first_node and (named or (is_loopback(host) and in_pod)):
@@ -313,17 +322,17 @@ def _from_slurm_node_list(ranks: Ranks, environ: Mapping[str, str]) -> Rendezvou
     return Rendezvous(f"tcp://{address}:{port}", address, interface, (listen, port) if listen else None)
 
 
-def _in_subprocess() -> Rendezvous:
+def _in_subprocess(start_timeout_s: float) -> Rendezvous:
     try:
         result = subprocess.run(
             [sys.executable, "-m", "knltrain.launch.rendezvous"],
             capture_output=True,
             text=True,
-            timeout=START_TIMEOUT_S,
+            timeout=start_timeout_s,
         )
     except subprocess.TimeoutExpired:
         raise KnltrainError(
-            f"no rendezvous under Open MPI within {START_TIMEOUT_S:.0f} s: a rank has not started"
+            f"no rendezvous under Open MPI within {start_timeout_s:g} s: a rank has not started"
         ) from None
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]

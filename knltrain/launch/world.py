@@ -184,8 +184,9 @@ def _init_method(environ: Mapping[str, str], ranks: Ranks) -> str:
                 "torchrun's MASTER_ADDR and MASTER_PORT are missing; the launcher's variables are damaged"
             )
         return ""
-    folder = environ.get("TMPDIR", "/tmp")
-    return f"file://{folder}/knltrain-{os.getuid()}-{_job_id(environ, ranks)}"
+    # A folder of the user's own: any account of the node can tell these names.
+    folder = environ.get("TMPDIR") or "/tmp"
+    return f"file://{folder}/knltrain-{os.geteuid()}/{_job_id(environ, ranks)}"
 
 
 def _job_id(environ: Mapping[str, str], ranks: Ranks) -> str:

@@ -22,7 +22,7 @@ from rich.table import Table
 from knltrain import config as configuration
 from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
 from knltrain.data.datasets import open_data
-from knltrain.errors import ConfigError, KnltrainError
+from knltrain.errors import STOPPED, ConfigError, KnltrainError
 from knltrain.files import naming, open_regular, says_absent
 from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
@@ -38,12 +38,11 @@ from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
 from knltrain.training import run_dir
 from knltrain.training.batching import rank_batches_by_size, refuse_untrainable_batches
 from knltrain.training.engine import choose_engine, choose_precision
-from knltrain.training.signals import StopRequest
+from knltrain.training.signals import StopRequest, waits_for_request
 
 _POLL_INTERVAL_S = 0.5
 # A run finishes its step and writes a checkpoint before it ends.
 _SHUTDOWN_TIMEOUT_S = 600.0
-_STOPPED = 75
 # All tasks of a job array may start at once, and take the lock one after another.
 _LOCK_TIMEOUT_S = 600.0
 # More bytes than a row of metrics.jsonl takes.
@@ -259,7 +258,7 @@ def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[di
         log.seek(begin)
         words = _last_words(log.read())
     outcome = results.outcome(point)
-    if outcome.status == "done" or code == _STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
+    if outcome.status == "done" or code == STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
         return outcome if outcome.status == "done" else dataclasses.replace(outcome, status="stopped")
     reason = words if code >= 0 else f"was ended by {signal.Signals(-code).name}; was there memory enough?"
     status = "diverged" if _has_diverged(folder, reason) else "failed"
@@ -280,7 +279,7 @@ def _wait(
     """Waits for the end of a run, and passes a signal to stop on to it.
 
     A batch system may send the signal to the run too, and a second one would end the run at once, without a checkpoint.
-    So the run is sent SIGTERM one poll later, and only if it still handles the signal.
+    So the run is sent SIGTERM one poll later, and only if it waits for one.
     """
     asked, deadline = False, None
     while True:
@@ -289,21 +288,11 @@ def _wait(
         look(_last_row(folder / "metrics.jsonl"))
         if deadline is None:
             deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S if stop.requested else None
-        elif not asked and _handles_signal(process.pid, signal.SIGTERM):
+        elif not asked and waits_for_request(process.pid):
             asked = True
             process.terminate()
         elif time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _handles_signal(pid: int, number: int) -> bool:
-    """Whether a process handles a signal: a run does so until the first one arrives."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text("utf-8")
-        (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:"))
-        return bool(int(caught, 16) >> (number - 1) & 1)
-    except (OSError, ValueError):  # it has just ended
-        return False
 
 
 def _last_row(path: Path) -> dict[str, Any]:

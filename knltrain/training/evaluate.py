@@ -28,6 +28,7 @@ from knltrain.node.binding import running_on
 from knltrain.node.memory import keep_freed_memory
 from knltrain.runlog.console import Console
 from knltrain.training.engine import DTYPES, autocast, choose_precision
+from knltrain.training.ranks import require_same_data, same_fields
 from knltrain.training.signals import InterruptError, StopRequest
 from knltrain.weights.load import load as load_file
 from knltrain.weights.load import require_same_file
@@ -131,8 +132,9 @@ def evaluate_checkpoint(
     ranks, node, threads = placement.ranks, placement.node, placement.plan.threads
     torch.set_num_threads(threads)
     precision = choose_precision(config.precision, node, force=config.force_bf16, warn=console.warn)
+    same = {**same_fields(config), "precision": precision, "path": str(path), "classes": classes and [*classes]}
     with running_on(placement.plan.comm):
-        group = Group(ranks, cpus=placement.plan.comm)
+        group = Group(ranks, cpus=placement.plan.comm, same=same)
     with group, group.report_lost_ranks():
         path = _same_on_all_ranks(path, group, console)
         of_a_file = path.is_file()
@@ -149,6 +151,7 @@ def evaluate_checkpoint(
         dataset = open_part(config, "val", choice)
         for remark in remarks_of(dataset):
             console.warn(remark)
+        require_same_data({"val": dataset}, config.data, group)
         model = model_of(config, len(dataset.classes))
         if not of_a_file:
             checkpoint.load_weights(path, model)

@@ -23,9 +23,8 @@ from knltrain.runlog.console import Console
 # What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
 _MAY_CHANGE = {
     "data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep", "engine",
-    "log_trust_ratios",
-    "force_bf16", "comm.backend", "comm.timeout_s", "health.policy", "health.max_skips", "health.max_rewinds",
-    "health.rewind_factor", "health.divergence_steps", "health.compare_every",
+    "log_trust_ratios", "force_bf16", "comm.backend", "comm.timeout_s", "comm.start_timeout_s", "health.policy",
+    "health.max_skips", "health.max_rewinds", "health.rewind_factor", "health.divergence_steps", "health.compare_every",
 }  # fmt: skip
 _LEFT_BY_RUNS = ("config.json", "metrics.jsonl", "checkpoints")
 # A run that was killed a moment ago may have ranks that have not ended yet.

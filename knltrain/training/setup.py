@@ -34,6 +34,7 @@ from knltrain.training.ema import WeightAverage
 from knltrain.training.engine import DTYPES, build_engine, choose_engine, choose_precision, set_fp32_precision
 from knltrain.training.failure_dump import FailureDump
 from knltrain.training.gradient_noise import NoiseScale
+from knltrain.training.ranks import require_same_data, same_fields
 from knltrain.training.replica_check import ReplicaCheck
 from knltrain.training.resume import ResumePoint, choose
 from knltrain.training.run_dir import digest, lock_run_dir
@@ -84,7 +85,7 @@ def set_up(
     ranks = placement.ranks
     compute = choose_compute(config, placement, console)
     by_size = rank_batches_by_size(config, ranks.rank, ranks.size)
-    group = join_group(config, compute, placement, cleanup)
+    group = join_group(config, compute, placement, stop, cleanup)
     out = Path(config.out or f"runs/{config.recipe or config.model}")
     if group.is_first:
         refuse_unbuildable(config)
@@ -143,19 +144,25 @@ def choose_compute(config: RunConfig, placement: RankPlacement, console: Console
     return Compute(precision, engine, threads, malloc)
 
 
-def join_group(config: RunConfig, compute: Compute, placement: RankPlacement, cleanup: contextlib.ExitStack) -> Group:
-    """Joins the process group, and sees that all ranks compute alike.
+def join_group(
+    config: RunConfig, compute: Compute, placement: RankPlacement, stop: StopRequest, cleanup: contextlib.ExitStack
+) -> Group:
+    """Joins the process group, and sees that all ranks were started alike.
 
     Raises:
-        ConfigError: ranks have chosen differently.
+        ConfigError: ranks have other fields, or computed otherwise.
         KnltrainError: rendezvous failed.
     """
-    with running_on(placement.plan.comm):  # where the threads that it makes then stay
-        group = cleanup.enter_context(Group(placement.ranks, config.comm.backend, placement.plan.comm))
-    cleanup.enter_context(group.report_lost_ranks())
     # With auto, each node chooses what is best there.
-    group.require_same_on_all_ranks("precision", compute.precision, "give one that all can have: --precision fp32")
-    group.require_same_on_all_ranks("engine", compute.engine, "give one that all can have: --engine NAME")
+    same = {**same_fields(config), "precision": compute.precision, "engine": compute.engine}
+    with running_on(placement.plan.comm), stop.at_once():  # where the threads that it makes then stay
+        group = cleanup.enter_context(
+            Group(
+                placement.ranks, config.comm.backend, placement.plan.comm,
+                same=same, start_timeout_s=config.comm.start_timeout_s,
+            )
+        )  # fmt: skip
+    cleanup.enter_context(group.report_lost_ranks())
     return group
 
 
@@ -165,6 +172,7 @@ def open_datasets(
     """Opens the training and the validation set on every rank, from the node's own copy if asked for.
 
     Raises:
+        ConfigError: ranks have different data.
         InterruptError: a signal came while the data was copied.
         KnltrainError: the data cannot be read, or copied.
     """
@@ -183,12 +191,13 @@ def open_datasets(
         config = dataclasses.replace(config, data=str(here))
     if not group.is_first:
         group.barrier()  # rank 0 goes first: it draws `shapes`, and finds what is wrong with the data, once
-    data = open_data(config)
+    train, val = open_data(config)
     if group.is_first:
         group.barrier()
-    for remark in remarks_of(*data):
+    require_same_data({"train": train, "val": val}, config.data, group)
+    for remark in remarks_of(train, val):
         console.warn(remark)
-    return data
+    return train, val
 
 
 def choose_runtime(

@@ -75,12 +75,50 @@ def test_what_ranks_met_in_is_gone_after_them(tmp_path):
     assert list(meeting.iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_used_is_said_by_the_first_rank(tmp_path):
-    processes = start(tmp_path / "run", 2, tmp_path / "missing" / "place")
-    assert wait_for(processes[:1], 60) == [0], outputs(tmp_path / "run")
+def first_of_two(folder, place):
+    """What the first rank says."""
+    processes = start(folder, 2, place)
+    assert wait_for(processes[:1], 60) == [0], outputs(folder)
     kill(processes[1:])
-    (said,) = results(tmp_path / "run", 2)
-    assert said == (
-        f"rank 0 of 2 (torchrun) cannot use {tmp_path / 'missing'} (TMPDIR) for the rendezvous of the ranks of a "
-        "node: No such file or directory"
+    return results(folder, 2)[0]
+
+
+def test_a_folder_that_cannot_be_used_is_said_by_the_first_rank(tmp_path):
+    folder = tmp_path / "gone" / "missing"
+    assert first_of_two(tmp_path / "run", folder / "place") == (
+        f"rank 0 of 2 (torchrun) cannot use {folder} (TMPDIR) for the rendezvous of the ranks of a node: "
+        "No such file or directory"
     )
+
+
+def of_another_account(folder, path):
+    folder.mkdir()
+    os.chown(folder, 12345, -1)
+
+
+def open_to_all(folder, path):
+    folder.mkdir()
+    folder.chmod(0o777)
+
+
+def link(folder, path):
+    (path / "elsewhere").mkdir()
+    folder.symlink_to(path / "elsewhere")
+
+
+@pytest.mark.parametrize("make", [of_another_account, open_to_all, link])
+def test_a_folder_in_which_others_may_have_put_something_is_refused(make, tmp_path):
+    """Any account of the node can tell its name, and make it first."""
+    if make is of_another_account and os.geteuid():
+        pytest.skip("only root can give a folder to another account")
+    folder = tmp_path / "knltrain-1000"
+    make(folder, tmp_path)
+    said = first_of_two(tmp_path / "run", folder / "place")
+    assert said.startswith(f"{folder}, where the ranks of this node connect, is not a folder that this account alone")
+    assert "set TMPDIR to a folder of your own" in said
+
+
+def test_a_folder_that_is_missing_is_made_for_its_user_alone(tmp_path):
+    folder = tmp_path / "knltrain-1000"
+    assert wait_for(start(tmp_path / "run", 2, folder / "place"), 60) == [0, 0], outputs(tmp_path / "run")
+    assert folder.stat().st_mode & 0o777 == 0o700

@@ -246,14 +246,13 @@ def test_srun_names_the_first_node(monkeypatch):
 def test_master_addr_wins_unless_it_is_loopback(monkeypatch):
     known = {"n1": ["10.0.0.1"], "localhost": ["127.0.0.1"], "127.0.0.1": ["127.0.0.1"]}
     monkeypatch.setattr(rendezvous, "_resolve_any", lambda host: known.get(host, []))
-    monkeypatch.setattr(rendezvous, "START_TIMEOUT_S", 0.0)
     monkeypatch.setattr(rendezvous, "interface_towards", lambda address: f"to-{address}")
     for launcher in ("torchrun", "hydra", "slurm", "openmpi"):
         ranks = Ranks(launcher, 3, 4, 1, 2, "env://", hosts=("elsewhere", "n2"))
         assert find_rendezvous(ranks, {"MASTER_ADDR": "n1"}) == Rendezvous("env://", "10.0.0.1", "to-10.0.0.1")
         for loopback in ("127.0.0.1", "localhost", "nowhere"):
             with pytest.raises(ConfigError, match=f"MASTER_ADDR={loopback} is not an address that other nodes"):
-                find_rendezvous(ranks, {"MASTER_ADDR": loopback})
+                find_rendezvous(ranks, {"MASTER_ADDR": loopback}, start_timeout_s=0)
     with pytest.raises(ConfigError, match="MASTER_ADDR=localhost is not an address"):
         find_rendezvous(Ranks("torchrun", 0, 4, 0, 2, "env://"), {"MASTER_ADDR": "localhost"})
     # On the first node itself its name may be loopback's.
