@@ -34,13 +34,15 @@ def plan(ranks_per_node: int | None, topology: str | None, format: str, as_json:
     from knltrain.launch.mpiexec import openmpi_arguments
     from knltrain.launch.world import discover
     from knltrain.node import plan_formats
-    from knltrain.node.topology import read_node
+    from knltrain.node.topology import read_node, refuse_incomplete
     from knltrain.node.tuned_plan import tuned_plan
 
     root = Path(topology or "/")
     if not any((root / name).is_dir() for name in ("sys", "proc")):
         raise ConfigError(f"{root}: no folder sys or proc in it; docs/clusters.md says how to copy those of a node")
     node = read_node(root)
+    if topology is not None:
+        refuse_incomplete(root, node)
     planned = tuned_plan(node, ranks_per_node)
     ranks = discover() if topology is None else None  # a launcher here says nothing of another node
     launcher = {} if ranks is None else {"launcher": {"name": ranks.launcher, "rank": ranks.rank, "size": ranks.size}}

@@ -36,8 +36,8 @@ class Launcher(NamedTuple):
 
 def _of_mpi(name: str, prefix: str, unpinned: str = "", *, passes_on_mask: bool = False) -> Launcher:
     """A launcher whose variables have a common prefix."""
-    variables = (f"{prefix}{part}" for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
-    return Launcher(name, *variables, unpinned, passes_on_mask)
+    rank, size, local_rank, local_size = (prefix + part for part in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE"))
+    return Launcher(name, rank, size, local_rank, local_size, unpinned, passes_on_mask)
 
 
 # The innermost first: torchrun may run under srun or flux, mpiexec inside a batch script whose variables are still

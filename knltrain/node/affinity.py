@@ -257,7 +257,8 @@ def _rank(
 
 
 def _memory(node: Node, on: list[tuple[int, ...]], local_rank: int) -> MemoryPolicy:
-    near = [one for one in node.memory_nodes if one.kind != "far" and set(one.domains) & set(on[local_rank])]
+    fast = [one for one in node.memory_nodes if one.kind in ("MCDRAM", "HBM")]
+    near = [one for one in fast if set(one.domains) & set(on[local_rank])]
     if not near:
         return MemoryPolicy("local", (), "first touch: its threads stay in their domains")
     sharers = {one.number: sum(bool(set(one.domains) & set(domains)) for domains in on) for one in near}

@@ -1,7 +1,8 @@
-"""CPU lists in the kernel's format, and reading of sysfs files that may be missing or damaged."""
+"""CPU lists and masks in the kernel's formats, and reading of sysfs files that may be missing or damaged."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -31,6 +32,20 @@ def parse_cpu_list(text: str) -> tuple[int, ...]:
             if len(cpus) > _MAX_CPUS:
                 raise ValueError("more CPUs than there can be")
     return tuple(cpus)
+
+
+def parse_cpu_mask(text: str) -> tuple[int, ...]:
+    """Turns the kernel's "f,00000005", words of 32 bits in hex with the lowest one last, into numbers.
+
+    Raises:
+        ValueError: it is not such a mask.
+    """
+    if not re.fullmatch(r"[0-9a-fA-F]{1,8}(,[0-9a-fA-F]{8})*", text.strip()):
+        raise ValueError(f"{text[:100]!r} is not a mask of CPUs")
+    mask = int(text.strip().replace(",", ""), 16)
+    if mask.bit_length() > _MAX_CPUS:
+        raise ValueError("more CPUs than there can be")
+    return tuple(cpu for cpu in range(mask.bit_length()) if mask >> cpu & 1)
 
 
 def format_cpu_list(cpus: Iterable[int]) -> str:
@@ -71,5 +86,13 @@ def read_cpus(path: Path) -> tuple[int, ...]:
     """Returns the CPU list in a file; empty if there is none."""
     try:
         return parse_cpu_list(read_text(path))
+    except ValueError:
+        return ()
+
+
+def read_cpu_mask(path: Path) -> tuple[int, ...]:
+    """Returns the CPUs of the mask in a file; empty if there is none."""
+    try:
+        return parse_cpu_mask(read_text(path))
     except ValueError:
         return ()

@@ -15,6 +15,7 @@ _WIDTH = 80
 # Cores per line, beside the number of the first CPU; a Xeon Phi's 68 fit on one line.
 _COLUMNS = 68
 COMPUTE, COMM, DECODE, BOTH, IDLE = "#=d%."
+_KINDS = {"far": "slower memory", "unknown": "memory of unknown speed"}
 _LEGEND = f"{COMPUTE} computes  {COMM} communicates  {DECODE} decodes  {BOTH} computes and decodes  {IDLE} idle"
 
 
@@ -24,7 +25,7 @@ def as_text(node: Node, plan: Plan) -> str:
     for domain in node.domains:
         memory = f", {domain.memory_mb:,} MiB" if domain.memory_mb else ""
         fast = "".join(
-            f" + {one.memory_mb:,} MiB of {one.kind if one.kind != 'far' else 'slower memory'} (node {one.number})"
+            f" + {one.memory_mb:,} MiB of {_KINDS.get(one.kind, one.kind)} (node {one.number})"
             for one in node.memory_nodes
             if domain.number in one.domains
         )

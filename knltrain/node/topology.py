@@ -8,11 +8,11 @@ from collections.abc import Collection, Iterable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
-from knltrain.errors import one_line
+from knltrain.errors import ConfigError, one_line
 from knltrain.files import open_regular
 from knltrain.node.amx import kernel_grants_amx, knows_amx
 from knltrain.node.cgroup import read_limits
-from knltrain.node.cpulist import as_number, read_cpus, read_number, read_text
+from knltrain.node.cpulist import as_number, read_cpu_mask, read_cpus, read_number, read_text
 
 Cores = tuple[tuple[int, ...], ...]
 
@@ -29,8 +29,12 @@ _HIDDEN_BY_ONEDNN = {
     # AVX512_FP16, which the first of them hides too, is kept: it identifies the cores.
     **dict.fromkeys(("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"), ("amx_",)),
 }
-# The most memory of any package: 64 GiB of HBM on Xeon Max; Xeon Phi has 16 GiB of MCDRAM.
-_MAX_ON_PACKAGE_MB = 64 * 1024
+# Names of a CPU's siblings in its core, as a list or a mask: the first of each pair since Linux 2.6, where lists came
+# later than masks, the second since 5.3.
+_SIBLING_LISTS = ("thread_siblings_list", "core_cpus_list")
+_SIBLING_MASKS = ("thread_siblings", "core_cpus")
+# Models of family 6 that are Xeon Phi: Knights Landing and Knights Mill.
+_XEON_PHI_MODELS = ("87", "133")
 # Limits for /proc/cpuinfo, whose lines have some thousand characters and processors some thirty lines.
 _MAX_LINE, _MAX_ENTRIES = 1 << 16, 1000
 
@@ -59,7 +63,7 @@ class MemoryNode:
     Attributes:
         number: the kernel's node number.
         memory_mb: size, MiB.
-        kind: MCDRAM, HBM, or "far", which is no faster than the domains' own memory.
+        kind: MCDRAM, HBM, "far", which is no faster than the domains' own memory, or "unknown".
         domains: the domains that are nearest to it.
     """
 
@@ -87,6 +91,7 @@ class Node:
         memory_limit_mb: the control group's limit for all of its processes, MiB; None without a limit.
         cpu_quota: the control group's CPU seconds per second; None without a limit.
         amx_refused: the processor has AMX, and the kernel does not grant it.
+        packages: number of packages of ``cpus``; 0 for those of the domains.
     """
 
     cpu_model: str
@@ -101,12 +106,15 @@ class Node:
     memory_limit_mb: float | None = None
     cpu_quota: float | None = None
     amx_refused: bool = False
+    packages: int = 0
 
     def __post_init__(self) -> None:
         if not self.domains:
             object.__setattr__(self, "domains", (Domain(0, 0, self.cores),))
         if not self.group_cpus:
             object.__setattr__(self, "group_cpus", tuple(range(self.online)))
+        if not self.packages:
+            object.__setattr__(self, "packages", len({domain.package for domain in self.domains}))
 
     @property
     def computes_bf16(self) -> bool:
@@ -132,11 +140,6 @@ class Node:
                 return "avx512" if bit == "avx512bw" else bit
         return "baseline"
 
-    @property
-    def packages(self) -> int:
-        """Number of packages of ``cpus``."""
-        return len({domain.package for domain in self.domains})
-
 
 def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     """Reads sysfs and procfs. Missing or damaged files are ignored; the default is one domain, one thread per core.
@@ -153,7 +156,7 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     live = root == Path("/")
     limits = read_limits(root)
     cpuinfo = _cpuinfo(root)
-    online = read_cpus(root / "sys/devices/system/cpu/online") or _numbered(root / "sys/devices/system/cpu", "cpu")
+    online = read_cpus(root / "sys/devices/system/cpu/online") or _online(root)
     if allowed is None and live:
         allowed = os.sched_getaffinity(0)
     group = tuple(cpu for cpu in online if limits.cpus is None or cpu in limits.cpus) or online
@@ -166,7 +169,7 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
     )
     caches = _caches(root, cpus)
     cores = _cores(root, cpus)
-    domains, memory_nodes = _domains(root, cores, caches, flags, limits.mems)
+    domains, memory_nodes = _domains(root, cores, caches, _is_xeon_phi(cpuinfo), limits.mems)
     return Node(
         cpu_model=one_line(cpuinfo.get("model name", "unknown")),
         flags=flags if granted else frozenset(flag for flag in flags if not flag.startswith("amx_")),
@@ -180,7 +183,32 @@ def read_node(root: str | Path = "/", allowed: Set[int] | None = None) -> Node:
         memory_limit_mb=limits.memory_mb,
         cpu_quota=limits.cpu_quota,
         amx_refused=not granted,
+        packages=len({_package(root, core[0]) for core in cores}),
     )
+
+
+def refuse_incomplete(root: Path, node: Node) -> None:
+    """Refuses a copy of a node's files without those that tell its cores and domains; they would be guessed.
+
+    Args:
+        root: the folder of the copy.
+        node: what was read there.
+
+    Raises:
+        ConfigError: which files are missing, of which CPU or domain.
+    """
+    for cpu in node.group_cpus:
+        folder = _cpu_folder(root, cpu) / "topology"
+        if cpu not in _siblings(folder):
+            raise ConfigError(_INCOMPLETE.format(folder, "thread_siblings_list nor thread_siblings", f"CPU {cpu}"))
+    nodes = root / "sys/devices/system/node"
+    for number in _numbered(nodes, "node"):
+        folder = nodes / f"node{number}"
+        if not (folder / "cpulist").exists() and not read_text(folder / "cpumap"):
+            raise ConfigError(_INCOMPLETE.format(folder, "cpulist nor cpumap", f"NUMA domain {number}"))
+
+
+_INCOMPLETE = "{}: neither {} of {}, which would be guessed; docs/clusters.md says how to copy the files of a node"
 
 
 def onednn_restriction(environ: Mapping[str, str] | None = None) -> str:
@@ -228,6 +256,33 @@ def _numbered(folder: Path, name: str) -> tuple[int, ...]:
     return tuple(sorted(int(match[1]) for match in found if match))
 
 
+def _online(root: Path) -> tuple[int, ...]:
+    """Returns the CPUs that are online where the kernel, or a copy, has no list of them."""
+    numbered = _numbered(root / "sys/devices/system/cpu", "cpu")
+    with_topology = tuple(cpu for cpu in numbered if (_cpu_folder(root, cpu) / "topology").is_dir())
+    return tuple(cpu for cpu in with_topology or numbered if read_text(_cpu_folder(root, cpu) / "online") != "0")
+
+
+def _read_set(folder: Path, lists: Iterable[str], masks: Iterable[str]) -> tuple[int, ...]:
+    """Returns the CPUs in the first of these files that has any; kernels before 2.6.25 have masks alone."""
+    found = (read(folder / name) for read, names in ((read_cpus, lists), (read_cpu_mask, masks)) for name in names)
+    return next((cpus for cpus in found if cpus), ())
+
+
+def _siblings(topology: Path) -> tuple[int, ...]:
+    return _read_set(topology, _SIBLING_LISTS, _SIBLING_MASKS)
+
+
+def _package(root: Path, cpu: int) -> int:
+    return max(0, read_number(_cpu_folder(root, cpu) / "topology/physical_package_id") or 0)
+
+
+def _is_xeon_phi(cpuinfo: Mapping[str, str]) -> bool:
+    """Whether the cores are Knights Landing's or Knights Mill's; the flags may be hidden, or missing in a copy."""
+    family, model = (cpuinfo.get(name, "") for name in ("cpu family", "model"))
+    return "avx512er" in cpuinfo.get("flags", "").split() or (family == "6" and model in _XEON_PHI_MODELS)
+
+
 def _cpu_folder(root: Path, cpu: int) -> Path:
     return root / f"sys/devices/system/cpu/cpu{cpu}"
 
@@ -239,7 +294,7 @@ def _cores(root: Path, cpus: Collection[int]) -> Cores:
     left = set(cpus)
     for cpu in cpus:
         if cpu in left:
-            siblings = left & {*read_cpus(_cpu_folder(root, cpu) / "topology/thread_siblings_list"), cpu}
+            siblings = left & {*_siblings(_cpu_folder(root, cpu) / "topology"), cpu}
             cores.append(tuple(sorted(siblings)))
             left -= siblings
     return tuple(cores)
@@ -253,7 +308,7 @@ def _caches(root: Path, cpus: Iterable[int]) -> tuple[tuple[int, tuple[int, ...]
             if (index, cpu) in known:
                 continue
             folder = _cpu_folder(root, cpu) / f"cache/index{index}"
-            level, sharers = read_number(folder / "level"), read_cpus(folder / "shared_cpu_list")
+            level, sharers = read_number(folder / "level"), _read_set(folder, ["shared_cpu_list"], ["shared_cpu_map"])
             if level is not None and level >= 2 and sharers:
                 found.add((level, sharers))
                 known.update((index, sharer) for sharer in sharers)
@@ -264,12 +319,12 @@ def _domains(
     root: Path,
     cores: Cores,
     caches: Iterable[tuple[int, tuple[int, ...]]],
-    flags: Set[str],
+    is_xeon_phi: bool,
     mems: Set[int] | None,
 ) -> tuple[tuple[Domain, ...], tuple[MemoryNode, ...]]:
     folder = root / "sys/devices/system/node"
     numbers = _numbered(folder, "node")
-    listed = {number: set(read_cpus(folder / f"node{number}/cpulist")) for number in numbers}
+    listed = {number: set(_read_set(folder / f"node{number}", ["cpulist"], ["cpumap"])) for number in numbers}
     memory = {number: _memory_mb(folder / f"node{number}/meminfo") for number in numbers}
     usable = {number: memory[number] if mems is None or number in mems else 0 for number in numbers}
     of_domain: dict[int, list[tuple[int, ...]]] = {}
@@ -281,25 +336,23 @@ def _domains(
     domains = tuple(
         Domain(
             number,
-            max(0, read_number(_cpu_folder(root, members[0][0]) / "topology/physical_package_id") or 0),
+            _package(root, members[0][0]),
             tuple(sorted(members, key=lambda core: _cache_order(core, shared))),
             usable.get(number, 0),
         )
         for number, members in of_domain.items()
     )
     domains = tuple(sorted(domains, key=lambda domain: (domain.package, domain.number)))
-    packages = len({domain.package for domain in domains})
     with_cpus = [number for number in numbers if listed[number]]
     near = {
         number: tuple(one for one in _nearest(folder, number, numbers, with_cpus) if one in of_domain)
         for number in numbers
         if not listed[number] and usable[number] > 0
     }
-    mine = [number for number, nearest in near.items() if nearest]
-    on_package = sum(usable[number] for number in mine) <= packages * _MAX_ON_PACKAGE_MB
     return domains, tuple(
-        MemoryNode(number, usable[number], _kind(folder, number, with_cpus, flags, on_package=on_package), near[number])
-        for number in mine
+        MemoryNode(number, usable[number], "MCDRAM" if is_xeon_phi else _kind(folder, number, nearest), nearest)
+        for number, nearest in near.items()
+        if nearest
     )
 
 
@@ -314,7 +367,10 @@ def _memory_mb(meminfo: Path) -> int:
 
 
 def _nearest(folder: Path, number: int, numbers: tuple[int, ...], domains: list[int]) -> tuple[int, ...]:
-    """Returns the domains at the smallest distance; all of them if the kernel gives no distances."""
+    """Returns the domains that firmware says are nearest, or else those at the smallest distance, or else all."""
+    for initiators in _initiators(folder, number):
+        if named := tuple(one for one in _numbered(initiators, "node") if one in domains):
+            return named
     distances = read_text(folder / f"node{number}/distance").split()
     known = [one for one in map(as_number, distances) if one is not None]
     if not len(known) == len(distances) == len(numbers):
@@ -323,17 +379,24 @@ def _nearest(folder: Path, number: int, numbers: tuple[int, ...], domains: list[
     return tuple(domain for domain in domains if away[domain] == min(away.values()))
 
 
-def _kind(folder: Path, number: int, domains: list[int], flags: Set[str], *, on_package: bool) -> str:
-    """Returns the kind of a memory node: MCDRAM, HBM or far.
+def _kind(folder: Path, number: int, nearest: Iterable[int]) -> str:
+    """Returns the kind of a memory node: HBM, far or unknown, by its bandwidth against that of the nearest domains.
 
-    MCDRAM is recognized by an instruction set that only Xeon Phi has. Otherwise the bandwidths that firmware reports
-    (ACPI HMAT) decide, or without them the size: packages have at most 64 GiB, memory on devices is larger.
+    Firmware reports bandwidths (ACPI HMAT). Without them persistent memory, memory behind CXL and HBM look alike.
     """
-    if "avx512er" in flags:
-        return "MCDRAM"
-    own = read_number(folder / f"node{number}/access0/initiators/read_bandwidth")
-    others = [read_number(folder / f"node{other}/access0/initiators/read_bandwidth") for other in domains]
-    known = [bandwidth for bandwidth in others if bandwidth]
-    if own and known:
-        return "HBM" if own > max(known) else "far"
-    return "HBM" if on_package else "far"
+    own, others = _bandwidth(folder, number), [_bandwidth(folder, domain) for domain in nearest]
+    if not own or not all(others):
+        return "unknown"
+    return "HBM" if own > max(others) else "far"
+
+
+def _bandwidth(folder: Path, number: int) -> int:
+    """Returns the bandwidth of a domain's memory to the CPUs nearest to it, in MB/s; 0 if the kernel does not know."""
+    known = (read_number(initiators / "read_bandwidth") for initiators in _initiators(folder, number))
+    return next((value for value in known if value), 0)
+
+
+def _initiators(folder: Path, number: int) -> list[Path]:
+    """Returns the folders about what reaches a domain's memory best (ACPI HMAT, Linux 5.2)."""
+    # Class 1 is of CPUs alone, class 0 may be that of a device that has the memory.
+    return [folder / f"node{number}/access{access}/initiators" for access in (1, 0)]

@@ -4,8 +4,19 @@ import pytest
 from node import trees
 
 from knltrain.node import topology
-from knltrain.node.cpulist import format_cpu_list, parse_cpu_list
+from knltrain.node.affinity import plan_node
+from knltrain.node.cpulist import format_cpu_list, parse_cpu_list, parse_cpu_mask
 from knltrain.node.topology import MemoryNode, Node, read_node
+
+
+def test_cpu_masks():
+    assert parse_cpu_mask("5") == (0, 2)
+    assert parse_cpu_mask("0000,00000001,8000000A\n") == (1, 3, 31, 32)
+    for wrong in ("", "0x5", "1,2", "123456789", "g", "1,00000000,", "f" * 20):
+        with pytest.raises(ValueError, match="not a mask"):
+            parse_cpu_mask(wrong)
+    with pytest.raises(ValueError, match="more CPUs"):
+        parse_cpu_mask("1" + ",00000000" * 2048 + "," + "0" * 8)
 
 
 def test_cpu_lists():
@@ -69,18 +80,83 @@ def test_hbm_beside_each_package(tmp_path):
     assert [one.number for one in read_node(tmp_path, allowed=set(range(56))).memory_nodes] == [2]
 
 
-@pytest.mark.parametrize("bandwidth, kind", [(30000, "far"), (900000, "HBM")])
-def test_bandwidth_that_firmware_tells_decides_what_is_fast(bandwidth, kind, tmp_path):
-    trees.xeon_max(tmp_path)
-    for number, value in ((0, 300000), (1, 300000), (2, bandwidth), (3, bandwidth)):
-        trees.write(tmp_path, f"sys/devices/system/node/node{number}/access0/initiators/read_bandwidth", value)
-    assert {one.kind for one in read_node(tmp_path).memory_nodes} == {kind}
+@pytest.mark.parametrize("bandwidths, kind", [
+    ((300000, 300000, 30000, 30000), "far"), ((300000, 300000, 300000, 300000), "far"),
+    # Persistent memory, memory behind CXL and HBM look alike where firmware says nothing.
+    (None, "unknown"), ((300000, 300000, 0, 0), "unknown"), ((0, 0, 900000, 900000), "unknown"),
+])  # fmt: skip
+def test_bandwidth_that_firmware_tells_decides_what_is_fast(bandwidths, kind, tmp_path):
+    node = read_node(trees.xeon_max(tmp_path, bandwidths))
+    assert {one.kind for one in node.memory_nodes} == {kind}
+    assert {rank.memory.mode for rank in plan_node(node, environ={}).ranks} == {"local"}
 
 
-def test_memory_larger_than_any_package_had_is_a_device(tmp_path):
-    trees.xeon_max(tmp_path)
-    trees.write(tmp_path, "sys/devices/system/node/node3/meminfo", f"Node 3 MemTotal: {512 << 20} kB")
-    assert {one.kind for one in read_node(tmp_path).memory_nodes} == {"far"}
+def test_memory_is_compared_with_that_of_the_domains_that_firmware_says_are_nearest(tmp_path):
+    """A domain with HBM alone beside one without, and a class of access that is of a device's processor."""
+    trees.xeon_max(tmp_path, (300000, 900000, 600000, 600000))
+    nodes = "sys/devices/system/node"
+    trees.write(tmp_path, f"{nodes}/node2/access1/initiators/node0/cpulist", "0-55")
+    trees.write(tmp_path, f"{nodes}/node3/access1/initiators/node0/cpulist", "0-55")
+    trees.write(tmp_path, f"{nodes}/node3/access1/initiators/read_bandwidth", 100000)
+    assert [(one.kind, one.domains) for one in read_node(tmp_path).memory_nodes] == [("HBM", (0,)), ("far", (0,))]
+
+
+def test_fast_memory_of_a_xeon_phi_whose_flags_are_hidden(tmp_path):
+    trees.xeon_phi(tmp_path, "quadrant/flat")
+    trees.write(tmp_path, "proc/cpuinfo", "processor\t: 0\ncpu family\t: 6\nmodel\t\t: 87\nflags\t\t: avx2\n")
+    assert [one.kind for one in read_node(tmp_path).memory_nodes] == ["MCDRAM"]
+
+
+@pytest.mark.parametrize("mode", ["quadrant/cache", "quadrant/flat", "SNC-4/flat"])
+def test_masks_say_what_lists_do(mode, tmp_path):
+    """In words of 32 bits; a Xeon Phi's 272 CPUs take nine."""
+    assert read_node(trees.xeon_phi(tmp_path / "masks", mode, masks=True)) == read_node(
+        trees.xeon_phi(tmp_path / "lists", mode)
+    )
+
+
+def test_masks_of_two_domains_of_a_core_of_two_threads(tmp_path):
+    for cpu, siblings in enumerate(("5", "a", "5", "a")):
+        trees.write(tmp_path, f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings", siblings)
+    trees.write(tmp_path, "sys/devices/system/cpu/online", "0-3")
+    for node, cpus in enumerate(("5", "a")):
+        trees.write(tmp_path, f"sys/devices/system/node/node{node}/cpumap", cpus)
+    assert [domain.cores for domain in read_node(tmp_path).domains] == [((0, 2),), ((1, 3),)]
+    # A list is believed before a mask, and the names that are newer than both are read.
+    trees.write(tmp_path, "sys/devices/system/cpu/cpu0/topology/core_cpus_list", "0-1")
+    assert read_node(tmp_path).cores[0] == (0, 1)
+
+
+def test_cpus_that_are_offline_where_nothing_lists_them(tmp_path):
+    trees.write_tree(tmp_path, cores=trees.apart(4, 2), domains=[range(8)], memory=[1000], flags="avx2", masks=True)
+    trees.write(tmp_path, "sys/devices/system/cpu/cpu7/online", 0)
+    shutil.rmtree(tmp_path / "sys/devices/system/cpu/cpu3/topology")
+    assert read_node(tmp_path).cpus == (0, 1, 2, 4, 5, 6)
+
+
+def test_packages_that_share_a_domain_are_counted(tmp_path):
+    trees.write_tree(tmp_path, cores=trees.apart(4, 1), domains=[range(4)], packages=[[0, 1], [2, 3]], memory=[1000],
+                     flags="avx2")  # fmt: skip
+    assert (read_node(tmp_path).packages, sizes(read_node(tmp_path))) == (2, [4])
+
+
+@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("missing, named", [
+    ("cpu/cpu1/topology", "neither thread_siblings_list nor thread_siblings of CPU 1"),
+    ("node/node1/cpu*", "neither cpulist nor cpumap of NUMA domain 1"),
+])  # fmt: skip
+def test_a_copy_without_what_would_be_guessed_is_refused(missing, named, masks, tmp_path, knltrain):
+    trees.write_tree(tmp_path, cores=trees.apart(4, 2), domains=[[0, 1, 4, 5], [2, 3, 6, 7], []], masks=masks,
+                     memory=[1000, 1000, 1000], flags="avx2")  # fmt: skip
+    result = knltrain("plan", "--topology", tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "NUMA domains 2, cores 4 x 2 threads" in result.stdout
+    trees.write(tmp_path, "sys/devices/system/cpu/online", "0-7")
+    for path in (tmp_path / "sys/devices/system").glob(missing):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    result = knltrain("plan", "--topology", tmp_path)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert named in result.stderr
 
 
 def test_epyc_in_four_domains(tmp_path):

@@ -14,8 +14,21 @@ def write(root, path, text):
     file.write_text(f"{text}\n")
 
 
+def mask(cpus):
+    """CPUs as the kernel's words of 32 bits in hex, the lowest last."""
+    words = f"{sum(1 << cpu for cpu in cpus):x}"
+    words = words.zfill(-(-len(words) // 8) * 8)
+    return ",".join(words[first : first + 8] for first in range(0, len(words), 8))
+
+
+def write_cpus(root, folder, names, cpus, *, masks):
+    """Writes a set of CPUs under the name of its list, or of its mask alone."""
+    of_list, of_mask = names
+    write(root, f"{folder}/{of_mask if masks else of_list}", mask(cpus) if masks else format_cpu_list(cpus))
+
+
 def write_tree(root, *, cores, domains, memory, flags, model="Some CPU", packages=None, caches=(), distances=None,
-               kernel="6.1.0-amd64"):  # fmt: skip
+               kernel="6.1.0-amd64", bandwidths=None, masks=False):  # fmt: skip
     """Writes a machine.
 
     Args:
@@ -29,29 +42,37 @@ def write_tree(root, *, cores, domains, memory, flags, model="Some CPU", package
         caches: (index, level, CPUs that share it).
         distances: a row for each node.
         kernel: release.
+        bandwidths: MB/s of each node's memory, from ACPI's HMAT.
+        masks: whether sets of CPUs are masks alone, as before Linux 2.6.25, and nothing lists the CPUs online.
     """
     cpus = sorted(cpu for core in cores for cpu in core)
     blocks = [f"processor\t: {cpu}\nmodel name\t: {model}\nflags\t\t: {flags}\n" for cpu in cpus]
     write(root, "proc/cpuinfo", "\n".join(blocks))
     write(root, "proc/sys/kernel/osrelease", kernel)
     base = "sys/devices/system/cpu"
-    write(root, f"{base}/online", format_cpu_list(cpus))
+    if not masks:
+        write(root, f"{base}/online", format_cpu_list(cpus))
+    siblings, sharing, of_node = (
+        ("thread_siblings_list", "thread_siblings"), ("shared_cpu_list", "shared_cpu_map"), ("cpulist", "cpumap")
+    )  # fmt: skip
     for core in cores:
         for cpu in core:
-            write(root, f"{base}/cpu{cpu}/topology/thread_siblings_list", format_cpu_list(core))
+            write_cpus(root, f"{base}/cpu{cpu}/topology", siblings, core, masks=masks)
     for package, members in enumerate(packages or [cpus]):
         for cpu in members:
             write(root, f"{base}/cpu{cpu}/topology/physical_package_id", package)
     for index, level, sharers in caches:
         for cpu in sharers:
             write(root, f"{base}/cpu{cpu}/cache/index{index}/level", level)
-            write(root, f"{base}/cpu{cpu}/cache/index{index}/shared_cpu_list", format_cpu_list(sharers))
+            write_cpus(root, f"{base}/cpu{cpu}/cache/index{index}", sharing, sharers, masks=masks)
     for number, members in enumerate(domains):
         node = f"sys/devices/system/node/node{number}"
-        write(root, f"{node}/cpulist", format_cpu_list(members))
+        write_cpus(root, node, of_node, members, masks=masks)
         write(root, f"{node}/meminfo", f"Node {number} MemTotal:       {1024 * memory[number]} kB")
         if distances:
             write(root, f"{node}/distance", " ".join(map(str, distances[number])))
+        if bandwidths:
+            write(root, f"{node}/access0/initiators/read_bandwidth", bandwidths[number])
     return root
 
 
@@ -73,7 +94,7 @@ def split(cores, sizes):
     return parts
 
 
-def xeon_phi(root, mode):
+def xeon_phi(root, mode, *, masks=False):
     """Xeon Phi 7250: 68 cores of 4 threads, two cores to a tile with its cache; 96 GiB and 16 GiB of MCDRAM."""
     cores = apart(68, 4)
     tiles = [(2, 2, cpus_of(cores[tile : tile + 2])) for tile in range(0, 68, 2)]
@@ -88,7 +109,7 @@ def xeon_phi(root, mode):
             [10 if a == b else 31 if abs(a - b) == 4 else 21 if max(a, b) < 4 else 41 for b in range(8)]
             for a in range(8)
         ]
-    return write_tree(root, cores=cores, domains=domains, memory=memory, distances=distances, caches=tiles,
+    return write_tree(root, cores=cores, domains=domains, memory=memory, distances=distances, caches=tiles, masks=masks,
                       flags=XEON_PHI, model="Intel(R) Xeon Phi(TM) CPU 7250 @ 1.40GHz")  # fmt: skip
 
 
@@ -107,12 +128,12 @@ def xeon_snc3(root):
                       flags=SAPPHIRE_RAPIDS, distances=[[10, 12, 12], [12, 10, 12], [12, 12, 10]])  # fmt: skip
 
 
-def xeon_max(root):
+def xeon_max(root, bandwidths=(300000, 300000, 900000, 900000)):
     """Two packages of 56 cores with 128 GiB each, and 64 GiB of HBM each as nodes of their own."""
     cores = apart(112, 2)
     packages = split(cores, (56, 56))
     return write_tree(root, cores=cores, domains=[*packages, [], []], packages=packages, flags=SAPPHIRE_RAPIDS,
-                      memory=[131072, 131072, 65536, 65536],
+                      memory=[131072, 131072, 65536, 65536], bandwidths=bandwidths,
                       distances=[[10, 21, 13, 23], [21, 10, 23, 13], [13, 23, 10, 23], [23, 13, 23, 10]])  # fmt: skip
 
 
