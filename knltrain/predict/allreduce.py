@@ -9,6 +9,7 @@ is read from its own table (src/coll/selection/selector_allreduce.cpp in oneapi-
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -90,43 +91,89 @@ def direct(fabric: Fabric, num_bytes: float) -> Cost:
     return Cost(seconds, 2 * (ranks - 1) * part, 2 * (ranks - 1))
 
 
-def _folded(fabric: Fabric, num_bytes: float, steps: Callable[[int], Cost]) -> Cost:
-    """Cost of an algorithm for powers of two; ranks beyond the largest power go through a partner before and after."""
-    ranks = fabric.ranks
+class _Exchange(NamedTuple):
+    """A round of a doubling algorithm, in which ranks exchange data in pairs.
+
+    Attributes:
+        crossing: the most ranks of a node whose partner is on another one; they share its link.
+        inside: whether the partners of some pair are on one node.
+    """
+
+    crossing: int
+    inside: bool
+
+    def seconds(self, fabric: Fabric, num_bytes: float) -> float:
+        """Seconds until the slowest pair has exchanged so many bytes."""
+        far = _hop(fabric, num_bytes, apart=fabric.ranks_per_node, sharing=self.crossing) if self.crossing else 0.0
+        near = _hop(fabric, num_bytes, apart=0, sharing=1) if self.inside else 0.0
+        return max(far, near)
+
+
+@functools.lru_cache(maxsize=256)
+def _exchanges(nodes: int, local: int) -> tuple[_Exchange, ...]:
+    """Returns the rounds of a power of two of ranks, at distance 1, 2, 4, ...; the node has ``local`` ranks in a row.
+
+    Of the ranks beyond the largest power of two, each sends its data to the next one and takes no part: of the first
+    ``2 * rest`` ranks only the odd ones do. The ranks of a node that take part have consecutive numbers.
+    """
+    ranks = nodes * local
     power = 1 << (ranks.bit_length() - 1)
-    cost = steps(power)
-    if power == ranks:
+    rest = ranks - power
+
+    def first(node: int) -> int:
+        rank = node * local
+        return rank // 2 if rank <= 2 * rest else rank - rest
+
+    # What a node's pairs are repeats itself: with the distance, and none is as far apart as a node has ranks.
+    fold = 2 * rest // local
+    sample = sorted({*range(min(nodes, 4 * local)), *range(fold, min(nodes, fold + 1 + 2 * local)), nodes - 1})
+    blocks = [(first(node), first(node + 1)) for node in sample]
+    rounds = []
+    for apart in (1 << step for step in range(power.bit_length() - 1)):
+        inside = [_paired_inside(start, stop, apart) for start, stop in blocks]
+        crossing = max(stop - start - paired for (start, stop), paired in zip(blocks, inside, strict=True))
+        rounds.append(_Exchange(crossing, any(inside)))
+    return tuple(rounds)
+
+
+def _paired_inside(start: int, stop: int, apart: int) -> int:
+    """Returns how many of the numbers from start to stop have their partner, ``number ^ apart``, among them."""
+
+    def lower_partners(end: int) -> int:  # below end, numbers whose partner is the higher one
+        return end // (2 * apart) * apart + min(end % (2 * apart), apart)
+
+    return 2 * (lower_partners(max(start, stop - apart)) - lower_partners(start))
+
+
+def _folded(fabric: Fabric, num_bytes: float, cost: Cost) -> Cost:
+    """Cost of an algorithm for powers of two; ranks beyond the largest power go through a partner before and after."""
+    rest = fabric.ranks - (1 << (fabric.ranks.bit_length() - 1))
+    if not rest:
         return cost
-    hop = _hop(fabric, num_bytes, apart=1, sharing=1)
-    return Cost(cost.seconds + 2 * hop + num_bytes / fabric.sum_bytes_per_s,
+    local = fabric.ranks_per_node
+    # Partners are neighbours: the last rank of a node with an odd number of them has its own on the next node.
+    fold = _Exchange(crossing=int(local % 2 == 1 and local < 2 * rest), inside=local > 1)
+    return Cost(cost.seconds + 2 * fold.seconds(fabric, num_bytes) + num_bytes / fabric.sum_bytes_per_s,
                 cost.bytes_sent + num_bytes, cost.messages + 1)  # fmt: skip
 
 
 def halving_doubling(fabric: Fabric, num_bytes: float) -> Cost:
     """Recursive halving to reduce, recursive doubling to gather (Rabenseifner): 2 log2 p messages of falling size."""
-
-    def steps(power: int) -> Cost:
-        seconds, sent, messages = 0.0, 0.0, 0
-        apart, part = 1, num_bytes / 2
-        while apart < power:
-            seconds += 2 * _hop(fabric, part, apart=apart, sharing=fabric.ranks_per_node)
-            seconds += part / fabric.sum_bytes_per_s
-            sent, messages = sent + 2 * part, messages + 2
-            apart, part = 2 * apart, part / 2
-        return Cost(seconds, sent, messages)
-
-    return _folded(fabric, num_bytes, steps)
+    seconds, sent, messages, part = 0.0, 0.0, 0, num_bytes
+    for exchange in _exchanges(fabric.nodes, fabric.ranks_per_node):
+        part /= 2
+        seconds += 2 * exchange.seconds(fabric, part) + part / fabric.sum_bytes_per_s
+        sent, messages = sent + 2 * part, messages + 2
+    return _folded(fabric, num_bytes, Cost(seconds, sent, messages))
 
 
 def recursive_doubling(fabric: Fabric, num_bytes: float) -> Cost:
     """All bytes in each of log2 p exchanges: the fewest messages, for few bytes."""
-
-    def steps(power: int) -> Cost:
-        rounds = power.bit_length() - 1
-        seconds = sum(_hop(fabric, num_bytes, apart=1 << step, sharing=fabric.ranks_per_node) for step in range(rounds))
-        return Cost(seconds + rounds * num_bytes / fabric.sum_bytes_per_s, rounds * num_bytes, rounds)
-
-    return _folded(fabric, num_bytes, steps)
+    exchanges = _exchanges(fabric.nodes, fabric.ranks_per_node)
+    rounds = len(exchanges)
+    seconds = sum(exchange.seconds(fabric, num_bytes) for exchange in exchanges)
+    cost = Cost(seconds + rounds * num_bytes / fabric.sum_bytes_per_s, rounds * num_bytes, rounds)
+    return _folded(fabric, num_bytes, cost)
 
 
 def two_level(fabric: Fabric, num_bytes: float) -> Cost:
@@ -185,4 +232,6 @@ def all_reduce(fabric: Fabric, elements: int, itemsize: int, algorithm: str = "o
         cost = _ALGORITHMS[algorithm](fabric, num_bytes)
     else:
         raise ConfigError(f"algorithm {algorithm!r}: there are {', '.join(ALGORITHMS)}")
-    return cost._replace(seconds=cost.seconds + fabric.call_s)
+    # However ranks are placed, a node's link carries this much each way (Goyal et al.).
+    least_s = 2 * (fabric.nodes - 1) / fabric.nodes * num_bytes / fabric.link_bytes_per_s
+    return cost._replace(seconds=max(cost.seconds, least_s) + fabric.call_s)
