@@ -342,7 +342,6 @@ NB_MODULE(_kernels, m) {
              nb::keep_alive<1, 2>())
         .def_prop_ro("height", &Jpeg::height)
         .def_prop_ro("width", &Jpeg::width)
-        .def_prop_ro("header", &Jpeg::header)
         .def_prop_ro("becomes_rgb", &Jpeg::becomes_rgb)
         .def("begin",
              [](Jpeg &self, int64_t top, int64_t left, int64_t height, int64_t width, int denominator) {

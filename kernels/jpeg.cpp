@@ -141,7 +141,6 @@ Jpeg::~Jpeg() { library.destroy(&state->decompressor); }
 
 int64_t Jpeg::height() const { return state->decompressor.image_height; }
 int64_t Jpeg::width() const { return state->decompressor.image_width; }
-size_t Jpeg::header() const { return state->size - state->decompressor.source->left; }
 bool Jpeg::becomes_rgb() const {
     const int colours = state->decompressor.colours;
     return colours == kGrey || colours == kRgb || colours == kYCbCr;

@@ -25,8 +25,6 @@ class Jpeg {
 
     int64_t height() const;
     int64_t width() const;
-    // Bytes before the compressed pixels.
-    size_t header() const;
     // Whether the file's colours are converted to RGB: CMYK is not.
     bool becomes_rgb() const;
 

@@ -1,4 +1,8 @@
-"""Decoding of image files to upright 8-bit RGB: libjpeg-turbo for JPEG, Pillow for other formats."""
+"""Decoding of image files to 8-bit RGB: libjpeg-turbo for JPEG, Pillow for other formats.
+
+Pixels are as they are stored: as torchvision's loader, this ignores the orientation that EXIF tags state. Pillow itself
+turns TIFFs.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,14 @@ from typing import Any
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageOps
+from PIL import Image
+from PIL.TiffImagePlugin import TiffImageFile
 
 from knltrain.data.augment import Box, Pixels
 from knltrain.files import open_regular
 
-_ORIENTATION = 0x0112
-_SIDEWAYS = {5, 6, 7, 8}
+# TIFF tags, and a value of the second.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _WHITE_IS_ZERO = 258, 262, 0
 # Limit of 400 MB of pixels. No photograph of a data set is that large, but any header can claim to be.
 _MAX_PIXELS = 1 << 27
 # A progressive JPEG has about ten scans, and each takes a pass over the whole image.
@@ -127,36 +132,28 @@ class EncodedImage:
 
     def __init__(self, data: bytes) -> None:
         self._data = data
-        self._orientation = 1
         self.suffix = "jpg"
         self._turbo = data[:2] == b"\xff\xd8"
         self._parts: Any = None
         if self._turbo:
             if data.count(b"\xff\xda") > _MAX_SCANS:
                 raise DecodeError(f"a JPEG of more than {_MAX_SCANS} scans")
-            native, header = decoder_of_parts(), 65536
+            native = decoder_of_parts()
             try:
                 if native is not None:
                     self._parts = native(data)
-                    height, width = self._parts.height, self._parts.width
-                    header, self._turbo = self._parts.header, self._parts.becomes_rgb
+                    self.height, self.width = self._parts.height, self._parts.width
+                    self._turbo = self._parts.becomes_rgb
                 else:
-                    height, width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
+                    self.height, self.width, colorspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
                     self._turbo = colorspace not in ("CMYK", "YCCK")
             except (ValueError, KeyError):  # KeyError: unknown colour space
                 raise DecodeError("a JPEG with a damaged header") from None
-            # Orientation tags are rare, and reading one with Pillow costs as much as a small decode.
-            if data.find(b"Exif\0", 0, header) >= 0:
-                self._orientation = self._read_orientation()
         else:
             with self._open() as image:
-                width, height = image.size
+                self.width, self.height = image.size
                 self.suffix = (image.format or "").lower()
-            # Pillow rotates a TIFF itself when it decodes it, and reports its rotated size.
-            if self.suffix != "tiff":
-                self._orientation = self._read_orientation()
-        refuse_large(height, width)
-        self.height, self.width = (width, height) if self._orientation in _SIDEWAYS else (height, width)
+        refuse_large(self.height, self.width)
 
     def pixels(self, min_height: int = 0, min_width: int = 0) -> Pixels:
         """Decodes to H x W x 3.
@@ -170,8 +167,6 @@ class EncodedImage:
         """
         if not self._turbo:
             return self._pillow()
-        if self._orientation in _SIDEWAYS:
-            min_height, min_width = min_width, min_height
         half_height, half_width = -(-self.height // 2), -(-self.width // 2)
         factor = 2 if 0 < min_height <= half_height and min_width <= half_width else 1
         if factor == 1:
@@ -183,7 +178,7 @@ class EncodedImage:
         except ValueError:
             # libjpeg-turbo rejects stray bytes that other decoders skip; Pillow decides whether the file is damaged.
             return self._pillow()
-        return _upright(image, self._orientation)
+        return image
 
     def around(self, box: Box, size: int) -> tuple[Pixels, Box]:
         """Decodes the pixels that a box is resampled from.
@@ -203,7 +198,7 @@ class EncodedImage:
         denominator = next((d for d in (8, 4, 2) if d * size <= min(sides)), 1)
         height, width = -(-self.height // denominator), -(-self.width // denominator)
         inside = box.left >= 0 and box.top >= 0 and box.right <= self.width and box.bottom <= self.height
-        if self._turbo and self._parts is not None and self._orientation == 1 and inside:
+        if self._turbo and self._parts is not None and inside:
             part = self._part(box.scaled(width / self.width, height / self.height), size, height, width, denominator)
             if part is not None:
                 return part
@@ -229,42 +224,45 @@ class EncodedImage:
         try:
             return Image.open(io.BytesIO(self._data), formats=_FORMATS)
         except Exception as error:  # Pillow's plugins raise many types
-            raise DecodeError(_reason(error)) from None
-
-    def _read_orientation(self) -> int:
-        try:
-            with self._open() as image:
-                orientation = image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # a damaged tag directory does not matter
-            return 1
-        return orientation if orientation in range(1, 9) else 1
+            raise DecodeError(_reason(error, self._data)) from None
 
     def _pillow(self) -> Pixels:
         try:
             with self._open() as image:
-                if image.mode in ("I;16", "I;16B", "I;16L", "I;16N", "I"):
-                    # 16-bit grey: Pillow's conversion clips at 255 instead of scaling.
-                    grey = (np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
-                    return _upright(np.repeat(grey[:, :, None], 3, axis=2), self._orientation)
-                if image.mode == "P" and "transparency" in image.info:
-                    return _upright(np.asarray(image.convert("RGBA").convert("RGB")), self._orientation)
-                return _upright(np.asarray(image.convert("RGB")), self._orientation)
+                return _rgb(image)
         except DecodeError:
             raise
         except Exception as error:
-            raise DecodeError(_reason(error)) from None
+            raise DecodeError(_reason(error, self._data)) from None
 
 
-def _upright(image: Pixels, orientation: int) -> Pixels:
-    if orientation == 1:
-        return image
-    exif = Image.Exif()
-    exif[_ORIENTATION] = orientation
-    picture = Image.fromarray(image)
-    picture.info["exif"] = exif.tobytes()
-    return np.asarray(ImageOps.exif_transpose(picture))
+def _rgb(image: Image.Image) -> Pixels:
+    """Returns an image as Pillow has it as 8-bit RGB. Where Pillow would clip numbers of more bits, they are scaled.
+
+    Raises:
+        DecodeError: it is of numbers whose range nothing states.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format != "TIFF"):
+        # Of a TIFF, 12 bits are not stretched to 16, and zero may be white.
+        tags = image.tag_v2 if isinstance(image, TiffImageFile) else {}
+        bits = tags.get(_BITS_PER_SAMPLE, (16,))[0]
+        grey = (np.asarray(image).astype(np.int64) >> (bits - 8)).clip(0, 255).astype(np.uint8)
+        if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+            grey = 255 - grey
+        return np.repeat(grey[:, :, None], 3, axis=2)
+    if image.mode in ("I", "F"):
+        raise DecodeError(
+            "pixels of 32-bit or signed numbers, and nothing says which are black and white; save it with 8 or 16 bits"
+        )
+    return np.asarray(image.convert("RGB"))
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     text = str(error).split("\n")[0]
-    return "no image" if "cannot identify image file" in text else text or type(error).__name__
+    if "cannot identify image file" not in text:
+        return text or type(error).__name__
+    if data[:4] in (b"II*\0", b"MM\0*"):
+        return "a TIFF of a kind that is not read, such as colours in 32-bit numbers; save it with 8 bits"
+    if data[4:8] == b"ftyp":
+        return "an AVIF or HEIC image, whatever its name says, and not read; convert it to JPEG or PNG"
+    return "no image"

@@ -311,7 +311,7 @@ def _explain_errors(dst: Path, console: Console) -> Iterator[None]:
     """Says how to resume: on an interrupt, and in the KnltrainErrors that errors of disks and workers become."""
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and what a SIGTERM becomes
         console.line(f"{dst} is not finished; the same command goes on from there")
         raise
     except BrokenProcessPool:
@@ -508,22 +508,26 @@ def _finish(plan: _Plan, journal: Journal, dst: Path, size: int, source: str, re
     return manifest
 
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
 class _Pool(ProcessPoolExecutor):
-    """Worker processes that ignore Ctrl-C, which a terminal sends to all processes: this one handles it."""
+    """Worker processes that ignore Ctrl-C and SIGTERM, which terminals and Slurm send to all: this one handles them."""
 
     def submit(self, *args: Any, **kwargs: Any) -> Future[Any]:
-        # submit() starts processes, which inherit blocked signals. An interrupt here is deferred until the task is
-        # written to them; Python would otherwise handle it at once, whichever thread receives it.
-        interrupts: list[int] = []
-        handler = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # submit() starts processes, which inherit blocked signals. A signal here is deferred until the task is written
+        # to them; Python would otherwise handle it at once, whichever thread receives it.
+        deferred: list[int] = []
+        handlers = {one: signal.signal(one, lambda number, _: deferred.append(number)) for one in _SIGNALS}
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
         try:
             future = super().submit(*args, **kwargs)
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            signal.signal(signal.SIGINT, handler)
-        if interrupts:
-            raise KeyboardInterrupt
+            for one, handler in handlers.items():
+                signal.signal(one, handler)
+        for number in deferred:
+            signal.raise_signal(number)
         return future
 
 

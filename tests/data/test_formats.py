@@ -18,7 +18,10 @@ from PIL import Image
 from prepared import SIZE, jpeg, prepare, webdataset
 
 from knltrain.config import AugmentConfig, RunConfig
-from knltrain.data import augment, order
+from knltrain.data import augment, order, tar_index
+from knltrain.data import manifest as manifest_module
+from knltrain.data import packed as packed_module
+from knltrain.data.classes import read_choice
 from knltrain.data.datasets import open_data, open_folder, open_part
 from knltrain.data.folder import DataError, Folder
 from knltrain.data.loader import Loader, RankBatch
@@ -176,6 +179,113 @@ def test_the_index_is_made_once_and_again_when_a_shard_changes(tmp_path, monkeyp
     assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
 
 
+def samples(*labels):
+    return [(f"{n}.{kind}", data) for n, label in enumerate(labels)
+            for kind, data in (("jpg", jpeg(0)), ("cls", b"%d" % label))]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "how", ["cp -p", "older", "same time", "mv", "new folder", "other labels, same time, in place"]
+)
+def test_another_shard_of_the_same_size_is_never_read_by_the_index_of_the_first(tmp_path, how):
+    """Put back with its time, as tar -x, rsync -a and cp -p do; renamed; or written over, and given the old time."""
+    old, now = tmp_path / "old.tar", tmp_path / "data" / "train-0.tar"
+    webdataset(old, samples(2, 0, 1))
+    webdataset(now, samples(0, 1, 2))
+    os.utime(old, ns=(10**18, 10**18))
+    assert Tar(tmp_path / "data", "train").labels.tolist() == [0, 1, 2]
+    before = now.stat()
+    assert old.stat().st_size == before.st_size
+    if how == "new folder":
+        shutil.copytree(tmp_path / "data", tmp_path / "copy")
+        shutil.copy2(old, tmp_path / "copy" / now.name)
+        now = tmp_path / "copy" / now.name
+    elif how == "mv":
+        os.rename(old, now)
+    elif how == "cp -p":
+        shutil.copy2(old, now)
+    else:
+        with open(now, "r+b") as file:
+            file.write(old.read_bytes())
+        os.utime(now, ns=(10**18, 10**18) if how == "older" else (before.st_atime_ns, before.st_mtime_ns))
+    assert Tar(now.parent, "train").labels.tolist() == [2, 0, 1]
+
+
+def test_where_nothing_states_the_last_change_a_sample_is_compared(tmp_path, monkeypatch):
+    """As on a file system whose ctime is its mtime; the sample is an image in the middle, and its label."""
+    path = tmp_path / "train-0.tar"
+    webdataset(path, samples(0, 1, 2))
+    monkeypatch.setattr(
+        "knltrain.data.tar_index._stamps", lambda shards: np.array([(s.stat().st_size, 7, 7) for s in shards])
+    )
+    assert Tar(tmp_path, "train").labels.tolist() == [0, 1, 2]
+    webdataset(path, samples(2, 0, 1))
+    assert Tar(tmp_path, "train").labels.tolist() == [2, 0, 1]
+
+
+def test_a_shard_that_may_not_be_read_is_no_damaged_one(tmp_path, monkeypatch):
+    """With an index of it, and without."""
+    webdataset(tmp_path / "train-0.tar", samples(0, 1))
+    real = tar_index.open_regular
+
+    def denied(path, *arguments, **options):
+        if str(path).endswith(".tar"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(tar_index, "open_regular", denied)
+            with pytest.raises(DataError, match=r"train-0\.tar: Permission denied; see that it can be read$"):
+                Tar(tmp_path, "train")
+        assert len(Tar(tmp_path, "train")) == 2
+
+
+def test_an_index_that_may_not_be_read_is_made_again(tmp_path, monkeypatch):
+    webdataset(tmp_path / "train-0.tar", samples(0, 1))
+    Tar(tmp_path, "train")
+    real = tar_index.open_regular
+
+    def denied(path, *arguments, **options):
+        if str(path).endswith(".npz"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return real(path, *arguments, **options)
+
+    monkeypatch.setattr(tar_index, "open_regular", denied)
+    assert Tar(tmp_path, "train").labels.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("files, labels", [
+    ([("a.JPG", 0), ("a.CLS", b"3")], [3]), ([("a.jpeg", 0), ("a.cls.txt", b"4\n")], [4]),
+    ([("a.jpg", 0), ("a.json", b'{"label": 5, "filename": "x"}')], [5]),
+    ([("a.json", b'{"cls": 6}'), ("a.png", 0)], [6]),
+    ([("a.jpg", 0), ("a.json", b'{"label": 5}'), ("a.cls", b"1")], [1]),
+    ([("._a.jpg", b"mac"), ("a.jpg", 0), ("._a.cls", b"mac"), ("a.cls", b"2"), ("__MACOSX/._a.jpg", b"mac")], [2]),
+    ([("./train/a.jpg", 0), ("./train/a.cls", b"7")], [7]),
+])  # fmt: skip
+def test_names_and_labels_that_people_have(tmp_path, files, labels):
+    webdataset(tmp_path / "train-0.tar", [(name, data or jpeg(0)) for name, data in files])
+    tar = Tar(tmp_path, "train")
+    assert tar.labels.tolist() == labels
+    tar.check(1)
+
+
+def test_what_of_tar_files_is_left_out_is_said_whenever_they_are_opened(tmp_path):
+    webdataset(
+        tmp_path / "train-0.tar", [*samples(0), ("x.avif", b"x"), ("x.cls", b"0"), ("y.cls", b"0"), ("z.txt", b"")]
+    )
+    webdataset(tmp_path / "train-1.tar", [("1.jpg", jpeg(0)), ("1.cls", b"2"), ("._1.jpg", b"")])
+    for _ in range(2):
+        tar = Tar(tmp_path, "train")
+        assert tar.labels.tolist() == [0, 2]
+        assert [remark.partition(": ")[2] for remark in tar.remarks] == [
+            "1 files and folders are ignored, which are hidden or left behind by programs: ._* (1)",
+            "1 images are left out, whose format is not read: 1 .avif; convert them to JPEG or PNG",
+            "1 samples are left out, which have a label and no image",
+            "1 of the 3 classes have no training image: '1'; labels count from 0",
+        ]
+
+
 def test_the_index_may_be_read_by_whom_the_shards_may(tmp_path):
     """Whoever trains first on a shared folder makes it for all."""
     webdataset(tmp_path / "train-0.tar", [("a.jpg", jpeg(0)), ("a.cls", b"0")])
@@ -214,7 +324,11 @@ def test_an_index_that_the_disk_does_not_take_is_in_the_cache(tmp_path, own_cach
 
 
 @pytest.mark.parametrize("files, message", [
-    ([("a.jpg", b"x")], r"a\.jpg has no \.cls"),
+    ([("a.jpg", b"x")], r"a\.jpg has no \.cls beside it, .* but nothing; a tar file of class folders is to be"),
+    ([("a.jpg", b"x"), ("a.txt", b"1"), ("a.json", b'{"caption": "x"}')], r"a\.jpg has no \.cls .* but \.json, \.txt"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": true}')], r"a\.jpg has no \.cls"),
+    ([("a.jpg", b"x"), ("a.json", b'{"label": -1}')], r"a\.jpg has no \.cls"),
+    ([("a.jpg", b"x"), ("a.json", b"{")], r"a\.jpg has no \.cls"),
     ([("a.jpg", b"x"), ("a.cls", b"dog")], "no class number"),
     ([("a.cls", b"1")], "no images"),
     ([("a.jpg", b"x"), ("a.cls", b"1"), ("a.png", b"y")], r"train-0\.tar: a\.jpg and a\.png are two images of one"),
@@ -224,6 +338,39 @@ def test_tars_that_are_no_data(tmp_path, files, message):
     webdataset(tmp_path / "train-0.tar", files)
     with pytest.raises(DataError, match=message):
         Tar(tmp_path, "train")
+
+
+@pytest.mark.parametrize("file", ["train/labels.npy", "train/images-00000.npy", "train-00000.tar"])
+def test_a_file_of_another_preparation_is_found_at_start_up(image_folder, tmp_path, raw, shards, file):
+    """The same images in another order of classes: every file has the same size, and is put in place with its time."""
+    root = shards if file.endswith(".tar") else raw
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    shutil.copytree(root, copy)
+    (tmp_path / "order").write_text("class2\nclass0\nclass1\n")
+    choice = read_choice(str(tmp_path / "order"), "")
+    prepare(image_folder, other, format="tar" if root is shards else "raw", choice=choice)
+    if file.endswith("labels.npy"):  # each class has as many images, and labels are the same again
+        np.save(other / file, np.load(other / file)[::-1])
+    assert (copy / file).read_bytes() != (other / file).read_bytes()
+    assert (copy / file).stat().st_size == (other / file).stat().st_size
+    shutil.copy2(other / file, copy / file)
+    with pytest.raises(DataError, match=rf"{file}: (does not match its checksum|not the file that meta\.json lists)"):
+        open_folder(copy, "train")
+
+
+def test_a_file_of_a_prepared_folder_that_may_not_be_read(raw, tmp_path, monkeypatch):
+    for module, file in ((manifest_module, "images-00000.npy"), (packed_module, "labels.npy")):
+        real = module.open_regular
+
+        def denied(path, *arguments, file=file, real=real, **options):
+            if str(path).endswith(file):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return real(path, *arguments, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "open_regular", denied)
+            with pytest.raises(DataError, match=rf"{file}: Permission denied; see that it can be read$"):
+                open_folder(raw, "train")
 
 
 def copied(root, tmp_path):

@@ -311,6 +311,71 @@ def test_what_is_whole_is_left_alone(image_folder, raw, tmp_path):
         prepare(tmp_path / "other", raw)
 
 
+@pytest.fixture
+def source(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "src")
+    return tmp_path / "src"
+
+
+def replace_image(path, *, seed, mtime_ns=None):
+    """Another picture by the same name, and perhaps with the time of the first, as cp -p does."""
+    write_jpeg(path, 60, 50, seed)
+    if mtime_ns is not None:
+        os.utime(path, ns=(mtime_ns, mtime_ns))
+
+
+def test_what_was_made_of_images_that_have_changed_since_is_said(source, tmp_path, capsys):
+    prepare(source, tmp_path / "out")
+    capsys.readouterr()
+    prepare(source, tmp_path / "out")
+    assert "after" not in capsys.readouterr().out
+    image = source / "train/class1/004.jpg"
+    replace_image(image, seed=99, mtime_ns=10**18)
+    prepare(source, tmp_path / "out")
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert (
+        f"1 files of {source} were put there, renamed or given other rights after {tmp_path / 'out'} was made" in said
+    )
+    replace_image(image, seed=98)
+    with pytest.raises(
+        ConfigError, match=r"1 files of .* were written after .*004\.jpg; give another folder, or delete"
+    ):
+        prepare(source, tmp_path / "out")
+
+
+def test_images_with_times_in_the_future_have_not_changed(source, tmp_path, capsys):
+    os.utime(source / "train/class1/004.jpg", ns=(4 * 10**18, 4 * 10**18))
+    prepare(source, tmp_path / "out")
+    capsys.readouterr()
+    prepare(source, tmp_path / "out")
+    assert "after" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mtime_ns", [None, 10**18])
+def test_shards_of_images_that_have_changed_since_are_made_again(
+    source, tmp_path, small_shards, monkeypatch, mtime_ns, capsys
+):
+    add, left = preparing.Journal.add, [5]
+
+    def interrupt(self, file, record):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        add(self, file, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(preparing.Journal, "add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(source, tmp_path / "out")
+    first = int(order.permutation(0, 0, 48)[0])
+    replace_image(Path(Folder(source / "train").name(first)), seed=99, mtime_ns=mtime_ns)
+    capsys.readouterr()
+    prepare(source, tmp_path / "out")
+    assert "1 shards are made again: images of them were changed since" in capsys.readouterr().out
+    prepare(source, tmp_path / "whole")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_folders_that_cannot_be(image_folder, tmp_path):
     shutil.copytree(image_folder, tmp_path / "src")
     for dst in (tmp_path / "src", tmp_path / "src/out", tmp_path):
