@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,14 +45,35 @@ def says_absent(error: OSError) -> bool:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Has errors of the block name the file, as those of ``open`` do: ``read`` and ``write`` do not."""
+def naming(path: str | Path, *, needed: int | None = None) -> Iterator[None]:
+    """Has errors of the block name the file, as those of ``open`` do: ``read`` and ``write`` do not.
+
+    Args:
+        path: the file.
+        needed: its size in bytes where it is known, for the message of a disk that is full.
+    """
     try:
         yield
     except OSError as error:
         if error.filename is None and error.errno is not None:
             error.filename = str(path)
+        if is_full(error) and needed is not None:
+            error.strerror = f"{error.strerror} for {needed / 2**20:,.1f} MiB"
         raise
+
+
+def is_full(error: OSError) -> bool:
+    """Whether an error says that a disk, or what of it the user may have, is full."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def free_space(folder: str | Path) -> str:
+    """Returns the free space, for a message; empty if unknown."""
+    try:
+        free = shutil.disk_usage(folder).free
+    except OSError:
+        return ""
+    return f" ({free / 2**20:,.0f} MiB free)"
 
 
 def resolved(path: str | Path) -> Path:
@@ -95,8 +117,10 @@ def replacing_path(path: Path, *, aside: Path | None = None, sync: bool = True) 
         if sync:
             _sync(aside, os.O_RDONLY)
         os.replace(aside, path)
-    except BaseException:
+    except BaseException as error:
         aside.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(aside):
+            error.filename = str(path)  # the name that was asked for
         raise
     if sync:
         sync_folder(path.parent)

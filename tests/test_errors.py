@@ -37,6 +37,11 @@ def test_long_names_leave_room_for_the_remedy():
          "not enough memory (you tried to allocate 99 bytes)"),
         (OSError(2, "No such file or directory", "a\nb"), r"knltrain: a\nb: No such file"),
         (OSError(2, "No such file or directory", b"a\xff"), r"knltrain: a\udcff: No such file"),
+        (OSError(28, "No space left on device", "/tmp/x"), "knltrain: /tmp/x: No space left on device ("),
+        (OSError(28, "No space left on device", "/tmp/x"), "MiB free); free space, or give a place elsewhere"),
+        (OSError(28, "No space left on device"), "standard output, or another file being written: No space left"),
+        (OSError(13, "Permission denied", "x"), "knltrain: x: Permission denied; give this user access to it"),
+        (OSError(116, "Stale file handle", "x"), "give the same command"),
     ],
 )  # fmt: skip
 def test_what_is_no_error_of_ours_is_one_line_too(error, words):

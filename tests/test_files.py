@@ -1,12 +1,13 @@
 """Files that take their name when they are whole."""
 
 import errno
+import io
 import os
 
 import pytest
 from disk import record
 
-from knltrain.files import replacing, replacing_path, sync_folder
+from knltrain.files import naming, replacing, replacing_path, resolved, says_absent, sync_folder
 
 
 @pytest.fixture
@@ -30,6 +31,31 @@ def test_an_error_leaves_the_old_content_alone(path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert path.read_bytes() == b"old"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_an_error_names_the_file_that_was_asked_for_and_what_is_needed(path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError) as raised, replacing(path) as file, naming(file.name, needed=3 << 20):
+        Full().write(b"new")
+    assert str(raised.value) == f"[Errno 28] No space left on device for 3.0 MiB: '{path}'"
+    assert path.read_bytes() == b"old"
+
+
+def test_every_spelling_of_a_path_is_one(path, monkeypatch):
+    (path.parent / "link").symlink_to(path)
+    monkeypatch.chdir(path.parent)
+    monkeypatch.setenv("HOME", str(path.parent))
+    for spelling in ("file", "./file", "link", f"{path.parent}/../{path.parent.name}/file", "~/file", f"{path}/"):
+        assert resolved(spelling) == path.resolve()
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ETIMEDOUT])
+def test_what_cannot_be_read_now_is_not_absent(number):
+    assert not says_absent(OSError(number, os.strerror(number)))
+    assert says_absent(OSError(errno.ENOENT, os.strerror(errno.ENOENT)))
 
 
 def test_what_a_killed_process_left_is_written_over(path):

@@ -91,7 +91,7 @@ def write_file(path: Path, parts: Sequence[memoryview]) -> Sum:
     size = crc = 0
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with naming(path):
+        with naming(path, needed=sum(len(part) for part in parts)):
             for part in parts:
                 for start in range(0, len(part), _CHUNK):
                     chunk = part[start : start + _CHUNK]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from knltrain.checkpoint.store import Progress, Snapshot, folder_of, remove_old, write
 from knltrain.errors import KnltrainError
+from knltrain.files import free_space
 
 # Longer waits are worth a warning.
 _WARN_WAIT_S = 1.0
@@ -140,18 +140,9 @@ class CheckpointWriter:
             write(self._snapshot, folder)
             remove_old(self._out, folder, self._keep)
         except OSError as error:
-            reason = f"checkpoint {folder}: {error.strerror or error}{_free_space(self._out)}"
+            reason = f"checkpoint {folder}: {error.strerror or error}{free_space(self._out)}"
             self._failure = KnltrainError(f"{reason}; the checkpoints before it are untouched")
             if not last:
                 self._warn(f"{self._failure}, training goes on")
         except Exception as error:  # for the training thread to raise
             self._error = error
-
-
-def _free_space(folder: Path) -> str:
-    """Returns the free space, for a message; empty if unknown."""
-    try:
-        free = shutil.disk_usage(folder).free
-    except OSError:
-        return ""
-    return f" ({free / 2**20:,.0f} MiB free)"

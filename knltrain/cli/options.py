@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import difflib
+import errno
 import functools
 import os
 import re
@@ -19,6 +20,7 @@ import knltrain
 from knltrain import config as configuration
 from knltrain.config import RunConfig
 from knltrain.errors import BAD_USAGE, FAILED, INTERRUPTED, ConfigError, KnltrainError, one_line
+from knltrain.files import free_space, is_full
 from knltrain.launch.world import launcher_rank
 from knltrain.recipes import RECIPES
 
@@ -46,8 +48,7 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
         except KnltrainError as error:
             fail(str(error), BAD_USAGE if isinstance(error, ConfigError) else FAILED)
         except OSError as error:  # a folder that cannot be written, a disk that is full
-            name = error.filename or "input or output"
-            fail(f"{os.fsdecode(name) if isinstance(name, bytes) else name}: {error.strerror or error}", FAILED)
+            fail(_of_a_file(error), FAILED)
         except MemoryError as error:
             fail(_TOO_LARGE.format(str(error) or "no memory left"), FAILED)
         except RuntimeError as error:
@@ -61,6 +62,29 @@ def reports_errors(command: Callable[..., None]) -> Callable[..., None]:
             fail("interrupted", INTERRUPTED)
 
     return wrapped
+
+
+# What to do where the system's own words do not say it.
+_REMEDIES = {
+    errno.EACCES: "give this user access to it",
+    errno.EPERM: "give this user access to it",
+    errno.EROFS: "that file system cannot be written; give a place elsewhere",
+    errno.ENOSPC: "free space, or give a place elsewhere",
+    errno.EDQUOT: "your quota there is used up; free space, or give a place elsewhere",
+    errno.ESTALE: "its file server has restarted or moved it; when it is there again, give the same command",
+    errno.EIO: "its disk or network fails (dmesg may say how); when it can be read again, give the same command",
+    errno.EMFILE: "too many for ulimit -n; raise it",
+    errno.EFBIG: "too large for ulimit -f or for the file system",
+}
+
+
+def _of_a_file(error: OSError) -> str:
+    """Returns the message for an error of the system: the file, what is wrong, and what to do."""
+    name = error.filename if error.filename is not None else "standard output, or another file being written"
+    name = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    remedy = _REMEDIES.get(error.errno or 0)
+    free = free_space(os.path.dirname(os.path.abspath(name))) if error.filename and is_full(error) else ""
+    return f"{name}: {error.strerror or error}{free}{f'; {remedy}' if remedy else ''}"
 
 
 def _show_warning(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from knltrain.cli.options import JSON
+from knltrain.cli.options import JSON, config_of_recipe, reports_errors
 from knltrain.recipes import RECIPES, SOURCES
 
 if TYPE_CHECKING:
@@ -30,12 +30,15 @@ _COLUMNS = (
 
 
 @click.command()
+@click.argument("names", metavar="[NAME...]", nargs=-1)
 @JSON
-def recipes(as_json: bool) -> None:
-    """List the recipes with what each is known to reach."""
+@reports_errors
+def recipes(names: tuple[str, ...], as_json: bool) -> None:
+    """List the recipes, or those named, with what each is known to reach."""
     rows = []
-    for recipe in RECIPES.values():
-        config = recipe.config()
+    for name in dict.fromkeys(names) or RECIPES:
+        config = config_of_recipe(name)
+        recipe = RECIPES[name]
         rows.append(
             {
                 "recipe": recipe.name,

@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from knltrain.config import aliases
 from knltrain.config.schema import RunConfig
 from knltrain.errors import ConfigError
 from knltrain.files import resolved
@@ -128,6 +129,9 @@ def names(text: str) -> frozenset[str]:
 
 
 def _unknown(name: str) -> str:
+    if alias := aliases.find(name):
+        here = f"here it is {alias.fields[0]}" if alias.fields else ""
+        return f"unknown field {_short_repr(name)}: {'; '.join(filter(None, (here, alias.note)))}"
     near = difflib.get_close_matches(name, [field.name for field in fields()], n=1)
     hint = f"; did you mean {near[0]}?" if near else "; `knltrain train --help` lists the fields"
     return f"unknown field {_short_repr(name)}{hint}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -13,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from knltrain import checkpoint
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError, KnltrainError
-from knltrain.files import replacing_path
+from knltrain.files import naming, replacing_path
 from knltrain.models import model_of
 from knltrain.models.alexnet import LocalResponseNorm
 from knltrain.ops.crops import MEAN, STD
@@ -120,29 +122,39 @@ def _network(config: RunConfig, num_classes: int) -> nn.Module:
 
 
 def _write(model: nn.Module, images: Tensor, path: Path, format: str, about: dict[str, str]) -> None:
+    # In memory first: on a full disk torch's writers end the process or hide the reason, and safetensors' own writes a
+    # file that only this user can read.
+    content = _serialized(model, images, format, about)
+    with naming(path, needed=len(content)), open(path, "wb") as file:
+        file.write(content)
+
+
+def _serialized(model: nn.Module, images: Tensor, format: str, about: dict[str, str]) -> bytes | memoryview:
+    """Returns the contents of the file."""
     if format == "safetensors":
-        save_file(model.state_dict(), path, metadata={"format": "pt", **about})
-    elif format == "pth":
-        torch.save(model.state_dict(), path)
-    else:
-        program = torch.export.export(
-            _with_torch_operators(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
-        )
-        if format == "pt2":
-            with open(path, "wb") as file:
-                torch.export.save(program, file, extra_files={_METADATA_FILE: json.dumps(about)})
-        else:
-            _write_onnx(program, path, about)
+        return serialize(model.state_dict(), metadata={"format": "pt", **about})
+    memory = io.BytesIO()
+    if format == "pth":
+        torch.save(model.state_dict(), memory)
+        return memory.getbuffer()
+    program = torch.export.export(
+        _with_torch_operators(model), (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},)
+    )
+    if format == "onnx":
+        return _as_onnx(program, about)
+    torch.export.save(program, memory, extra_files={_METADATA_FILE: json.dumps(about)})
+    return memory.getbuffer()
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, about: dict[str, str]) -> None:
+def _as_onnx(program: torch.export.ExportedProgram, about: dict[str, str]) -> bytes:
     num_bytes = sum(tensor.nbytes for tensor in program.state_dict.values())
     if num_bytes > _MAX_ONNX_BYTES:
         raise ValueError(f"its weights are {num_bytes / 2**30:.1f} GiB, and an ONNX file can hold 2; use pt2")
     translated = torch.onnx.export(program, dynamo=True, input_names=["images"], output_names=["logits"], verbose=False)
     assert translated is not None
     translated.model.metadata_props.update(about)
-    translated.save(path, external_data=False)
+    content: bytes = translated.model_proto.SerializeToString()
+    return content
 
 
 def _read(path: Path, format: str, fresh: nn.Module, images: Tensor) -> Tensor:

@@ -24,10 +24,14 @@ from knltrain.comm.group import Group
 from knltrain.config import RunConfig
 from knltrain.data.convert import checksum
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import open_regular
 from knltrain.runlog.console import Console
+from knltrain.weights.metadata import is_safetensors
 
-# Keys of a state dict in checkpoints of torchvision's training reference, and of Lightning.
-_WRAPPERS = ("model", "state_dict")
+# Names that torch's own wrappers put before those of what they wrap: DataParallel and its kin, torch.compile.
+_WRAPPERS = re.compile(r"(^|\.)(module|_orig_mod)\.")
+# The counter that torch.optim.swa_utils.AveragedModel keeps beside the network.
+_AVERAGED = "n_averaged"
 _MAX_NAMED = 3
 
 
@@ -100,7 +104,8 @@ def find(path: Path, say: Callable[[str], None]) -> Path:
 def load(path: Path, model: nn.Module) -> list[str]:
     """Loads a file of weights into a model.
 
-    Names may have a common prefix (``module.``, ``model.``). If only the last layer has another number of outputs, it
+    Names may have a prefix (``module.``, ``_orig_mod.``, ``model.``), also one beside others, as in a file of Lightning
+    that has a loss too. If only the last layer has another number of outputs, it
     keeps its initial weights, for training on other classes. Batch norm's counter may be missing, as in older files.
 
     Returns:
@@ -110,7 +115,7 @@ def load(path: Path, model: nn.Module) -> list[str]:
         KnltrainError: the file is damaged, or of another network; the model is then unchanged.
     """
     expected = model.state_dict()
-    tensors = _without_prefix(read(path), expected)
+    tensors = _of_the_network(path, read(path), expected)
     missing = [name for name in expected if name not in tensors and not name.endswith(".num_batches_tracked")]
     unexpected = [name for name in tensors if name not in expected]
     misshapen = [name for name, own in expected.items() if name in tensors and tensors[name].shape != own.shape]
@@ -137,22 +142,42 @@ def load(path: Path, model: nn.Module) -> list[str]:
     return fresh
 
 
-def read(path: Path) -> dict[str, Tensor]:
-    """Reads the tensors of a file: safetensors by suffix, otherwise a state dict by ``torch.save``.
+def read(path: Path) -> dict[object, dict[str, Tensor]]:
+    """Reads the state dicts of a file: safetensors, or by ``torch.save``, bare or in a training program's file.
+
+    Returns:
+        By its name in the file, each state dict; mostly there is one.
 
     Raises:
-        KnltrainError: the file cannot be read, or holds something else.
+        KnltrainError: the file is damaged, or holds something else.
+        OSError: it cannot be read now.
     """
-    if path.suffix == ".safetensors":
+    if path.is_file():
+        open_regular(path).close()  # its errors are of the kind that they are, those of the libraries are not
+    if is_safetensors(path):
         try:
-            return load_file(path)
+            return {"": load_file(path)}
         except (OSError, SafetensorError) as error:
             raise KnltrainError(f"{path} cannot be read as safetensors: {_first_line(error)}") from None
+    content = _unpickled(path)
+    if found := _state_dicts(content):
+        return found
+    if not isinstance(content, dict) or not content:
+        raise KnltrainError(f"{path}: no state dict in it")
+    for name, value in content.items():
+        if not (isinstance(name, str) and _is_dense_cpu_tensor(value)):
+            raise KnltrainError(f"{path}: no state dict, because {_quote(name)} is not a dense CPU tensor")
+    return {"": content}
+
+
+def _unpickled(path: Path) -> object:
+    """Returns what ``torch.save`` wrote, if it is tensors and plain values."""
     try:
         # Checkpoints of torchvision's training reference hold their arguments as Namespace, a class without behaviour.
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: object = torch.load(path, map_location="cpu", weights_only=True)
+            return content
     except Exception as error:  # torch raises many types for damaged files
         # torch's message advises to load the file with arbitrary code execution; it is not passed on.
         if refused := re.search(r"GLOBAL (\S+)", str(error)):
@@ -162,14 +187,21 @@ def read(path: Path) -> dict[str, Tensor]:
             ) from None
         reason = _first_line(error) if isinstance(error, OSError) else "damaged, or not tensors by torch.save"
         raise KnltrainError(f"{path} cannot be read as a state dict: {reason}") from None
-    if isinstance(content, dict):
-        content = next((content[name] for name in _WRAPPERS if isinstance(content.get(name), dict)), content)
-    if not isinstance(content, dict) or not content:
-        raise KnltrainError(f"{path}: no state dict in it")
-    for name, value in content.items():
-        if not (isinstance(name, str) and _is_dense_cpu_tensor(value)):
-            raise KnltrainError(f"{path}: no state dict, because {_quote(name)} is not a dense CPU tensor")
-    return content
+
+
+def _state_dicts(content: object) -> dict[object, dict[str, Tensor]]:
+    """Returns the state dicts of a training program's file by their names in it; none of a bare state dict.
+
+    torchvision's reference calls the network's ``model``, Lightning and timm ``state_dict``, others
+    ``model_state_dict``, ``net`` or ``module``. A moving average is one beside it.
+    """
+    if not isinstance(content, dict):
+        return {}
+    return {
+        name: value for name, value in content.items()
+        if isinstance(value, dict) and value
+        and all(isinstance(key, str) and _is_dense_cpu_tensor(tensor) for key, tensor in value.items())
+    }  # fmt: skip
 
 
 def _is_dense_cpu_tensor(value: object) -> bool:
@@ -185,7 +217,7 @@ def _recorded(config: RunConfig, out: Path, console: Console) -> dict[str, Any] 
     """Returns the record of the file in the run's config.json, if the file is unchanged or gone."""
     try:
         record: dict[str, Any] | None = json.loads((out / "config.json").read_text("utf-8"))["init_from"]
-    except (OSError, ValueError, KeyError):
+    except (FileNotFoundError, ValueError, KeyError):
         record = None
     if record is None:
         console.warn("init-from has no effect: the run resumes from a checkpoint")
@@ -194,14 +226,38 @@ def _recorded(config: RunConfig, out: Path, console: Console) -> dict[str, Any] 
     return record
 
 
-def _without_prefix(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Removes common prefixes, as long as no name is one of the network's."""
-    while not tensors.keys() & expected.keys():
-        prefixes = {name.partition(".")[0] for name in tensors}
-        if len(prefixes) != 1 or not all("." in name for name in tensors):
-            break
-        tensors = {name.partition(".")[2]: tensor for name, tensor in tensors.items()}
-    return tensors
+def _of_the_network(
+    path: Path, found: dict[object, dict[str, Tensor]], expected: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """Returns the network's tensors by its own names, of which those in the file may have a prefix.
+
+    Raises:
+        KnltrainError: there are several state dicts or prefixes, and not just one of them has all of these names.
+    """
+    needed = [name for name in expected if not name.endswith(".num_batches_tracked")]
+    candidates = {
+        (name, prefix): {key.removeprefix(prefix): tensor for key, tensor in plain.items() if key.startswith(prefix)}
+        for name, tensors in found.items()
+        for plain in [_without_wrappers(tensors)]
+        for prefix in {key.removesuffix(needed[0]) for key in plain if f".{key}".endswith(f".{needed[0]}")} or {""}
+    }
+    whole = {place: tensors for place, tensors in candidates.items() if all(name in tensors for name in needed)}
+    fitting = whole or candidates
+    if len(fitting) > 1:
+        places = ", ".join(sorted(_quote(": ".join(filter(None, map(str, place)))) for place in fitting))
+        raise KnltrainError(
+            f"{path} holds several networks ({places}); save the one that is meant, as by "
+            "torch.save(torch.load(FILE, weights_only=True)[NAME], NEW_FILE)"
+        )
+    return next(iter(fitting.values()))
+
+
+def _without_wrappers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    plain = {_WRAPPERS.sub(r"\1", _WRAPPERS.sub(r"\1", name)): tensor for name, tensor in tensors.items()}
+    if plain.keys() == tensors.keys():
+        return tensors
+    plain.pop(_AVERAGED, None)
+    return plain
 
 
 def _is_head(names: list[str], tensors: dict[str, Tensor], model: nn.Module) -> bool:

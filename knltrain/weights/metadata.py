@@ -10,6 +10,11 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 
 from knltrain.config import RunConfig, override
+from knltrain.errors import ConfigError
+from knltrain.files import naming, open_regular
+
+# safetensors' own bound.
+_MAX_HEADER_BYTES = 100_000_000
 
 
 class About(NamedTuple):
@@ -34,8 +39,19 @@ class About(NamedTuple):
 
 
 def about(path: Path) -> About | None:
-    """Reads the metadata of a safetensors file; None if it has none."""
-    if path.suffix != ".safetensors":
+    """Reads the metadata of a safetensors file; None if it has none.
+
+    Raises:
+        ConfigError: it is no file of weights.
+        OSError: it cannot be read now.
+    """
+    with naming(path), open_regular(path) as opened:
+        start = opened.read(9)
+    if not is_safetensors(path):
+        # torch.save writes a zip file, or before version 1.6 a pickle, which begins with its protocol.
+        if not start.startswith((b"PK", b"\x80")):
+            what = "not weights: neither safetensors nor a file by torch.save" if start else "empty"
+            raise ConfigError(f"{path} is {what}; give a run's folder, a checkpoint, or a file of weights")
         return None
     try:
         with safe_open(path, "numpy") as file:
@@ -46,6 +62,15 @@ def about(path: Path) -> About | None:
         return About(metadata["model"], classes, int(metadata["image_size"]), int(metadata["resize"]))
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return None
+
+
+def is_safetensors(path: Path) -> bool:
+    """Whether a file is to be read as safetensors: by its suffix, or by how it begins."""
+    if path.suffix == ".safetensors":
+        return True
+    with naming(path), open_regular(path) as file:
+        start = file.read(9)
+    return start[8:] == b"{" and 2 <= int.from_bytes(start[:8], "little") <= _MAX_HEADER_BYTES
 
 
 def as_trained(config: RunConfig, state: dict[str, Any]) -> RunConfig:

@@ -14,8 +14,10 @@ from click.testing import CliRunner
 from conftest import write_jpeg
 from safetensors.torch import load_file
 
+from knltrain import config as configuration
 from knltrain.cli.main import main
 from knltrain.cli.predict import predict
+from knltrain.config import aliases
 from knltrain.ops.native import load_error
 from knltrain.training import trainer
 
@@ -281,6 +283,86 @@ def test_mistakes_are_one_line_and_an_exit_code(arguments, code, words):
     last = result.stderr.strip().splitlines()[-1]
     assert words in last or words in result.stderr
     assert "Traceback" not in result.output + result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "--batch-size", "256"], "--batch-size: here it is --global-batch"),
+        (["train", "-b", "256"], "-b: here it is --global-batch"),
+        (["train", "-b256"], "-b: here it is --global-batch"),
+        (["train", "--lr=0.1"], "--lr: here it is --optim.lr"),
+        (["train", "-lr", "0.1"], "-lr: here it is --optim.lr"),
+        (["train", "--learning_rate", "0.1"], "--learning-rate: here it is --optim.lr"),
+        (["train", "--weight-decay", "0"], "--weight-decay: here it is --optim.weight-decay"),
+        (["train", "-j", "4"], "-j: here it is --workers"),
+        (["train", "-a", "resnet50"], "-a: here it is --model"),
+        (["train", "--opt", "sgd"], "--opt: here it is --optim.name"),
+        (["train", "--output_dir", "x"], "--output-dir: here it is --out"),
+        (["train", "--data-path", "x"], "--data-path: here it is --data"),
+        (["train", "--pretrained"], "--pretrained: here it is --init-from"),
+        (["train", "--amp"], "--amp: here it is --precision"),
+        (["train", "--num-classes", "10"], "--num-classes: the folders of --data say"),
+        (["train", "--print-freq", "10"], "--print-freq: every step is in OUT/metrics.jsonl"),
+        (["train", "--test-only"], "--test-only: `knltrain eval CHECKPOINT` evaluates"),
+        (["train", "--max_epochs", "3"], "--max-epochs: here it is --epochs"),
+        (["train", "--train_micro_batch_size_per_gpu", "3"], "here it is --local-batch"),
+        (["train", "--base_lr", "3"], "here it is --optim.lr"),
+        (["train", "--world-size", "3"], "--world-size: the launcher says it"),
+        (["sweep", "--batch-size", "256"], "--batch-size: here it is --batches"),
+        (["sweep", "--lr", "256"], "--lr: here it is --lr-factors"),
+        (["bench", "--batch-size", "256"], "--batch-size: here it is --batch"),
+        (["eval", "x", "--batch-size", "256"], "--batch-size: `knltrain train` has --global-batch"),
+        (["eval", "x", "--seed", "1"], "--seed: `knltrain train` has --seed"),
+        (["recipes", "--lr", "1"], "--lr: `knltrain train` has --optim.lr"),
+        (["predict", "accounting", "--batch-size", "1"], "--batch-size: here it is --batches"),
+        (["--recipe", "quickstart"], "--recipe: `knltrain train` has --recipe"),
+        (["train", "quickstart"], "a recipe is given with --recipe NAME"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_program_is_answered_with_ours(arguments, words):
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert words in result.stderr.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "line, words",
+    [("batch_size = 3", "'batch_size': here it is global_batch"), ("lr = 0.1", "'lr': here it is optim.lr"),
+     ("[trainer]\nmax_epochs = 3", "'trainer.max_epochs': here it is epochs"),
+     ("[optim]\nlearning_rate = 3", "'optim.learning_rate': here it is optim.lr"),
+     ("num_classes = 3", "'num_classes': the folders of --data")],
+)  # fmt: skip
+def test_a_key_of_another_program_is_answered_with_ours(tmp_path, line, words):
+    (tmp_path / "run.toml").write_text(line)
+    result = invoke("train", "--config", tmp_path / "run.toml")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert f"unknown field {words}" in result.stderr
+
+
+def test_aliases_name_fields_that_there_are():
+    flags = {flag.replace("-", "_") for command in FLAGS.values() for flag in command} | set(FIELDS.split())
+    names = {field.name for field in configuration.fields()}
+    for name, alias in aliases._ALIASES.items():
+        assert name not in names, name
+        assert all(field in flags for field in alias.fields), name
+        assert alias.fields or alias.note, name
+
+
+def test_a_home_folder_after_an_equals_sign_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"--config {tmp_path}/none.toml: No such file" in invoke("train", "--config=~/none.toml").stderr
+    (tmp_path / "run.toml").write_text('recipe = "resnet50-256"\ndata = "~/images"\n')
+    assert f"{tmp_path}/images/train: no such folder" in invoke("train", "--config=~/run.toml").stderr
+
+
+def test_recipes_can_be_named():
+    rows = json.loads(invoke("recipes", "cifar-2k", "alexnet-bn-32k", "--json").stdout)
+    assert [row["recipe"] for row in rows] == ["cifar-2k", "alexnet-bn-32k"]
+    result = invoke("recipes", "cifar-2k", "cifar-25")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "no recipe 'cifar-25'; did you mean cifar-256?" in result.stderr
 
 
 def test_recipes_table_and_json():

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -264,6 +265,32 @@ def test_what_fails_leaves_nothing(runs, tmp_path, monkeypatch, error, words):
     with pytest.raises((KnltrainError, OSError), match=words):
         export.export(runs("alexnet_bn_small"), tmp_path / "net.pth", QUIET)
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", ["pth", "safetensors", "pt2"])
+def test_a_full_disk_is_one_line_with_what_is_needed(runs, tmp_path, monkeypatch, format):
+    """torch's writer of pt2 ended the process there."""
+    folder = runs("alexnet_bn_small")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as raised:
+            export.export(folder, tmp_path / f"net.{format}", QUIET)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert raised.value.filename == str(tmp_path / f"net.{format}")
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+@pytest.mark.parametrize("mask, mode", [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_the_umask_says_who_may_read_a_file(runs, tmp_path, format, mask, mode):
+    folder, before = runs("alexnet_bn_small"), os.umask(mask)
+    try:
+        export.export(folder, tmp_path / f"net.{format}", QUIET)
+    finally:
+        os.umask(before)
+    assert (tmp_path / f"net.{format}").stat().st_mode & 0o777 == mode
 
 
 def test_a_network_too_large_for_onnx(runs, tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Starting from weights in files: of this project, of torchvision's kind, and of people who mean harm."""
 
 import argparse
+import errno
 import json
 import os
 import pickle
@@ -67,6 +68,22 @@ WRITTEN = {
     "compiled-in-parallel.pth": lambda state, path: torch.save(
         {"state_dict": {f"module._orig_mod.{k}": v for k, v in state.items()}}, path
     ),
+    "compiled-average.pth": lambda state, path: torch.save(
+        {"n_averaged": torch.tensor(3), **{f"module._orig_mod.{k}": v for k, v in state.items()}}, path
+    ),
+    "parts-in-parallel.pth": lambda state, path: torch.save(
+        {k.replace("features.", "features.module."): v for k, v in state.items()}, path
+    ),
+    "deepspeed.pt": lambda state, path: torch.save({"module": state, "global_steps": 7}, path),
+    "blog.pt": lambda state, path: torch.save({"model_state_dict": state, "epoch": 3, "loss": torch.tensor(0.5)}, path),
+    "kuangliu.pth": lambda state, path: torch.save({"net": {f"module.{k}": v for k, v in state.items()}}, path),
+    "with-a-loss.ckpt": lambda state, path: torch.save(
+        {"state_dict": {**{f"model.{k}": v for k, v in state.items()}, "criterion.weight": torch.ones(10)}}, path
+    ),
+    "with-a-loss.pth": lambda state, path: torch.save(
+        {"model": state, "criterion": {"weight": torch.ones(10)}, "rng": torch.ones(3)}, path
+    ),
+    "safetensors-by-content.bin": lambda state, path: save_file(state, path),
 }
 
 
@@ -77,6 +94,38 @@ def test_every_writer_is_read(trained, tmp_path, name):
     assert weights.load(tmp_path / name, model) == []
     assert same(model.state_dict(), trained)
     assert model.features.conv2.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    "write, places",
+    [
+        (lambda state: {"model": state, "model_ema": state}, "'model', 'model_ema'"),
+        (lambda state: {"state_dict": state, "state_dict_ema": {f"module.{k}": v for k, v in state.items()}},
+         "'state_dict', 'state_dict_ema'"),
+        (lambda state: {"state_dict": {f"{p}.{k}": v for k, v in state.items() for p in ("model", "ema_model")}},
+         "'state_dict: ema_model.', 'state_dict: model.'"),
+    ],
+)  # fmt: skip
+def test_of_several_networks_none_is_guessed(trained, tmp_path, write, places):
+    torch.save(write(trained), tmp_path / "two.pth")
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KnltrainError) as raised:
+        weights.load(tmp_path / "two.pth", model)
+    assert f"two.pth holds several networks ({places}); save the one that is meant" in str(raised.value)
+    assert same(model.state_dict(), before)
+
+
+def test_a_file_that_cannot_be_read_now_is_not_damaged(trained, tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+
+    for name in ("plain.safetensors", "plain.pth"):
+        WRITTEN[name](trained, tmp_path / name)
+    monkeypatch.setattr(weights, "open_regular", refuse)
+    for name in ("plain.safetensors", "plain.pth"):
+        with pytest.raises(OSError, match=f"Stale file handle: .*{name}"):
+            weights.load(tmp_path / name, network())
 
 
 def test_what_older_and_smaller_files_have(trained, tmp_path):
