@@ -32,7 +32,7 @@ FIELDS = """
     schedule.name schedule.warmup-epochs schedule.warmup-lr schedule.power schedule.end-lr schedule.milestones
     schedule.gamma schedule.image-sizes schedule.image-size-epochs schedule.batches schedule.batch-epochs
     augment.name augment.resize augment.min-area augment.pad augment.collapse-epochs
-    comm.backend comm.dtype comm.bucket-mb comm.compression comm.powersgd-rank comm.timeout-s
+    comm.backend comm.dtype comm.bucket-mb comm.compression comm.powersgd-rank comm.timeout-s comm.start-timeout-s
     checkpoint.every checkpoint.keep
     health.policy health.max-skips health.max-rewinds health.rewind-factor health.divergence-steps health.compare-every
 """
