@@ -282,7 +282,8 @@ def _accounting(
     itemsize = 2 if config.comm.dtype == "bf16" else 4
     found: list[dict[str, Any]] = []
     for count in nodes:
-        title = f"{config.model}, {config.epochs:g} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
+        epochs = configuration.as_typed(config.epochs)
+        title = f"{config.model}, {epochs} epochs on {count:,} nodes, gradients in {config.comm.dtype}"
         if changes:
             rows = accounting_by_phase(config, nodes=count, images=images)
             table = phases_table(rows, title)

@@ -5,6 +5,7 @@ names (``optim.lr``): :func:`fields` lists them, :func:`override` sets them. Imp
 """
 
 from knltrain.config.overrides import as_dict as as_dict
+from knltrain.config.overrides import as_typed as as_typed
 from knltrain.config.overrides import comma_separated as comma_separated
 from knltrain.config.overrides import fields as fields
 from knltrain.config.overrides import flatten as flatten

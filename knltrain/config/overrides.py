@@ -211,6 +211,11 @@ def read_toml(path: str | Path) -> dict[str, object]:
         raise ConfigError(f"--config {path}: not TOML: {error}") from None
 
 
+def as_typed(value: float) -> str:
+    """Writes a number as a user does: every digit, and no ``.0`` after a whole one."""
+    return str(value).removesuffix(".0")
+
+
 def flatten(tree: Mapping[str, Any]) -> dict[str, object]:
     """Turns nested tables into dotted names."""
     flat: dict[str, object] = {}

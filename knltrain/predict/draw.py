@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from knltrain.config import as_typed
 from knltrain.predict.run import Prediction
 from knltrain.predict.timeline import EARLIER
 
@@ -94,7 +95,7 @@ def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
         batches.setdefault(one.job.config.global_batch, []).append(one)
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{job.config.model}, {job.config.epochs:g} epochs on {job.system.name}", fontsize=11)
+    figure.suptitle(f"{job.config.model}, {as_typed(job.config.epochs)} epochs on {job.system.name}", fontsize=11)
     times, parts = figure.subplots(1, 2)
     _draw_times(times, batches)
     _draw_parts(parts, batches[max(batches)])

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from knltrain.config import RunConfig
+from knltrain.config import RunConfig, as_typed
 from knltrain.config.schedule import make_schedule
 from knltrain.errors import ConfigError
 from knltrain.predict.allreduce import Fabric
@@ -153,9 +153,10 @@ def predict(job: Job) -> Prediction:
     if job.nodes < 1:
         raise ConfigError(f"{job.nodes} nodes: give 1 or more")
     if not _MIN_NETWORK_FACTOR <= job.network_factor <= 1 / _MIN_NETWORK_FACTOR:
-        raise ConfigError(f"network-factor {job.network_factor:g}: give a positive number, 2 for twice as fast")
+        raise ConfigError(f"network-factor {as_typed(job.network_factor)}: give a positive number, 2 for twice as fast")
     if config.epochs * job.training_images / min(config.global_batch, *config.schedule.batches, 10**9) > _MAX_STEPS:
-        raise ConfigError(f"epochs {config.epochs:g} of {job.training_images:,} images: more steps than a run can take")
+        asked = f"epochs {as_typed(config.epochs)} of {job.training_images:,} images"
+        raise ConfigError(f"{asked}: more steps than a run can take")
     schedule = make_schedule(config, job.training_images)
     steps = min(schedule.total_steps, config.max_steps or schedule.total_steps)
     kinds = {(phase.batch, phase.image_size): _step_of(_at(job, phase.batch, phase.image_size))

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from knltrain.config import as_typed
 from knltrain.predict.run import Prediction
 from knltrain.runlog.tables import new_table
 
@@ -26,10 +27,10 @@ def summary(prediction: Prediction) -> list[str]:
     cost = "" if prediction.usd is None else f", {prediction.usd:,.0f} USD"
     energy = "" if prediction.kwh is None else f", {prediction.kwh:,.0f} kWh"
     return [
-        f"{config.recipe or config.model}: {config.model}, {config.epochs:g} epochs at batch {config.global_batch:,} "
-        f"on {job.nodes:,} {nodes} of {job.system.name} ({job.system.about})",
+        f"{config.recipe or config.model}: {config.model}, {as_typed(config.epochs)} epochs "
+        f"at batch {config.global_batch:,} on {job.nodes:,} {nodes} of {job.system.name} ({job.system.about})",
         f"{job.ranks:,} ranks x {prediction.accumulate} x {prediction.local_batch} images, {job.precision}, "
-        f"gradients in {config.comm.dtype}, buckets of {config.comm.bucket_mb_of(job.ranks):g} MiB, "
+        f"gradients in {config.comm.dtype}, buckets of {as_typed(config.comm.bucket_mb_of(job.ranks))} MiB, "
         f"{job.algorithm or job.system.network.algorithm}{'' if job.overlap else ', after the backward pass'}",
         f"{duration(prediction.total_s)}: {prediction.steps:,} steps{_of(prediction)} {1e3 * step.seconds:.1f} ms, "
         f"evaluations {duration(prediction.evaluation_s)}, checkpoints {duration(prediction.checkpoint_s)}",

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from knltrain.config import as_typed
 from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep.results import Best, Results
 
@@ -58,7 +59,7 @@ def draw_accuracy(results: Results, best: Sequence[Best], reference: Best | None
     axes.minorticks_off()
     axes.set(xlabel="global batch", ylabel="top-1, %")
     config = sweep.base()
-    title = f"{config.model}, {config.epochs:g} epochs, best learning rate of each method and batch"
+    title = f"{config.model}, {as_typed(config.epochs)} epochs, best learning rate of each method and batch"
     figure.suptitle(f"{title}\n{_seeds(best)}", fontsize=9)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9, frameon=False)
     axes.grid(alpha=0.3)

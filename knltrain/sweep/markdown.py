@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from knltrain.config import as_typed
 from knltrain.sweep.plan import Point
 from knltrain.sweep.results import Best, Results
 
@@ -20,7 +21,7 @@ def report(results: Results) -> str:
     lines = [
         f"# {plan.recipe}: accuracy against the batch",
         "",
-        f"`{config.model}` on `{config.data}`, {config.epochs:g} epochs by each method at each batch, "
+        f"`{config.model}` on `{config.data}`, {as_typed(config.epochs)} epochs by each method at each batch, "
         f"{len(plan.seeds)} seed(s). Of {plan.num_tasks} runs, "
         + ", ".join(f"{count} {status}" for status, count in counts.items() if count or status == "done")
         + ".",
@@ -81,8 +82,8 @@ def _accuracy(best: Sequence[Best], reference: Best | None) -> list[str]:
         # The same method and batch is the reference itself.
         is_reference = reference and (one.optimizer, one.batch) == (reference.optimizer, reference.batch)
         against = "reference" if is_reference else f"{one.mean - reference.mean:+.2f}" if reference else ""
-        lines.append(f"| {one.batch:,} | {one.optimizer} | {one.lr:g} | {one.factor:g} | {one.mean:.2f}{spread} | "
-                     f"{len(one.top1)} | {len(one.diverged)} | {against} |")  # fmt: skip
+        lines.append(f"| {one.batch:,} | {one.optimizer} | {one.lr:g} | {as_typed(one.factor)} | "
+                     f"{one.mean:.2f}{spread} | {len(one.top1)} | {len(one.diverged)} | {against} |")  # fmt: skip
     return lines
 
 
@@ -98,7 +99,7 @@ def _search(results: Results) -> list[str]:
         + (f"It alone was trained with {len(plan.later_seeds)} more seed(s). " if plan.later_seeds else "")
         + "The means above include the seeds by which it was chosen.",
         "",
-        "| optimizer | batch | the rule's rate | " + " | ".join(f"x {factor:g}" for factor in factors) + " |",
+        "| optimizer | batch | the rule's rate | " + " | ".join(f"x {as_typed(factor)}" for factor in factors) + " |",
         "|---|---|---|" + "---|" * len(factors),
     ]
     notes = []

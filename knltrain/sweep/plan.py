@@ -193,7 +193,7 @@ def _name(cell: Cell) -> str:
 
 
 def _listed(values: Sequence[object]) -> str:
-    return ",".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return ",".join(configuration.as_typed(value) if isinstance(value, float) else str(value) for value in values)
 
 
 def removed_values(sweep: Sweep, before: Mapping[str, Any]) -> list[str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
 import json
+import math
+import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +24,12 @@ COLUMNS = ("model", "optimizer", "batch", "lr", "lr_factor", "seed", "epochs", "
            "images_per_s", "status", "run")  # fmt: skip
 # File in a run's folder that says how it ended, unless it finished training.
 ENDED = "ended.json"
+# What a row of metrics.jsonl about a step of training has.
+TRAINING_KEYS = ("step", "loss", "images_per_s")
+# A network that guesses among 22,000 classes has a loss of 10.
+_MAX_LOSS = 100.0
+# More bytes than the last rows of metrics.jsonl take.
+_TAIL_BYTES = 8192
 
 
 @dataclass(frozen=True)
@@ -119,6 +128,8 @@ class Results:
         folder = point.folder(self.out)
         summary, ended = _read(folder / "summary.json"), _read(folder / ENDED)
         if summary.get("finished") and (summary.get("steps") or 0) >= self.steps(point):
+            if reason := _senseless_loss(folder / "metrics.jsonl"):
+                return Outcome("diverged", {}, summary.get("wall_s"), reason)
             return Outcome("done", summary, summary.get("wall_s"))
         health = dataclasses.asdict(point.config.health)
         if ended.get("status") in ("diverged", "failed") and ended.get("health", health) == health:
@@ -208,6 +219,35 @@ def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
+
+
+def last_row(path: Path, *keys: str) -> dict[str, Any]:
+    """Returns the last row with these keys of a metrics.jsonl that may be growing; an empty one if there is none."""
+    try:
+        with open_regular(path) as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError, RecursionError):  # a damaged row, or one that the tail begins within
+            row = json.loads(line)
+            if isinstance(row, dict) and row.keys() >= set(keys):
+                return row
+    return {}
+
+
+def _senseless_loss(metrics: Path) -> str:
+    """Returns what is said of a loss at the end of a run that none has that has learnt anything; '' if it has sense."""
+    for what, key in (("validation", "val_loss"), ("training", "loss")):
+        row = last_row(metrics, "step", key)
+        loss = row.get(key)
+        if row and not (isinstance(loss, int | float) and math.isfinite(loss) and loss < _MAX_LOSS):
+            value = f"{loss:.4g}" if isinstance(loss, int | float) else "NaN or Inf"
+            return f"the {what} loss is {value} at its end, step {row['step']}"
+        if row:
+            break  # the last step may be one that was skipped, and the weights be sound
+    return ""
 
 
 def _read(path: Path) -> dict[str, Any]:

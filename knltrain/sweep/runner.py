@@ -34,7 +34,7 @@ from knltrain.runlog.tables import new_table, shown
 from knltrain.sweep.draw import draw_accuracy, draw_losses
 from knltrain.sweep.markdown import report
 from knltrain.sweep.plan import Point, Sweep, removed_values
-from knltrain.sweep.results import ENDED, Best, Outcome, Results, as_csv
+from knltrain.sweep.results import ENDED, TRAINING_KEYS, Best, Outcome, Results, as_csv, last_row
 from knltrain.training import run_dir
 from knltrain.training.batching import rank_batches_by_size, refuse_untrainable_batches
 from knltrain.training.engine import choose_engine, choose_precision
@@ -45,8 +45,6 @@ _POLL_INTERVAL_S = 0.5
 _SHUTDOWN_TIMEOUT_S = 600.0
 # All tasks of a job array may start at once, and take the lock one after another.
 _LOCK_TIMEOUT_S = 600.0
-# More bytes than a row of metrics.jsonl takes.
-_MAX_ROW_BYTES = 4096
 _PR_SET_PDEATHSIG = 1  # <sys/prctl.h>
 _libc = ctypes.CDLL(None)
 
@@ -168,7 +166,8 @@ def check(plan: Sweep, console: Console) -> int:
     train_set, _ = open_data(base)
     for batch in plan.batches:
         if batch > base.epochs * len(train_set):
-            raise ConfigError(f"--batches {batch}: more images than {base.epochs:g} epochs of {len(train_set):,} have")
+            epochs = configuration.as_typed(base.epochs)
+            raise ConfigError(f"--batches {batch}: more images than {epochs} epochs of {len(train_set):,} have")
     return len(train_set)
 
 
@@ -258,8 +257,8 @@ def _train(results: Results, point: Point, stop: StopRequest, look: Callable[[di
         log.seek(begin)
         words = _last_words(log.read())
     outcome = results.outcome(point)
-    if outcome.status == "done" or code == STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
-        return outcome if outcome.status == "done" else dataclasses.replace(outcome, status="stopped")
+    if outcome.ended or code == STOPPED or (stop.requested and code in (-signal.SIGKILL, -signal.SIGTERM)):
+        return outcome if outcome.ended else dataclasses.replace(outcome, status="stopped")
     reason = words if code >= 0 else f"was ended by {signal.Signals(-code).name}; was there memory enough?"
     status = "diverged" if _has_diverged(folder, reason) else "failed"
     write_json(folder / ENDED, {"status": status, "reason": reason.removeprefix("diverged: "),
@@ -285,7 +284,7 @@ def _wait(
     while True:
         with contextlib.suppress(subprocess.TimeoutExpired):
             return process.wait(_POLL_INTERVAL_S)
-        look(_last_row(folder / "metrics.jsonl"))
+        look(last_row(folder / "metrics.jsonl", *TRAINING_KEYS))
         if deadline is None:
             deadline = time.monotonic() + _SHUTDOWN_TIMEOUT_S if stop.requested else None
         elif not asked and waits_for_request(process.pid):
@@ -293,22 +292,6 @@ def _wait(
             process.terminate()
         elif time.monotonic() > deadline:
             os.killpg(process.pid, signal.SIGKILL)
-
-
-def _last_row(path: Path) -> dict[str, Any]:
-    """The last step in a file that may be growing; nothing where there is none yet."""
-    try:
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _MAX_ROW_BYTES))
-            lines = file.read().split(b"\n")[:-1]
-    except OSError:
-        return {}
-    for line in reversed(lines):
-        with contextlib.suppress(ValueError):  # a damaged row, or one that the tail begins within
-            row = json.loads(line)
-            if isinstance(row, dict) and {"step", "loss", "images_per_s"} <= row.keys():
-                return row
-    return {}
 
 
 def _last_words(text: str) -> str:

@@ -69,6 +69,42 @@ def test_a_run_that_diverged_is_tried_again_as_its_message_says(results):
     assert other.outcome(other.sweep.point("lars", 256, 1.0, 0)).status == "stopped"
 
 
+@pytest.mark.parametrize("rows, status", [
+    ([{"step": 9, "loss": 0.2}, {"step": 9, "val_loss": 0.3}], "done"),
+    ([{"step": 9, "loss": 0.2}, {"step": 9, "val_loss": 1e24}], "diverged"),
+    ([{"step": 9, "loss": 0.2}, {"step": 9, "val_loss": None}], "diverged"),
+    ([{"step": 9, "loss": 0.2}, {"step": 9, "val_loss": math.inf}], "diverged"),
+    ([{"step": 9, "loss": 1e24}], "diverged"),
+    ([{"step": 9, "loss": math.nan}], "diverged"),
+    ([{"step": 9, "loss": None}, {"step": 9, "val_loss": 0.3}], "done"),  # a step that was skipped
+    ([{"step": 1, "loss": 1e24}, {"step": 9, "loss": 0.2}], "done"),
+    ([], "done"),
+])  # fmt: skip
+def test_a_run_that_ends_with_a_loss_beyond_any_sense_has_diverged(results, rows, status):
+    """Too few steps for the run itself to say so: it finishes, and its weights are worth nothing."""
+    end(results, "sgd", 256, 1.0, 0, top1=10.0)
+    point = results.sweep.point("sgd", 256, 1.0, 0)
+    (point.folder(results.out) / "metrics.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    outcome = results.outcome(point)
+    assert (outcome.status, outcome.ended) == (status, True)
+    assert (outcome.top1 is None) == (status == "diverged")
+    if status == "diverged":
+        assert outcome.reason.endswith("at its end, step 9")
+        assert results.num_diverged("sgd", 256) == 1
+
+
+def test_numbers_come_back_as_they_were_typed(tmp_path):
+    fields = {"data": "shapes", "epochs": "2.3333333"}
+    results = Results(sweep_of(lr_factors=(0.3333333, 1.0, 8.0), fields=fields), tmp_path, IMAGES)
+    end(results, "sgd", 256, 0.3333333, 0, top1=79.0)
+    collect(results)
+    text = (tmp_path / "report.md").read_text()
+    assert "| x 0.3333333 | x 1 | x 8 |" in text
+    assert "| 0.0333333 | 0.3333333 | 79.00 |" in text
+    assert "2.3333333 epochs" in text
+    assert "--lr-factors 0.3333333,1,8 " in results.sweep.command(tmp_path)
+
+
 def test_the_best_is_chosen_by_the_seeds_that_all_learning_rates_have(results):
     searched(results)
     end(results, "sgd", 256, 1.0, 1, top1=70.0)  # a later seed that is worse says nothing of the other rate

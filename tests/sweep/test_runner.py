@@ -15,7 +15,7 @@ from sweeps import sweep_of
 from knltrain.cli.main import main
 from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep import runner
-from knltrain.sweep.results import Results
+from knltrain.sweep.results import TRAINING_KEYS, Results, last_row
 from knltrain.training.signals import StopRequest
 
 SMALL = ("--recipe", "cifar-256", "--batches", "16", "--local-batch", "16", "--precision", "fp32", "--engine", "eager")
@@ -177,8 +177,9 @@ def test_what_a_run_said_last(text, words):
 
 def test_the_last_step_of_a_file_that_grows(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert runner._last_row(path) == {}
-    path.write_text('{"step": 1, "loss": 2.0}\n{"step": 1, "top1": 3.0}\n{"step": 2, "lo')
-    assert runner._last_row(path) == {"step": 1, "loss": 2.0}
-    path.write_text("x" * 5000 + '\n{"step": 7, "loss": 1.0}\n')
-    assert runner._last_row(path) == {"step": 7, "loss": 1.0}
+    assert last_row(path, *TRAINING_KEYS) == {}
+    first = {"step": 1, "loss": 2.0, "images_per_s": 9.0}
+    path.write_text(f'{json.dumps(first)}\n{{"step": 1, "top1": 3.0}}\n[1]\n{{"step": 2, "lo')
+    assert last_row(path, *TRAINING_KEYS) == first
+    path.write_text("x" * 10000 + f"\n{json.dumps(first)}\n")
+    assert last_row(path, *TRAINING_KEYS) == first
