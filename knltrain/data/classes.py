@@ -66,6 +66,11 @@ class ClassChoice:
             return tuple(sorted(wanted, key=_number))
         return tuple(sorted(wanted) if self.order == "name" else wanted)
 
+    @property
+    def says_no_order(self) -> bool:
+        """Whether the data decide how classes are numbered."""
+        return self.order == "" and self.numbers is None
+
     def reads(self, name: str) -> bool:
         """Whether images of this class are used."""
         return self.only is None or name in self.only
@@ -153,10 +158,11 @@ def remarks_on(names: Sequence[str], where: object, *, by_name: bool) -> tuple[s
     Args:
         names: of the classes, in the order of their numbers.
         where: the data, for the sentences.
-        by_name: whether they are in this order because nobody has asked for another.
+        by_name: whether nobody has asked for their order.
     """
     said = []
-    if by_name and all(map(_is_number, names)) and (numeric := sorted(names, key=_number)) != list(names):
+    numeric = sorted(names, key=_number) if all(map(_is_number, names)) else list(names)
+    if by_name and list(names) == sorted(names) != numeric:
         place = next(place for place, name in enumerate(names) if name != numeric[place])
         said.append(
             f"{where}: the classes are numbers, and numbered in the order of their names, as torchvision's ImageFolder "

@@ -61,8 +61,8 @@ class Folder:
             self._refuse_empty(there, files, left_out)
         self._files = [file for of_class in files for file in of_class]
         self.labels: NDArray[np.int64] = np.repeat(np.arange(len(files)), [len(of_class) for of_class in files])
-        by_name = choice.order == "" and choice.numbers is None
-        self.remarks = (*remarks, *remarks_on(self.classes, part, by_name=by_name), *left_out.remarks(part))
+        doubtful = remarks_on(self.classes, part, by_name=choice.says_no_order)
+        self.remarks = (*remarks, *doubtful, *left_out.remarks(part))
 
     def _refuse_empty(self, there: Set[str], files: Sequence[Sequence[str]], left_out: LeftOut) -> None:
         empty = [name for name, of_class in zip(self.classes, files, strict=True) if not of_class and name in there]

@@ -99,11 +99,11 @@ class Manifest(msgspec.Struct, kw_only=True):
 
     def _check_samples(self, root: Path, part: str) -> None:
         """Refuses files of the right size that are of another preparation."""
-        sampled = [shard for shard in self.shards[part] if shard.sample]
+        shards = self.shards[part]
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            found = list(pool.map(sample_of, (root / shard.file for shard in sampled)))
-        for shard, sample in zip(sampled, found, strict=True):
-            if sample != shard.sample:
+            fits = list(pool.map(lambda shard: has_sample(root / shard.file, shard.sample), shards))
+        for shard, fit in zip(shards, fits, strict=True):
+            if not fit:
                 raise DataError(
                     f"{root / shard.file}: not the file that {NAME} lists, but of the same size; copy it again, or run "
                     "knltrain prepare again"
@@ -130,6 +130,15 @@ def sample_of(path: Path) -> str:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; {remedy(error)}") from None
     return digest.hexdigest()
+
+
+def has_sample(path: Path, sample: str) -> bool:
+    """Whether a file is that of a sample, as far as that tells; an older manifest has none.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    return not sample or sample_of(path) == sample
 
 
 def remedy(error: OSError) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from knltrain.data.augment import Pixels
-from knltrain.data.classes import ALL_CLASSES, ClassChoice
+from knltrain.data.classes import ALL_CLASSES, ClassChoice, remarks_on
 from knltrain.data.convert import checksum
 from knltrain.data.decode import DecodedImage
 from knltrain.data.folder import DataError
@@ -23,7 +23,7 @@ class Packed:
         classes: names.
         labels: class number of every image.
         size: height and width of every image, pixels.
-        remarks: none; ``prepare`` has said them.
+        remarks: what may not be as it was meant, for people; ``prepare`` has said what was left out.
 
     Args:
         root: the folder.
@@ -38,7 +38,6 @@ class Packed:
 
     def __init__(self, root: Path, part: str, manifest: Manifest, choice: ClassChoice = ALL_CLASSES) -> None:
         manifest.check_shards(root, part)
-        self.remarks: tuple[str, ...] = ()
         self.size = manifest.size
         self._files_sha256 = manifest.part_sha256(part)
         self._paths = [root / shard.file for shard in manifest.shards[part]]
@@ -56,6 +55,7 @@ class Packed:
             raise DataError(f"{root}: {part} does not have the number of images in {NAME}; copy it again")
         self._first = np.cumsum([0, *(len(images) for images in self._shards)])
         self.classes = choice.arrange(manifest.classes, root)
+        self.remarks = remarks_on(self.classes, root, by_name=choice.says_no_order)
         # Where the images of the chosen classes are among all.
         self._places, self.labels = choice.renumber(
             manifest.classes, _labels(root, part, manifest, int(self._first[-1])), self.classes

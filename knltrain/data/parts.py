@@ -17,6 +17,8 @@ NAMES = {"train": ("train", "training"), "val": ("val", "validation", "valid", "
 IMAGENET = {"train": "ILSVRC2012_img_train.tar", "val": "ILSVRC2012_img_val.tar"}
 _PART_OF_WORD = {word: part for part, words in NAMES.items() for word in words}
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.IGNORECASE)
+# Folders of a data set that lacks a part, in which it is looked for.
+_NUM_LOOKED_INTO = 20
 _TAKES = "--data takes a folder that holds train/CLASS and val/CLASS, tar files, or output of knltrain prepare"
 
 
@@ -162,10 +164,10 @@ def instead(root: Path, part: str) -> str:
                 f"; {root / below} has Parquet files, which are not read: write their images as train/CLASS/IMAGE and "
                 "val/CLASS/IMAGE, or as WebDataset's tar files"
             )
-    for below in (*names, "ILSVRC/Data/CLS-LOC"):
-        if (root / below).is_dir() and not is_ignored(below) and any((root / below / w).is_dir() for w in NAMES[part]):
-            return f", but there is {root / below}: give --data {root / below}"
     folders = [name for name in names if (root / name).is_dir() and not is_ignored(name)]
+    for below in (*folders[:_NUM_LOOKED_INTO], "ILSVRC/Data/CLS-LOC"):
+        if (root / below).is_dir() and find_part(root / below, part):
+            return f", but there is {root / below}: give --data {root / below}"
     other = next((p for p, words in NAMES.items() if p != part and any(word in folders for word in words)), None)
     if other is None and any(_has_image(root / name) for name in folders):
         return (

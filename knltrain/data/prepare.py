@@ -44,6 +44,7 @@ from knltrain.data.parts import NAMES, instead
 from knltrain.data.sources import Source, find_sources
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.files import replacing
+from knltrain.launch.signals import run_before_end
 from knltrain.runlog.console import Console, ImageProgress
 
 REJECTED = "rejected.jsonl"
@@ -308,11 +309,18 @@ def _sample(sources: dict[str, Source]) -> list[tuple[str, int, int]]:
 
 @contextlib.contextmanager
 def _explain_errors(dst: Path, console: Console) -> Iterator[None]:
-    """Says how to resume: on an interrupt, and in the KnltrainErrors that errors of disks and workers become."""
+    """Says how to resume: where a signal ends it, and in the KnltrainErrors that errors of disks and workers become."""
+    unfinished = [f"{dst} is not finished; the same command goes on from there"]
+
+    def say() -> None:
+        while unfinished:
+            console.line(unfinished.pop())
+
+    run_before_end(say)  # for SIGTERM, which raises nothing here
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):  # Ctrl-C, and what a SIGTERM becomes
-        console.line(f"{dst} is not finished; the same command goes on from there")
+    except KeyboardInterrupt:
+        say()
         raise
     except BrokenProcessPool:
         raise KnltrainError(
@@ -322,6 +330,8 @@ def _explain_errors(dst: Path, console: Console) -> Iterator[None]:
         raise KnltrainError(
             f"{error.filename or dst}: {error.strerror or error}; run the same command again to resume"
         ) from None
+    finally:
+        unfinished.clear()
 
 
 def _images_per_shard(pool: ProcessPoolExecutor, sources: dict[str, Source], format: Format, size: int) -> int:

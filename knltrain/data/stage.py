@@ -10,8 +10,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+from knltrain.data.convert import checksum
 from knltrain.data.folder import DataError
-from knltrain.data.manifest import NAME, read_manifest
+from knltrain.data.manifest import NAME, has_sample, read_manifest
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.files import replacing
 
@@ -47,9 +48,14 @@ def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda 
         f"{part}/labels.npy": ((root / part / "labels.npy").stat().st_size, digest)
         for part, digest in manifest.labels.items()
     }
+    samples = {shard.file: shard.sample for part in manifest.shards.values() for shard in part}
     try:
         target.mkdir(parents=True, exist_ok=True)
         missing = [file for file, (size, _) in files.items() if _size(target / file) != size]
+        # Of the right size, and yet not what the manifest lists.
+        there = files.keys() - {*missing}
+        missing += sorted(file for file in there & samples.keys() if not has_sample(target / file, samples[file]))
+        missing += sorted(file for file in there - samples.keys() if checksum(str(target / file)) != files[file][1])
         total = sum(files[file][0] for file in missing)
         free = shutil.disk_usage(target).free
         if total > free:

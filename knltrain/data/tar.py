@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from knltrain.data.classes import ALL_CLASSES, ClassChoice, some
+from knltrain.data.classes import ALL_CLASSES, ClassChoice, remarks_on, some
 from knltrain.data.decode import DecodeError, EncodedImage, is_bad, refuse_long
 from knltrain.data.folder import check_some
 from knltrain.data.manifest import NAME, read_manifest
@@ -58,7 +58,8 @@ class Tar:
             if not len(kept):
                 raise DataError(f"{root}: {part} has no image of these classes")
         self.labels = self._index.label
-        self.remarks = (*(place.remarks if place else ()), *index.remarks)
+        doubtful = remarks_on(self.classes, root, by_name=choice.says_no_order)
+        self.remarks = (*(place.remarks if place else ()), *doubtful, *index.remarks)
         if self._manifest is None and part == "train":
             self.remarks += _remarks_on_gaps(root, self.classes, self.labels)
         self._files: dict[int, int] = {}

@@ -141,6 +141,13 @@ def test_what_is_prepared_of_some_classes_keeps_them_and_their_order(numbered, t
         prepare(numbered, tmp_path / "raw", workers=1)
 
 
+def test_numbers_that_are_numbered_by_name_are_said_of_prepared_data_too(any_format):
+    train = open_folder(any_format, "train")
+    assert [("class 10 has label 2" in remark) for remark in train.remarks] == [True] * (train.classes[2] == "10")
+    assert not open_folder(any_format, "train", ClassChoice(order="numeric")).remarks
+    assert not open_folder(any_format, "train", ClassChoice(numbers=train.classes)).remarks
+
+
 def test_numbers_that_are_numbered_by_name_are_said(numbered, tmp_path):
     train, val = open_data(RunConfig(data=str(numbered), image_size=24))
     assert train.classes[2] == "10"

@@ -126,6 +126,8 @@ def test_what_is_there_instead_is_said(tmp_path):
     assert f"{tmp_path}/nowhere/train: no such folder; --data takes" in refused(tmp_path / "nowhere")
     images(tmp_path / "deep/imagenette2", "train", "val")
     assert f"but there is {tmp_path}/deep/imagenette2: give --data" in refused(tmp_path / "deep")
+    tars(tmp_path / "repository/data", "train-0000.tar")
+    assert f"but there is {tmp_path}/repository/data: give --data" in refused(tmp_path / "repository")
     images(tmp_path / "kaggle/ILSVRC/Data/CLS-LOC", "train")
     assert "give --data" in refused(tmp_path / "kaggle")
     assert f"give the folder that holds it, --data {tmp_path}/deep/imagenette2" in refused(

@@ -483,16 +483,27 @@ def test_from_webdataset_and_from_imagenets_archives(image_folder, tmp_path, raw
         prepare(src, tmp_path / "other")
 
 
-def test_interrupting_the_command_says_so(image_folder, tmp_path):
-    command = [sys.executable, "-m", "knltrain", "prepare", str(image_folder), str(tmp_path / "out"), "--workers", "1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    while not (tmp_path / "out").exists():
+@pytest.mark.parametrize("number, codes", [(signal.SIGINT, {130}), (signal.SIGTERM, {143, -signal.SIGTERM})])
+def test_a_signal_ends_the_command_which_says_how_to_go_on(image_folder, tmp_path, number, codes):
+    """Sent to all its processes at once, as a terminal and Slurm do."""
+    for copy in range(40):
+        shutil.copytree(image_folder / "train", tmp_path / "src/train", dirs_exist_ok=True,
+                        copy_function=lambda a, b, copy=copy: shutil.copy(a, f"{b[:-4]}-{copy}.jpg"))  # fmt: skip
+    command = [sys.executable, "-m", "knltrain", "prepare", "src", "out", "--workers", "1", "--size", str(SIZE)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": tmp_path}
+    process = subprocess.Popen(command, start_new_session=True, **pipes)
+    while not list(tmp_path.glob("out/train/*.part")):
         assert process.poll() is None
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    os.killpg(process.pid, number)
+    output, errors = process.communicate(timeout=60)
     assert "Traceback" not in errors
-    assert process.returncode in (0, 130)
+    assert process.returncode in codes, errors
+    assert "out is not finished; the same command goes on from there" in output
+    again = subprocess.run(command, timeout=60, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert "not finished" not in again.stdout
+    assert len(open_folder(tmp_path / "out", "train")) == 40 * 48
 
 
 def test_the_command(image_folder, tmp_path):

@@ -1,5 +1,6 @@
 """--stage: a copy on each node, checked, kept, and refused where it does not fit."""
 
+import os
 import shutil
 import threading
 import time
@@ -42,6 +43,21 @@ def test_is_kept_and_completed(prepared, tmp_path):
     (copy / name).write_bytes(whole[name][:100])  # as a job that was ended leaves it
     (copy / "meta.json").unlink()
     assert stage(prepared, tmp_path) == copy
+    assert files(copy) == whole
+
+
+def test_what_is_no_longer_what_it_was_is_copied_again(prepared, tmp_path):
+    """Of the same size, with an old time: a file of another preparation, or labels that were written over."""
+    copy = stage(prepared, tmp_path)
+    whole = files(copy)
+    for name in whole:
+        if name.endswith((".npy", ".tar")):
+            data = bytearray(whole[name])
+            data[-1000 if len(data) > 5000 else -1] ^= 1
+            (copy / name).write_bytes(data)
+            os.utime(copy / name, ns=(10**18, 10**18))
+    assert files(copy) != whole
+    stage(prepared, tmp_path)
     assert files(copy) == whole
 
 
