@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from knltrain.models.fused import measures
+
 if TYPE_CHECKING:
     from torch._ops import OpOverload
 
@@ -128,8 +130,8 @@ class Timing(TorchDispatchMode):
             self._path.pop()
             self._own()
 
-        yield module.register_forward_pre_hook(enter)
-        yield module.register_forward_hook(leave)
+        yield module.register_forward_pre_hook(measures(enter))
+        yield module.register_forward_hook(measures(leave))
 
     def _own(self) -> None:
         self._owners.append((torch._C._autograd._get_sequence_nr(), self._path[-1] or "(loss)"))

@@ -17,6 +17,7 @@ from torch.profiler import profile as profiler
 from knltrain.bench.step import TrainingStep, spread
 from knltrain.config import RunConfig
 from knltrain.errors import ConfigError
+from knltrain.models.fused import measures
 from knltrain.node.memory import peak_resident_mb
 from knltrain.runlog.console import Console
 from knltrain.runlog.provenance import provenance
@@ -97,8 +98,8 @@ def _marked_layers(model: nn.Module) -> Iterator[None]:
             def end(module: nn.Module, inputs: Any, output: Any) -> None:
                 running.pop().__exit__(None, None, None)
 
-            hooks.callback(module.register_forward_pre_hook(begin).remove)
-            hooks.callback(module.register_forward_hook(end).remove)
+            hooks.callback(module.register_forward_pre_hook(measures(begin)).remove)
+            hooks.callback(module.register_forward_hook(measures(end)).remove)
         yield
 
 

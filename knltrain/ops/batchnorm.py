@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from knltrain.ops.library import operator, register_fake
@@ -70,7 +71,7 @@ def batch_norm_act(
         y, mean, var = torch.ops.knltrain.batch_norm_act(
             x, residual, weight, bias, *(statistics or (None, None)), True, relu, eps, cap
         )
-        if running_mean is not None and running_var is not None:
+        if running_mean is not None and running_var is not None and x.numel():
             count = x.numel() // x.shape[1]
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(var * (count / (count - 1)), momentum)
@@ -228,10 +229,29 @@ def _differentiate(ctx: Any, dy: Tensor | None, _mean: None, _var: None) -> tupl
     if dy is None:
         return (None,) * 10
     x, y, weight, bias, mean, var = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        return _differentiate_in_torch(ctx, dy, x, y, weight, bias, mean, var)
     dx, dresidual, dweight, dbias = torch.ops.knltrain.batch_norm_act_backward(
         dy, x, y, weight, bias, mean, var, ctx.has_residual, ctx.training, ctx.relu, ctx.eps, ctx.cap
     )
     return dx, dresidual if ctx.has_residual else None, dweight, dbias, *(None,) * 6
+
+
+def _differentiate_in_torch(
+    ctx: Any, dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
+) -> tuple[Tensor | None, ...]:
+    """The same gradients, by operations that PyTorch differentiates again: the kernels have no second derivatives."""
+    statistics = (None, None) if ctx.training else (mean, var)
+    z = F.batch_norm(x.float(), *statistics, weight, bias, training=ctx.training, momentum=0.0, eps=ctx.eps)
+    dz = dy.float()
+    if ctx.relu:
+        result = z if y is None else y
+        dz = dz * ((result > 0) & (result < (math.inf if ctx.cap is None else ctx.cap)))
+    inputs = (x, weight, bias)
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    gradients = iter(torch.autograd.grad(z, needed, dz, create_graph=True) if needed else ())
+    dx, dweight, dbias = (next(gradients) if tensor.requires_grad else None for tensor in inputs)
+    return dx, dz.to(dy.dtype) if ctx.has_residual else None, dweight, dbias, *(None,) * 6
 
 
 torch.library.register_autograd("knltrain::batch_norm_act", _differentiate, setup_context=_save)

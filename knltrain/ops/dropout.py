@@ -115,6 +115,8 @@ def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None, None]:
     key, y = ctx.saved_tensors
     # The mask depends on positions in memory.
     dy = dy.contiguous(memory_format=ctx.layout)
+    if torch.is_grad_enabled():  # operations that PyTorch differentiates again
+        return _backward_in_torch(dy, y, key, ctx.p), None, None, None
     return torch.ops.knltrain.dropout_backward(dy, y, key, ctx.p), None, None, None
 
 

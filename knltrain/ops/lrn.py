@@ -96,6 +96,11 @@ def _save(ctx: Any, inputs: tuple[Tensor, int, float], output: Tensor) -> None:
 
 def _differentiate(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
     (x,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # operations that PyTorch differentiates again
+        wide = x.float()
+        y = wide * (_window(wide * wide, ctx.size) * (ctx.alpha / ctx.size) + 1).pow(-BETA)
+        (dx,) = torch.autograd.grad(y, x, dy.float(), create_graph=True)
+        return dx, None, None
     return torch.ops.knltrain.local_response_norm_backward(dy, x, ctx.size, ctx.alpha), None, None
 
 

@@ -55,6 +55,26 @@ def max_pool2d(
     return result
 
 
+def takes_window(
+    x: Tensor,
+    kernel_size: int | tuple[int, int],
+    stride: int | tuple[int, int] | None,
+    padding: int | tuple[int, int],
+    *,
+    ceil_mode: bool,
+) -> bool:
+    """Whether :func:`max_pool2d` takes such windows of an image."""
+    kernel, padded = _pair(kernel_size), _pair(padding)
+    steps = kernel if stride is None else _pair(stride)
+    return _fits(kernel, steps, padded) and min(_sizes(x, kernel, steps, padded, ceil_mode)) > 0
+
+
+def _fits(kernel: list[int], stride: list[int], padding: list[int]) -> bool:
+    """Whether the kernel computes such windows, of any image that has room for one."""
+    few = min(kernel) > 0 and kernel[0] * kernel[1] <= _MAX_ELEMENTS and min(stride) > 0
+    return few and all(0 <= pad <= length // 2 for pad, length in zip(padding, kernel, strict=True))
+
+
 def _pair(value: int | tuple[int, int]) -> list[int]:
     return [value, value] if isinstance(value, int) else list(value)
 
@@ -139,6 +159,10 @@ def _differentiate(ctx: Any, dy: Tensor | None, _winner: None) -> tuple[Tensor |
     if dy is None:
         return (None,) * 6
     (winner,) = ctx.saved_tensors
+    if torch.is_grad_enabled():  # operations that PyTorch differentiates again
+        in_h, in_w, kernel, stride, padding = ctx.geometry
+        dx = _backward_in_torch(dy, winner, _empty_gradient(dy, in_h, in_w), kernel, stride, padding)
+        return dx, *(None,) * 5
     return torch.ops.knltrain.max_pool2d_backward(dy, winner, *ctx.geometry), None, None, None, None, None
 
 
@@ -169,11 +193,9 @@ def _sizes(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], 
 def _output_shape(x: Tensor, kernel: list[int], stride: list[int], padding: list[int], ceil_mode: bool) -> list[int]:
     """The result's shape, after checking everything that the kernel relies on."""
     _check_image("x", x, _FLOATS)
-    if min(kernel) < 1 or kernel[0] * kernel[1] > _MAX_ELEMENTS or min(stride) < 1:
-        raise ValueError(f"kernel size {kernel} and stride {stride} must be positive, and the window have at most "
-                         f"{_MAX_ELEMENTS} pixels")  # fmt: skip
-    if any(pad < 0 or pad > length // 2 for pad, length in zip(padding, kernel, strict=True)):
-        raise ValueError(f"padding {padding} must be between 0 and half the kernel size {kernel}")
+    if not _fits(kernel, stride, padding):
+        raise ValueError(f"kernel size {kernel} and stride {stride} must be positive, padding {padding} between 0 and "
+                         f"half the kernel size, and the window have at most {_MAX_ELEMENTS} pixels")  # fmt: skip
     sizes = _sizes(x, kernel, stride, padding, ceil_mode)
     if min(sizes) < 1:
         raise ValueError(f"x of {x.shape[2]} x {x.shape[3]} pixels has no room for a window of {kernel}")

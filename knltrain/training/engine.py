@@ -43,7 +43,7 @@ class Engine:
         precision: bf16 (float32 weights to the optimizer) or fp32.
         model: in channels-last memory format.
         optimizer: of the model's float32 weights.
-        masters: the float32 weights, by name, of which the model has bf16 working copies.
+        masters: the optimizer's float32 weights, by name, of which the model has bf16 working copies.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Engine:
     def state_dict(self) -> dict[str, Tensor]:
         """The model's float32 weights and its buffers, under the model's own names."""
         state: dict[str, Tensor] = self.model.state_dict()
-        return {name: self.masters.get(name, tensor) for name, tensor in state.items()}
+        return {name: self.masters[name].detach() if name in self.masters else state[name] for name in state}
 
     def gradients(self) -> dict[str, Tensor]:
         """What the optimizer's next step takes, by parameter name, in the order of the model's layers."""
@@ -279,7 +279,7 @@ def _use_working_copies(model: nn.Module, optimizer: MasterOptimizer) -> dict[st
             if master not in copies:
                 copies[master] = nn.Parameter(master.detach().to(torch.bfloat16), master.requires_grad)
             setattr(module, name, copies[master])
-            masters[f"{path}.{name}" if path else name] = master.detach()
+            masters[f"{path}.{name}" if path else name] = master
     optimizer.use_working_copies(copies)
     return masters
 

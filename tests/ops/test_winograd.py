@@ -286,7 +286,7 @@ def test_any_layout_is_taken():
     assert all(map(torch.equal, *results))
 
 
-def test_an_image_without_a_batch_is_summed_directly():
+def test_an_image_without_a_batch_is_one_of_a_batch():
     layer = FusedConv2d(16, 16, 3, padding=1)
     layer.by = Native(True, True, True)
     x = torch.randn(16, 9, 9)
