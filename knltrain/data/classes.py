@@ -125,6 +125,8 @@ class ClassChoice:
             like = {look(name): name for name in found}
             near = next(((name, like[look(name)]) for name in sorted(missing) if look(name) in like), None)
             hint = f"; {near[0]!a} is not {near[1]!a}, which is there" if near else ""
+            if all(map(_is_number, found)) and not any(map(_is_number, missing)):
+                hint = "; there classes are numbers, which --class-order FILE gives names to"
             raise ConfigError(
                 f"{wanted_by}: {len(missing):,} classes are not in {where}: {some(sorted(missing))}{hint}"
             )

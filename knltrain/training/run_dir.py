@@ -20,9 +20,11 @@ from knltrain.errors import ConfigError, KnltrainError
 from knltrain.files import naming, open_regular, resolved, says_absent
 from knltrain.runlog.console import Console
 
-# What may differ between the parts of one run: where and how it runs, and how long, not what it computes.
+# What may differ between the parts of one run: where and how it runs, and how long, not what it computes. Where data
+# and lists of classes lie may: what they are is compared with the checkpoint.
 _MAY_CHANGE = {
-    "data", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every", "checkpoint.keep", "engine",
+    "data", "classes", "class_order", "stage", "out", "resume", "workers", "max_steps", "checkpoint.every",
+    "checkpoint.keep", "engine",
     "log_trust_ratios", "force_bf16", "comm.backend", "comm.timeout_s", "comm.start_timeout_s", "health.policy",
     "health.max_skips", "health.max_rewinds", "health.rewind_factor", "health.divergence_steps", "health.compare_every",
 }  # fmt: skip

@@ -277,6 +277,22 @@ def test_other_data_under_a_checkpoint_is_refused(config, image_folder, tmp_path
     assert any("--allow-change data has no effect" in line for line in console.lines)
 
 
+def test_lists_of_classes_may_be_elsewhere_and_must_say_the_same(config, tmp_path):
+    names, order, other = tmp_path / "names", tmp_path / "order", tmp_path / "other"
+    names.write_text("class0\nclass2\n")
+    order.write_text("class2\nclass1\nclass0\n")
+    other.write_text("class0\nclass1\n")
+    run(config, max_steps=1, classes=str(names), class_order=str(order))
+    state = json.loads((newest(config.out) / "state.json").read_text())
+    assert state["classes"] == ["class2", "class0"]
+    moved = tmp_path / "moved"
+    names.rename(moved)
+    run(config, max_steps=2, classes=str(moved), class_order=str(order))
+    for given in ({"classes": str(other), "class_order": str(order)}, {"classes": str(moved)}, {}):
+        with pytest.raises(ConfigError, match="other data"):
+            run(config, max_steps=3, **given)
+
+
 def _rename_a_class(root):
     for part in ("train", "val"):
         (root / part / "class1").rename(root / part / "class9")
