@@ -3,11 +3,12 @@
 import errno
 import io
 import os
+from pathlib import Path
 
 import pytest
 from disk import record
 
-from knltrain.files import naming, replacing, replacing_path, resolved, says_absent, sync_folder
+from knltrain.files import cache_folder, naming, replacing, replacing_path, resolved, says_absent, sync_folder
 
 
 @pytest.fixture
@@ -23,6 +24,14 @@ def test_the_old_content_stays_until_the_new_is_whole(path):
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_cache_folder_that_is_set_to_nothing_is_the_users_own(monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/caches")
+    monkeypatch.setenv("KNLTRAIN_CACHE", "")
+    assert cache_folder() == Path("/caches/knltrain")
+    monkeypatch.setenv("KNLTRAIN_CACHE", "/mine")
+    assert cache_folder() == Path("/mine")
 
 
 def test_an_error_leaves_the_old_content_alone(path):

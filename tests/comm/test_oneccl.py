@@ -185,6 +185,14 @@ def test_what_the_user_exported_stays():
     assert (settings.kept, settings.set["CCL_KVS_IFACE"]) == ({"FI_PROVIDER": "tcp"}, "ib0")
 
 
+def test_what_the_user_exported_empty_is_not_set():
+    empty = ("CCL_ATL_TRANSPORT", "CCL_WORKER_COUNT", "CCL_WORKER_AFFINITY", "CCL_LOG_LEVEL", "FI_PROVIDER")
+    root = {"I_MPI_ROOT": "/opt/mpi"}
+    plain = oneccl.configure(RANKS, [54], root.copy())
+    assert oneccl.configure(RANKS, [54], {**root, **dict.fromkeys(empty, "")}) == plain
+    assert plain.set["CCL_WORKER_COUNT"] == "1"
+
+
 def test_kept_cores_become_workers_unless_the_user_has_spoken():
     ranks = Ranks("hydra", 1, 4, 1, 2)
     told = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": "/opt/mpi"}).set

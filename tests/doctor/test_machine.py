@@ -135,6 +135,17 @@ def test_a_part_of_a_node_that_slurm_does_not_confine_a_job_to(small):
     assert "--exclusive" in finding.remedy
 
 
+def test_a_job_without_a_launcher_and_a_launcher_that_says_too_little(small):
+    finding = found("affinity", small, {"SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "8"})
+    assert finding.severity == "warning"
+    assert finding.cause.startswith("this Slurm job has 4 nodes and 8 tasks, and no launcher started this process")
+    assert finding.remedy.startswith("start the ranks of one run with srun")
+    finding = found("affinity", small, {"PMIX_RANK": "1"})
+    assert (finding.severity, "(PMIX_RANK=1)" in finding.cause) == ("error", True)
+    assert "(slurm)" in found("affinity", small, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2",
+                                                  "SLURM_STEP_TASKS_PER_NODE": "2"}).cause  # fmt: skip
+
+
 def test_launchers_that_contradict_each_other(small):
     contradiction = {"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     finding = found("affinity", small, contradiction)

@@ -191,6 +191,25 @@ def test_more_ranks_come_than_wait_in_the_first_ones_queue(manager, two_nodes, m
     assert not [thread for thread in threading.enumerate() if thread.name == "rendezvous"]
 
 
+def test_ranks_under_flux_meet_through_its_process_manager(manager, two_nodes):
+    two_nodes[False] = [("ib0", "127.0.0.2")]
+    two_nodes[True] = [("ib0", "127.0.0.3")]
+    made, found = manager(2), {}
+
+    def one(rank):
+        ranks = discover({"FLUX_TASK_RANK": str(rank), "FLUX_JOB_SIZE": "2", "FLUX_JOB_NNODES": "2",
+                          "FLUX_TASK_LOCAL_ID": "0", "PMI_RANK": str(rank), "PMI_SIZE": "2"})  # fmt: skip
+        found[rank] = find_rendezvous(ranks, {"PMI_FD": str(made.clients[rank].fileno())})
+
+    threads = [threading.Thread(target=one, args=(rank,), name=f"node-{rank}") for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert found[1].address == "127.0.0.2"
+    assert found[0].init_method == found[1].init_method
+
+
 def test_no_address_that_answers_is_an_error_that_lists_them(manager, two_nodes):
     two_nodes[False] = [("docker0", "127.0.0.9")]
     two_nodes[True] = [("docker0", "127.0.0.9")]
