@@ -21,7 +21,7 @@ from typing import Any
 
 import knltrain
 from knltrain.errors import KnltrainError
-from knltrain.files import cache_folder, open_regular, replacing
+from knltrain.files import cache_folder, open_regular, replacing, says_absent
 from knltrain.node.layouts import Layout
 from knltrain.node.topology import Node
 
@@ -135,6 +135,7 @@ def check_writable() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        _require_readable(measured_file())
     except OSError as error:
         raise KnltrainError(f"{folder}: {error.strerror}; set KNLTRAIN_CACHE to a folder that can be written") from None
 
@@ -184,10 +185,20 @@ def store_convolutions(settings: Mapping[str, object], native: Mapping[str, Sequ
 def _add(
     path: Path, before: Sequence[Mapping[str, Any]], settings: Mapping[str, object], result: Mapping[str, object]
 ) -> None:
+    _require_readable(path)
     kept = [one for one in before if one["settings"] != settings]
     text = json.dumps([*kept, {"settings": dict(settings), **result}], indent=2) + "\n"
     with replacing(path) as file:
         file.write(text.encode())
+
+
+def _require_readable(path: Path) -> None:
+    """Raises OSError for a file that cannot be read now: what it holds would be lost with a new one in its place."""
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        if not says_absent(error):
+            raise
 
 
 def _tuned() -> list[dict[str, Any]]:
@@ -206,6 +217,9 @@ def _read(path: Path, result: str, kind: type, writer: str) -> list[dict[str, An
     except FileNotFoundError:
         return []
     except OSError as error:
+        if not says_absent(error):
+            warnings.warn(f"{path}: {error.strerror}: it is not used", stacklevel=3)
+            return []
         problem = str(error.strerror)
     except (ValueError, TypeError, KeyError, RecursionError):
         problem = "damaged, or not what knltrain writes"

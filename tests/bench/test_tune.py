@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import functools
 import importlib.metadata
 import json
@@ -115,6 +116,24 @@ def test_a_damaged_or_foreign_file_is_ignored_with_one_warning_and_replaced(cach
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert asked() == "fused"
+
+
+def test_a_file_that_cannot_be_read_now_is_neither_used_nor_replaced(cache, monkeypatch):
+    keep("eager")
+    before = measured_file().read_text()
+
+    def refuse(path, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tuning_cache, "open_regular", refuse)
+        with pytest.warns(UserWarning, match=r"measured\.json: Input/output error: it is not used"):
+            assert asked() is None
+        with pytest.raises(KnltrainError, match="Input/output error"):
+            tuning_cache.check_writable()
+        with pytest.warns(UserWarning, match="not used"), pytest.raises(OSError, match="Input/output error"):
+            store(settings_of("resnet50", "bf16", NODE, 2), {"fastest": "fused"})
+    assert measured_file().read_text() == before
 
 
 def test_a_file_that_has_what_is_asked_for_and_something_else_around_it():

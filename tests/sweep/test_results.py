@@ -2,8 +2,10 @@
 
 import csv
 import dataclasses
+import errno
 import json
 import math
+import os
 
 import pytest
 from matplotlib.axes import Axes
@@ -11,6 +13,7 @@ from matplotlib.figure import Figure
 from sweeps import sweep_of
 
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.sweep import results as results_module
 from knltrain.sweep.draw import draw_accuracy
 from knltrain.sweep.results import COLUMNS, Results
 from knltrain.sweep.runner import collect, guard, task_of
@@ -172,6 +175,18 @@ def test_a_run_whose_batch_changes_has_the_steps_that_it_is_trained_for(tmp_path
     point.folder(tmp_path).mkdir(parents=True)
     (point.folder(tmp_path) / "summary.json").write_text(json.dumps({"finished": True, "steps": 125, "top1": 80.0}))
     assert results.outcome(point).status == "done"
+
+
+def test_a_run_whose_files_cannot_be_read_now_is_not_trained_again(results, monkeypatch):
+    def refuse(path):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), path)
+
+    searched(results)
+    point = results.sweep.point("sgd", 256, 0.5, 0)
+    assert results.outcome(point).status == "done"
+    monkeypatch.setattr(results_module, "open_regular", refuse)
+    with pytest.raises(OSError, match=r"Permission denied: .*summary\.json"):
+        results.outcome(point)
 
 
 def test_a_run_of_fewer_steps_is_not_done(results):

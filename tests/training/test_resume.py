@@ -449,6 +449,17 @@ def test_a_moved_runs_summary_names_its_folder(config, tmp_path):
     assert (summary["out"], finished) == (str(tmp_path / "moved"), True)
 
 
+@pytest.mark.parametrize("mask, file, folder", [(0o002, 0o664, 0o775), (0o077, 0o600, 0o700)])
+def test_the_umask_says_who_may_read_a_run(config, mask, file, folder):
+    before = os.umask(mask)
+    try:
+        run(config, max_steps=1, log_trust_ratios=config.optim.name == "lars")
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o777 for path in Path(config.out).rglob("*")}
+    assert {path.name: oct(mode) for path, mode in modes.items() if mode != (folder if path.is_dir() else file)} == {}
+
+
 # What is damaged, and what cannot be read ----------------------------------------------------------------------------
 
 
