@@ -86,12 +86,15 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+_LAUNCHERS = ("PMI", "SLURM_", "OMPI_", "MPI_", "MV2_", "MVP_", "PALS_", "JSM_", "FLUX_", "ALPS_", "PBS_", "LSB_", "PE_")
+
+
 @pytest.fixture(autouse=True)
 def own_environment():
     """A test run inside a cluster job is not a rank of it, and what a test exports ends with the test."""
     before = dict(os.environ)
     for name in before:
-        if name.startswith(("PMI", "SLURM_", "OMPI_", "MPI_")) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        if name.startswith(_LAUNCHERS) or name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
             del os.environ[name]
     yield
     os.environ.clear()

@@ -21,7 +21,7 @@ from knltrain import config as configuration
 from knltrain.config import RunConfig
 from knltrain.errors import BAD_USAGE, FAILED, INTERRUPTED, ConfigError, KnltrainError, one_line
 from knltrain.files import free_space, is_full
-from knltrain.launch.world import launcher_rank
+from knltrain.launch.launchers import launcher_rank
 from knltrain.recipes import RECIPES
 
 _T = TypeVar("_T")

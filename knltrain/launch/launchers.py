@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from knltrain.errors import ConfigError
+from knltrain.launch.environment import given
 
 
 class Launcher(NamedTuple):
@@ -89,13 +90,17 @@ def complete(environ: Mapping[str, str]) -> Iterator[Launcher]:
             yield launcher
 
 
-def rank_of(environ: Mapping[str, str]) -> str:
+def launcher_rank(environ: Mapping[str, str] | None = None) -> str:
     """Returns the rank in the innermost launcher's variables, unchecked; empty without a launcher.
 
     A single Slurm task does not count as a rank: commands that are not parallel are started so too.
+
+    Args:
+        environ: the environment, by default this process's.
     """
+    environ = given(environ)
     for name, rank, size in (*((one.name, one.rank, one.size) for one in LAUNCHERS), *_STRANGERS):
-        if environ.get(rank) and (name != "slurm" or environ.get(size, "1") != "1"):
+        if rank in environ and (name != "slurm" or environ.get(size, "1") != "1"):
             return environ[rank]
     return ""
 
@@ -123,12 +128,13 @@ def refuse_strangers(environ: Mapping[str, str], known: Iterable[tuple[int, int]
         if (rank is None and size in (None, "1")) or (size == "1" and rank == "0") or explained:
             continue
         who = "a launcher" if name == "torchrun" else name
-        seen = ", ".join(f"{key}={value[:100]}" for key, value in ((rank_key, rank), (size_key, size)) if value)
+        claims = {key: value for key, value in ((rank_key, rank), (size_key, size)) if value}
+        seen = ", ".join(f"{key}={value[:100]}" for key, value in claims.items())
         raise ConfigError(
             f"{who} seems to have started this process as one of several ({seen}) and does not say all that a run "
             "needs: each would train a model of its own. Export RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, "
             f"MASTER_ADDR and MASTER_PORT for each{_example(environ, rank_key, size_key)}; or unset "
-            f"{rank_key if rank else size_key} if this process is alone"
+            f"{' and '.join(claims)} if this process is alone"
         )
 
 

@@ -20,6 +20,8 @@ from knltrain.errors import ConfigError, KnltrainError
 # Variables that Open MPI should export to ranks on other nodes; Hydra exports all.
 _EXPORTED = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "MASTER_ADDR", "MASTER_PORT", "TMPDIR")
 _EXPORTED_PREFIXES = ("KNLTRAIN_", "OMP_", "KMP_", "CCL_", "FI_", "GLOO_", "ONEDNN_", "TORCH_")
+# Variables of the jobs of Slurm, PBS, LSF and SGE.
+_BATCH_JOBS = ("SLURM_JOB_ID", "PBS_NODEFILE", "LSB_JOBID", "PE_HOSTFILE")
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def find_mpiexec(environ: Mapping[str, str] | None = None) -> Mpiexec:
     except (OSError, subprocess.TimeoutExpired) as error:
         raise KnltrainError(f"{path} --version: {error}") from None
     if "Intel(R) MPI" in answer.stdout:
-        return Mpiexec(path, "intel", {**environment, **_slurm_environment(environ)})
+        return Mpiexec(path, "intel", {**environment, **_batch_environment(environ)})
     if "HYDRA" in answer.stdout:
         return Mpiexec(path, "mpich", {})
     if "OpenRTE" in answer.stdout or "Open MPI" in answer.stdout:
@@ -89,10 +91,10 @@ def _impi_rt_environment(path: Path, environ: Mapping[str, str]) -> dict[str, st
     }
 
 
-def _slurm_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Returns the variable without which Intel MPI may use a Slurm job's tasks per node instead of -ppn."""
+def _batch_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Returns the variable without which Intel MPI may use a batch job's tasks per node instead of -ppn."""
     name = "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT"
-    return {name: "0"} if environ.get("SLURM_JOB_ID") and not environ.get(name) else {}
+    return {name: "0"} if any(map(environ.get, _BATCH_JOBS)) and not environ.get(name) else {}
 
 
 def count_ranks(ranks: int | None, per_node: int | None, num_nodes: int, planned_per_node: int) -> tuple[int, int]:

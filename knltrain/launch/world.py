@@ -11,7 +11,7 @@ from knltrain.errors import ConfigError
 from knltrain.launch.allocation import forgotten_launcher
 from knltrain.launch.environment import given, number
 from knltrain.launch.hosts import expand_counts, expand_hosts
-from knltrain.launch.launchers import Launcher, complete, rank_of, refuse_strangers
+from knltrain.launch.launchers import Launcher, complete, launcher_rank, refuse_strangers
 from knltrain.launch.processes import has_rank_variables, launcher_id
 
 
@@ -72,14 +72,6 @@ def discover(environ: Mapping[str, str] | None = None) -> Ranks:
         repeated = [outer for outer in found[1:] if (outer.rank, outer.size) == (inner.rank, inner.size)]
         inner = repeated[0] if repeated else _one_per_node(environ, inner)
     return replace(inner, init_method=_init_method(environ, inner))
-
-
-def launcher_rank(environ: Mapping[str, str] | None = None) -> str:
-    """Returns the rank in the innermost launcher's variables, unchecked; empty without a launcher.
-
-    A single Slurm task does not count as a rank: commands that are not parallel are started so too.
-    """
-    return rank_of(given(environ))
 
 
 def _refuse_contradiction(launchers: Mapping[Launcher, Ranks]) -> None:
@@ -152,7 +144,7 @@ def _one_per_node(environ: Mapping[str, str], ranks: Ranks) -> Ranks:
     elsewhere = bool(address) and (not is_loopback(address) or (in_pod and ranks.rank == 0))
     known = {name for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE") if name in environ}
     others = {name: value for name, value in environ.items() if name not in ("RANK", "WORLD_SIZE")}
-    if not elsewhere or "MASTER_PORT" not in environ or known or rank_of(others):
+    if not elsewhere or "MASTER_PORT" not in environ or known or launcher_rank(others):
         raise ConfigError(
             f"RANK={ranks.rank} and WORLD_SIZE={ranks.size} leave open how many ranks share this node's cores; "
             "export LOCAL_RANK and LOCAL_WORLD_SIZE too"

@@ -63,8 +63,10 @@ def test_the_environments_comes_first_and_is_told_where_its_parts_are(bare):
     assert set(find_mpiexec(own).environment) == {"LD_LIBRARY_PATH"}
 
 
-def test_in_a_slurm_job_intel_mpi_is_told_that_ppn_counts(bare):
-    job = {"PATH": f"{bare('site', VERSIONS['intel']).parent}:/usr/bin:/bin", "SLURM_JOB_ID": "1"}
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "PBS_NODEFILE", "LSB_JOBID", "PE_HOSTFILE"])
+def test_in_a_batch_job_intel_mpi_is_told_that_ppn_counts(name, bare):
+    job = {"PATH": f"{bare('site', VERSIONS['intel']).parent}:/usr/bin:/bin", name: "1"}
+    assert find_mpiexec({**job, name: ""}).environment == {}
     assert find_mpiexec(job).environment == {"I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "0"}
     assert find_mpiexec({**job, "I_MPI_JOB_RESPECT_PROCESS_PLACEMENT": "1"}).environment == {}, "the user's word"
 

@@ -4,7 +4,8 @@ import pytest
 
 from knltrain.errors import ConfigError
 from knltrain.launch.hosts import expand_counts, expand_hosts
-from knltrain.launch.world import discover, launcher_rank
+from knltrain.launch.launchers import launcher_rank
+from knltrain.launch.world import discover
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "node1", "MASTER_PORT": "29500"}  # fmt: skip
@@ -111,6 +112,10 @@ def test_the_message_says_which_variables_are_meant():
         ConfigError, match=r"RANK=\$PALS_RANKID LOCAL_RANK=\$PALS_LOCAL_RANKID LOCAL_WORLD_SIZE=\$PALS_"
     ):
         discover({"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2"})
+    with pytest.raises(
+        ConfigError, match=r"unset MV2_COMM_WORLD_RANK and MV2_COMM_WORLD_SIZE if this process is alone"
+    ):
+        discover({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"})
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, HYDRA, OPENMPI, SLURM, MVAPICH2, PALS, FLUX])
