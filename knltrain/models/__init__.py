@@ -108,7 +108,8 @@ def refuse_single_values(config: RunConfig, image_sizes: Iterable[int], remedy: 
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(), WithoutValues():
         for size in sorted(set(image_sizes)):
-            model, single = model_of(config.at_size(size), num_classes=1), []
+            model = model_of(config.at_size(size), num_classes=1)
+            single: list[str] = []
             for path, module in model.named_modules():
                 if isinstance(module, _BatchNorm):
                     module.register_forward_pre_hook(_record_single_values(single, path))

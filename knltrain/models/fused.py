@@ -16,7 +16,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,7 @@ from knltrain.ops.dropout import dropout
 from knltrain.ops.pool import max_pool2d, takes_window
 
 _FLOATS = (torch.bfloat16, torch.float32)
+_Kind = TypeVar("_Kind", bound=nn.Module)
 
 
 # Layers --------------------------------------------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def measures(hook: Callable[..., None]) -> Callable[..., None]:
     return hook
 
 
-def _is_plain(module: nn.Module | None, *kinds: type[nn.Module]) -> bool:
+def _is_plain(module: nn.Module | None, *kinds: type[_Kind]) -> TypeGuard[_Kind]:
     """Whether a module is of one of some types, and a call of it does nothing but compute its type's forward pass."""
     if module is None or type(module) not in kinds:
         return False
@@ -270,9 +271,10 @@ def _has_statistics(convolution: nn.Module, norm: FusedBatchNorm2d, x: Tensor) -
     shift = norm.running_mean
     return (
         _is_plain(convolution, FusedConv2d)
-        and cast("FusedConv2d", convolution).has_statistics(x)
+        and convolution.has_statistics(x)
         and shift is not None
-        and (shift.shape, shift.dtype) == ((convolution.out_channels,), torch.float32)
+        and shift.dtype == torch.float32
+        and len(shift) == convolution.out_channels
     )
 
 
@@ -287,20 +289,29 @@ def _sequence(self: Any, x: Any) -> Any:
 def _next_layers(layers: list[nn.Module], place: int, x: Any) -> tuple[Any, int]:
     """Computes the layers of a Sequential from a place on that go together, and counts them."""
     first, second, third = (*layers[place : place + 3], None, None)[:3]
-    convolution, norm, act = (first, second, third) if _is_plain(second, FusedBatchNorm2d) else (None, first, second)
-    if _is_plain(norm, FusedBatchNorm2d) and (convolution is None or _is_plain(convolution, FusedConv2d)):
-        relu = _is_plain(act, nn.ReLU, nn.ReLU6)
-        cap = act.max_val if isinstance(act, nn.ReLU6) else None
-        y = _normalized(cast("FusedBatchNorm2d", norm), x, convolution, relu=relu, cap=cap if relu else None)
-        return y, (convolution is not None) + 1 + relu
-    if _is_plain(first, nn.ReLU) and not (cast("nn.ReLU", first).inplace and _is_callers(layers, place)):
-        if _is_plain(second, FusedMaxPool2d) and cast("FusedMaxPool2d", second).takes(x):
+    if _is_plain(first, FusedBatchNorm2d):
+        y, count = _normalized_and_activated(first, x, None, second)
+        return y, 1 + count
+    if _is_plain(first, FusedConv2d) and _is_plain(second, FusedBatchNorm2d):
+        y, count = _normalized_and_activated(second, x, first, third)
+        return y, 2 + count
+    if _is_plain(first, nn.ReLU) and not (first.inplace and _is_callers(layers, place)):
+        if _is_plain(second, FusedMaxPool2d) and second.takes(x):
             return second(x, relu=True), 2
         # The gradient needs the result, so the layer after it must not be one that writes to it.
-        reads = _is_plain(third, FusedLinear, FusedConv2d)
-        if reads and _is_plain(second, FusedDropout) and cast("FusedDropout", second).takes(x):
+        if _is_plain(second, FusedDropout) and second.takes(x) and _is_plain(third, FusedLinear, FusedConv2d):
             return second(x, relu=True), 2
     return layers[place](x), 1
+
+
+def _normalized_and_activated(
+    norm: FusedBatchNorm2d, x: Tensor, convolution: nn.Module | None, after: nn.Module | None
+) -> tuple[Tensor, int]:
+    """Computes a batch norm with the ReLU after it, if one is there, and counts it."""
+    if _is_plain(after, nn.ReLU6):
+        return _normalized(norm, x, convolution, relu=True, cap=after.max_val), 1
+    relu = _is_plain(after, nn.ReLU)
+    return _normalized(norm, x, convolution, relu=relu), int(relu)
 
 
 def _is_callers(layers: list[nn.Module], place: int) -> bool:
@@ -380,18 +391,18 @@ class _Joining(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class cannot be found by its name; a copy makes it again.
-        _, _, *state = super().__reduce_ex__(protocol)  # type: ignore[misc]
+        _, _, *state = cast("tuple[Any, ...]", super().__reduce_ex__(protocol))
         return _new_joining, (type(self).__bases__[1],), *state
 
 
 @functools.cache
-def _joining(base: type[nn.Module]) -> type[_Joining]:
+def _joining(base: Any) -> type[_Joining]:
     """Returns the class that joins what modules of a class compute."""
     join = _joins().get(base, _sequence)
     return type(f"Fused{base.__name__}", (_Joining, base), {"_join": join, "__module__": base.__module__})
 
 
-def _new_joining(base: type[nn.Module]) -> _Joining:
+def _new_joining(base: Any) -> _Joining:
     kind = _joining(base)
     return kind.__new__(kind)
 
@@ -424,9 +435,9 @@ def fuse(model: nn.Module) -> None:
     for module in list(model.modules()):
         _fuse_layer(module)
     for module in list(model.modules()):
-        known = type(module) in _joins() and _is_original(type(module))
-        if known or _is_joinable_sequential(module):
-            module.__class__ = _joining(type(module))
+        kind: Any = type(module)
+        if (kind in _joins() and _is_original(kind)) or _is_joinable_sequential(module):
+            module.__class__ = _joining(kind)
 
 
 def _fuse_layer(module: nn.Module) -> None:

@@ -241,8 +241,8 @@ def _differentiate_in_torch(
     ctx: Any, dy: Tensor, x: Tensor, y: Tensor | None, weight: Tensor, bias: Tensor, mean: Tensor, var: Tensor
 ) -> tuple[Tensor | None, ...]:
     """The same gradients, by operations that PyTorch differentiates again: the kernels have no second derivatives."""
-    statistics = (None, None) if ctx.training else (mean, var)
-    z = F.batch_norm(x.float(), *statistics, weight, bias, training=ctx.training, momentum=0.0, eps=ctx.eps)
+    mean_given, var_given = (None, None) if ctx.training else (mean, var)
+    z = F.batch_norm(x.float(), mean_given, var_given, weight, bias, ctx.training, momentum=0.0, eps=ctx.eps)
     dz = dy.float()
     if ctx.relu:
         result = z if y is None else y

@@ -271,7 +271,7 @@ def _use_working_copies(model: nn.Module, optimizer: MasterOptimizer) -> dict[st
         The float32 weights, which are the optimizer's, by their names in the model.
     """
     copies: dict[Tensor, nn.Parameter] = {}
-    masters = {}
+    masters: dict[str, Tensor] = {}
     for path, module in model.named_modules():
         if not isinstance(module, nn.Conv2d | nn.Linear):
             continue
