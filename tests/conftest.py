@@ -86,7 +86,9 @@ def ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-_LAUNCHERS = ("PMI", "SLURM_", "OMPI_", "MPI_", "MV2_", "MVP_", "PALS_", "JSM_", "FLUX_", "ALPS_", "PBS_", "LSB_", "PE_")
+_LAUNCHERS = (
+    "PMI", "SLURM_", "OMPI_", "MPI_", "MV2_", "MVP_", "PALS_", "JSM_", "FLUX_", "ALPS_", "PBS_", "LSB_", "PE_HOSTFILE",
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
