@@ -127,9 +127,7 @@ class ClassChoice:
             hint = f"; {near[0]!a} is not {near[1]!a}, which is there" if near else ""
             if all(map(_is_number, found)) and not any(map(_is_number, missing)):
                 hint = "; there classes are numbers, which --class-order FILE gives names to"
-            raise ConfigError(
-                f"{wanted_by}: {len(missing):,} classes are not in {where}: {some(sorted(missing))}{hint}"
-            )
+            raise ConfigError(f"{wanted_by}: not among the classes of {where}: {some(sorted(missing))}{hint}")
 
 
 ALL_CLASSES = ClassChoice()

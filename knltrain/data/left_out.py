@@ -66,23 +66,22 @@ class LeftOut:
         said = []
         if self._ignored:
             named = [f"{name} ({count:,})" for name, count in self._ignored.most_common(_NUM_NAMED)]
-            more = f" and {len(self._ignored) - _NUM_NAMED} other names" if len(self._ignored) > _NUM_NAMED else ""
+            more = [f"{len(self._ignored) - _NUM_NAMED} other names"] if len(self._ignored) > _NUM_NAMED else []
             said.append(
-                f"{where}: {self._ignored.total():,} files and folders are ignored, which are hidden or left behind by "
-                f"programs: {', '.join(named)}{more}"
+                f"{where}: ignored files and folders, which are hidden or left behind by programs: "
+                f"{self._ignored.total():,}, of these {', '.join([*named, *more])}"
             )
         if self._formats:
             said.append(
-                f"{where}: {self._formats.total():,} images are left out, whose format is not read: {self.formats()}; "
-                "convert them to JPEG or PNG"
+                f"{where}: images left out, whose format is not read: {self.formats()}; convert them to JPEG or PNG"
             )
         if self.strays:
-            said.append(f"{where}: {self.strays:,} images are left out, which lie outside of the class folders")
+            said.append(f"{where}: images left out, which lie outside of the class folders: {self.strays:,}")
         if self.circles:
             said.append(
-                f"{where}: {self.circles:,} links to folders are not followed: those are in the same class already, or "
-                "hold the link"
+                f"{where}: links to folders not followed, since those are in the same class already, or hold the link: "
+                f"{self.circles:,}"
             )
         if self.without_image:
-            said.append(f"{where}: {self.without_image:,} samples are left out, which have a label and no image")
+            said.append(f"{where}: samples left out, which have a label and no image: {self.without_image:,}")
         return tuple(said)

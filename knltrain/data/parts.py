@@ -104,8 +104,8 @@ def _called(root: Path, names: Iterable[str], word: str) -> Part | None:
         archives += inside.archives
     if compressed := [path for path in archives if _COMPRESSED.search(path.name)]:
         raise DataError(
-            f"{compressed[0]}: compressed, {len(compressed):,} such files; images are read from anywhere in a tar "
-            "file, which takes plain ones: decompress them (gunzip, unxz, unzstd) and remove these"
+            f"{root}: {_listed(compressed)}: compressed; images are read from anywhere in a tar file, which takes a "
+            "plain one: decompress it (gunzip, unxz, unzstd)"
         )
     return Part(sorted(archives), folder, tuple(said)) if archives or folder else None
 

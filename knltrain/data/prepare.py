@@ -259,12 +259,12 @@ def _refuse_changed(src: Path, dst: Path, sources: dict[str, Source], console: C
     if not changed:
         return
     path, written = max(changed, key=lambda one: one[1])
-    what = f"{len(changed):,} files of {src} {{}} after {dst} was made, such as {path}"
+    count, remedy = f"{len(changed):,} in all", "give another folder, or delete this one to make it again"
     if written:
-        raise ConfigError(f"{what.format('were written')}; give another folder, or delete this one to make it again")
+        raise ConfigError(f"{path} was written after {dst} was made ({count}); {remedy}")
     console.warn(
-        f"{what.format('were put there, renamed or given other rights')}; if they are other images than before, "
-        "give another folder, or delete this one to make it again"
+        f"{path} was put there, renamed or given other rights after {dst} was made ({count}); if it is another image "
+        f"than before, {remedy}"
     )
 
 
@@ -278,7 +278,7 @@ def _forget_outdated(plan: _Plan, journal: Journal, dst: Path, console: Console)
                 outdated.append(job.file)
     if outdated:
         journal.forget(outdated)
-        console.line(f"{len(outdated):,} shards are made again: images of them were changed since")
+        console.line(f"shards that are made again, because images of them have changed: {len(outdated):,}")
 
 
 def changed_since(paths: Sequence[str], since_ns: int) -> list[tuple[str, bool]]:

@@ -166,6 +166,6 @@ def _remarks_on_gaps(root: Path, classes: Sequence[str], labels: NDArray[np.int6
     if not missing:
         return ()
     return (
-        f"{root}: {len(missing):,} of the {len(classes):,} classes have no training image: "
-        f"{some([classes[number] for number in missing])}; labels count from 0",
+        f"{root}: classes without a training image: {len(missing):,} of {len(classes):,} "
+        f"({some([classes[number] for number in missing])}); labels count from 0",
     )

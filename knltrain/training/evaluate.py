@@ -146,6 +146,7 @@ def evaluate_checkpoint(
             config, classes = as_trained(config, state), state["classes"]
             if state["config"].get("classes") and not config.classes:
                 choice = dataclasses.replace(choice, only=frozenset(classes or ()), only_from=str(path))
+                console.line(f"{config.data}: only the classes that {path} was trained on with --classes are used")
         if classes is not None:
             choice = dataclasses.replace(choice, numbers=tuple(classes), order_from=str(path))
         dataset = open_part(config, "val", choice)

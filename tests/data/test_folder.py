@@ -55,7 +55,7 @@ def test_folders_below_a_class_may_be_links_as_for_torchvision(tmp_path, torchvi
     assert sorted(map(os.path.basename, (part.name(index) for index in range(len(part))))) == sorted(
         map(os.path.basename, before)
     )
-    assert "links to folders are not followed" in said_of(part)[0]
+    assert "links to folders not followed" in said_of(part)[0]
 
 
 def test_a_link_to_nowhere_below_a_class_is_not_left_out(tmp_path):
@@ -77,8 +77,8 @@ def test_what_systems_and_programs_leave_behind_is_no_class_and_no_image(tmp_pat
     assert part.classes == ("x", "y")
     assert [part.name(index) for index in range(len(part))] == [clean.name(index) for index in range(len(clean))]
     (said,) = said_of(part)
-    assert said.startswith("11 files and folders are ignored")
-    assert all(name in said for name in (".ipynb_checkpoints (2)", ".DS_Store (2)", "._* (2)", "and 5 other names"))
+    assert said.startswith("ignored files and folders, which are hidden or left behind by programs: 11, of these ")
+    assert all(name in said for name in (".ipynb_checkpoints (2)", ".DS_Store (2)", "._* (2)", "5 other names"))
     assert not clean.remarks
 
 
@@ -88,8 +88,8 @@ def test_images_of_formats_that_are_not_read_are_counted(tmp_path):
     part = Folder(tmp_path / "train")
     assert len(part) == 2
     assert said_of(part) == [
-        "4 images are left out, whose format is not read: 2 .avif, 1 .gif, 1 .heic; convert them to JPEG or PNG",
-        "1 images are left out, which lie outside of the class folders",
+        "images left out, whose format is not read: 2 .avif, 1 .gif, 1 .heic; convert them to JPEG or PNG",
+        "images left out, which lie outside of the class folders: 1",
     ]
     (tmp_path / "train/y/2.jpg").unlink()
     assert "2 .avif, 1 .gif, 1 .heic of" in refused(tmp_path / "train")
@@ -103,7 +103,7 @@ def test_what_is_left_out_is_said_by_every_command(tmp_path, capsys):
     train, val = open_data(RunConfig(data=str(tmp_path / "src"), image_size=32))
     assert remarks_of(train, val, train) == list(train.remarks)
     prepare(tmp_path / "src", tmp_path / "raw", workers=1)
-    assert "1 images are left out" in capsys.readouterr().out.replace("\n", " ")
+    assert "images left out, whose format is not read: 1 .avif" in capsys.readouterr().out.replace("\n", " ")
 
 
 def test_names_with_newlines_and_spaces(tmp_path):

@@ -279,10 +279,10 @@ def test_what_of_tar_files_is_left_out_is_said_whenever_they_are_opened(tmp_path
         tar = Tar(tmp_path, "train")
         assert tar.labels.tolist() == [0, 2]
         assert [remark.partition(": ")[2] for remark in tar.remarks] == [
-            "1 files and folders are ignored, which are hidden or left behind by programs: ._* (1)",
-            "1 images are left out, whose format is not read: 1 .avif; convert them to JPEG or PNG",
-            "1 samples are left out, which have a label and no image",
-            "1 of the 3 classes have no training image: '1'; labels count from 0",
+            "ignored files and folders, which are hidden or left behind by programs: 1, of these ._* (1)",
+            "images left out, whose format is not read: 1 .avif; convert them to JPEG or PNG",
+            "samples left out, which have a label and no image: 1",
+            "classes without a training image: 1 of 3 ('1'); labels count from 0",
         ]
 
 

@@ -333,12 +333,10 @@ def test_what_was_made_of_images_that_have_changed_since_is_said(source, tmp_pat
     replace_image(image, seed=99, mtime_ns=10**18)
     prepare(source, tmp_path / "out")
     said = capsys.readouterr().out.replace("\n", " ")
-    assert (
-        f"1 files of {source} were put there, renamed or given other rights after {tmp_path / 'out'} was made" in said
-    )
+    assert f"{image} was put there, renamed or given other rights after {tmp_path / 'out'} was made (1 in all)" in said
     replace_image(image, seed=98)
     with pytest.raises(
-        ConfigError, match=r"1 files of .* were written after .*004\.jpg; give another folder, or delete"
+        ConfigError, match=r"004\.jpg was written after .* was made \(1 in all\); give another folder, or delete"
     ):
         prepare(source, tmp_path / "out")
 
@@ -371,7 +369,7 @@ def test_shards_of_images_that_have_changed_since_are_made_again(
     replace_image(Path(Folder(source / "train").name(first)), seed=99, mtime_ns=mtime_ns)
     capsys.readouterr()
     prepare(source, tmp_path / "out")
-    assert "1 shards are made again: images of them were changed since" in capsys.readouterr().out
+    assert "shards that are made again, because images of them have changed: 1" in capsys.readouterr().out
     prepare(source, tmp_path / "whole")
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
