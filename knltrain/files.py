@@ -68,9 +68,10 @@ def is_full(error: OSError) -> bool:
 
 
 def free_space(folder: str | Path) -> str:
-    """Returns the free space, for a message; empty if unknown."""
+    """Returns the free space, for a message; empty if unknown. The folder may not exist: then that above it counts."""
+    folder = Path(folder).absolute()
     try:
-        free = shutil.disk_usage(folder).free
+        free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     except OSError:
         return ""
     return f" ({free / 2**20:,.0f} MiB free)"

@@ -15,6 +15,7 @@ from knltrain.bench.process import Process
 from knltrain.bench.step import summary
 from knltrain.config import EngineName, RunConfig
 from knltrain.errors import ConfigError, KnltrainError
+from knltrain.files import naming
 from knltrain.models import refuse_unbuildable
 from knltrain.node.affinity import threads_per_rank
 from knltrain.node.topology import read_node
@@ -130,4 +131,5 @@ def draw(points: Sequence[dict[str, Any]], path: Path, title: str) -> None:
     axes.set_title(title, fontsize=9)
     axes.legend()
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)

@@ -51,7 +51,7 @@ class Commands(click.Group):
         except click.UsageError as error:
             command = error.ctx.command if error.ctx else self
             if "unexpected extra argument" in error.message and any(p.name == "recipe" for p in command.params):
-                error.message += "; a recipe is given with --recipe NAME"
+                raise click.UsageError(f"{error.message}; a recipe is given with --recipe NAME", error.ctx) from None
             raise
         except KeyboardInterrupt:
             fail("interrupted", INTERRUPTED)

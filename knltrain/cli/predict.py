@@ -22,6 +22,7 @@ from knltrain.cli.options import (
     reports_errors,
 )
 from knltrain.errors import ConfigError
+from knltrain.files import naming
 
 if TYPE_CHECKING:
     from knltrain.predict.run import Job, Prediction
@@ -157,7 +158,8 @@ def calibrate(bench: tuple[str, ...], allreduce: str | None, out: str | None, as
         raise ConfigError(f"--out {out} is there already; give another name, or delete it")
     text = fit([Path(one) for one in bench], Path(allreduce), path.stem)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, "utf-8")
+    with naming(path):
+        path.write_text(text, "utf-8")
     Console(json=as_json).line(f"{out}: use it with --system {out}; the link's figures are yours to check")
     if as_json:
         click.echo(json.dumps({"out": out, "system": text}))

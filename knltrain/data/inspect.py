@@ -23,6 +23,7 @@ from knltrain.data.loader import Loader, RankBatch
 from knltrain.data.packed import Packed
 from knltrain.data.tar import Tar
 from knltrain.errors import one_line
+from knltrain.files import naming
 from knltrain.ops.crops import MEAN, STD
 from knltrain.runlog.console import Console
 
@@ -175,7 +176,8 @@ def _draw_sheet(dataset: Folder | Packed | Tar, config: RunConfig, path: Path) -
         sheet.paste(Image.fromarray(image).resize((side, side), Image.Resampling.NEAREST), (x, y))
         for number, line in enumerate(names[label]):
             draw.text((x, y + side + number * _LINE_HEIGHT), line, fill="black", font=font)
-    sheet.save(path)
+    with naming(path):
+        sheet.save(path)
 
 
 def _spelled(name: str, letters: Container[int]) -> str:

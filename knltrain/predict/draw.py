@@ -12,6 +12,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from knltrain.config import as_typed
+from knltrain.files import naming
 from knltrain.predict.run import Prediction
 from knltrain.predict.timeline import EARLIER
 
@@ -77,7 +78,8 @@ def draw_step(prediction: Prediction, path: Path) -> None:
     figure.suptitle(title, fontsize=10)
     axes.grid(axis="x", alpha=0.3)
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
@@ -99,7 +101,8 @@ def draw_scaling(predictions: Sequence[Prediction], path: Path) -> None:
     times, parts = figure.subplots(1, 2)
     _draw_times(times, batches)
     _draw_parts(parts, batches[max(batches)])
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def _draw_times(axes: Axes, batches: dict[int, list[Prediction]]) -> None:

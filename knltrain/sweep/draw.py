@@ -11,6 +11,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from knltrain.config import as_typed
+from knltrain.files import naming
 from knltrain.runlog.metrics import read_metrics
 from knltrain.sweep.results import Best, Results
 
@@ -63,7 +64,8 @@ def draw_accuracy(results: Results, best: Sequence[Best], reference: Best | None
     figure.suptitle(f"{title}\n{_seeds(best)}", fontsize=9)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, fontsize=9, frameon=False)
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def _draw_method(axes: Axes, points: Sequence[Best | None], batches: Sequence[int], colour: str, label: str) -> None:
@@ -144,7 +146,8 @@ def draw_losses(results: Results, best: Sequence[Best], path: Path) -> None:
         axes.set_ylabel("loss")
     for axes in panels[len(batches) :]:
         axes.remove()
-    figure.savefig(path, dpi=120)
+    with naming(path):
+        figure.savefig(path, dpi=120)
 
 
 def _draw_run(axes: Axes, folder: Path, colour: str, label: str) -> list[float]:

@@ -59,7 +59,8 @@ class ResumePoint:
 
     def _compare_data(self, classes: Sequence[str], data: Mapping[str, Any], console: Console) -> str:
         """Says what is not as it was; returns why the run is refused, or nothing."""
-        other, perhaps = [], ""
+        other: list[str] = []
+        perhaps = ""
         if self.folder is not None:
             state = checkpoint.read_state(self.folder)
             other, perhaps = differences(state, classes, data)

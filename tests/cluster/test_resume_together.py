@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -49,6 +50,22 @@ def test_one_rank_goes_on_where_two_were_stopped(image_folder, tmp_path, monkeyp
     assert "was computed otherwise (world_size 2 -> 1, backend gloo -> none)" in said
     assert "bits may differ" in said
     assert losses(tmp_path / "together") == pytest.approx(losses(tmp_path / "alone"), rel=1e-3)
+
+
+def test_all_ranks_refuse_other_data_with_what_differs(image_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    shutil.copytree(image_folder, tmp_path / "other")
+    next((tmp_path / "other" / "train" / "class0").iterdir()).unlink()
+
+    def command(data):
+        return [*SMALL, "--global-batch", "16", "--data", data, "--out", tmp_path / "out"]
+
+    train_here(*command(image_folder), "--max-steps", "1")
+    result = start([*mpiexec("-n", 2), *KNLTRAIN, "train", *command(tmp_path / "other"), *GLOO])
+    assert result.returncode == 2
+    assert "was trained on other data (train: 48 -> 47 images); " in result.stderr
+    assert "Traceback" not in result.stderr
+    assert newest(tmp_path / "out").name == "step-00000001"
 
 
 @pytest.mark.parametrize(

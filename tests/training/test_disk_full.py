@@ -61,7 +61,7 @@ def test_a_periodic_checkpoint_that_does_not_fit_is_a_warning(on_small_disk, ima
     result = on_small_disk(script, 30)
     log = (tmp_path / "log").read_text()
     assert result.returncode == 0, log
-    assert f"{FULL} (" in log
+    assert f"{FULL} for " in log
     assert "MiB free); the checkpoints before it are untouched, training goes on" in log
     run = tmp_path / "out" / "run"
     assert left(run)[-1] == "step-00000180"
