@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 
 from knltrain.comm import ccl, oneccl
+from knltrain.comm.segments import small_shared_memory
+from knltrain.comm.trial import try_oneccl
 from knltrain.errors import ConfigError
 from knltrain.launch.world import Ranks
 
@@ -65,11 +67,15 @@ def choose_backend(
     try:
         settings = oneccl.configure(ranks, cpus, already_set=already_set)
         shim = oneccl.load()
+        note = small_shared_memory(ranks.local_size)
+        if ranks.local_rank == 0:  # for all ranks of its node
+            try_oneccl(settings)
     except oneccl.UnavailableError as error:
         if requested == "ccl":
             raise ConfigError(f"comm.backend ccl: {error}") from None
         return gloo("; ".join([f"gradients are all-reduced over gloo, which is slower than ccl: {error}", *notes]))
     ccl.register()
+    notes += [note] if note else []
     if settings.kept:
         notes.append(f"oneCCL uses exported variables: {', '.join('='.join(item) for item in settings.kept.items())}")
     return Backend(

@@ -154,6 +154,7 @@ class ProcessGroupCCL(_ProcessGroup):  # type: ignore[misc]
         if work.peer is not None:
             return f"rank {work.peer} on {self._hosts[work.peer]} did not take part"
         others = [rank for rank in range(self._size) if rank != self._rank]
+        time.sleep(2 * POLL_INTERVAL_S)  # those that have come a moment ago record it
         absent = self._ask_store(lambda: [rank for rank in others if not self._store.check([f"{work.mark}/{rank}"])])
         if absent is None:
             return "another rank did not take part, and the store of the rendezvous does not answer,"

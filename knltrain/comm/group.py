@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -30,13 +31,14 @@ from knltrain.comm.segments import remove_own_segments
 from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
 from knltrain.launch.pmi import abort_job, kill_mpiexec_later
-from knltrain.launch.rendezvous import START_TIMEOUT_S, find_rendezvous
+from knltrain.launch.rendezvous import START_TIMEOUT_S, find_rendezvous, require_interface
 from knltrain.launch.world import Ranks
 
 # Parts of the errors that gloo, oneCCL and the store raise when a peer is gone.
 _LOST_PEER_MESSAGES = (
     "Connection closed", "Connection reset", "Connection refused", "Connection was likely closed", "Broken pipe",
-    "Timed out", "timed out", "oneCCL: ", "did not take part", "did not join", "did not end",
+    "Timed out", "timed out", "Wait timeout", "wait timeout", "oneCCL: ", "did not take part", "did not join",
+    "did not end",
 )  # fmt: skip
 
 _MAX_NAMED_RANKS = 8
@@ -109,7 +111,9 @@ class Group:
             self.require_same(same or {})
             if backend != "gloo":
                 cpus = self._equal_worker_cpus(cpus)
-            self.backend = self._agree_on_backend(choose_backend(backend, ranks, cpus, already_set), backend)
+            self.backend = self._agree_on_backend(backend, ranks, cpus, already_set)
+            if self.backend.name == "gloo":
+                require_interface("GLOO_SOCKET_IFNAME")
             dist.init_process_group(
                 self.backend.name,
                 store=dist.PrefixStore("ranks", store),  # type: ignore[attr-defined]
@@ -190,26 +194,36 @@ class Group:
             )
         return cpus[: min(int(kept) for kept, _ in answers)]
 
-    def _agree_on_backend(self, chosen: Backend, requested: str) -> Backend:
-        """Makes all ranks use the same ccl, or none."""
-        answers = [
-            (host, name, library)
-            for host, (name, library) in zip(
-                self.hosts, self._all_gather_strings(chosen.name, chosen.version.split()[0]), strict=True
-            )
-        ]
-        without = sorted({host for host, name, _ in answers if name == "gloo"})
-        libraries = {library: host for host, _, library in reversed(answers)}
-        if chosen.name == "gloo" or len(libraries) == 1:
+    def _agree_on_backend(
+        self, requested: str, ranks: Ranks, cpus: Sequence[int], already_set: Mapping[str, str]
+    ) -> Backend:
+        """Makes all ranks use the same ccl, or none; where one cannot use what was asked for, all raise."""
+        refused = ""
+        try:
+            chosen = choose_backend(requested, ranks, cpus, already_set)
+        except ConfigError as error:
+            chosen, refused = gloo(), str(error)
+        answers = self._all_gather_strings(chosen.name, chosen.version.split()[0], chosen.note, refused)
+        for host, (*_, why) in zip(self.hosts, answers, strict=True):
+            if why:
+                raise ConfigError(why if host == self.hosts[self.rank] else f"{host}: {why}")
+        without = {host: note for host, (name, _, note, _) in zip(self.hosts, answers, strict=True) if name == "gloo"}
+        libraries = {library: host for host, (_, library, *_) in zip(self.hosts, answers, strict=True)}
+        if chosen.name == "gloo":
             return chosen
+        if not without and len(libraries) == 1:
+            notes = {note: host for host, (_, _, note, _) in zip(self.hosts, answers, strict=True) if note}
+            others = [f"{host}: {note}" for note, host in notes.items() if note != chosen.note]
+            return dataclasses.replace(chosen, note="; ".join(filter(None, [chosen.note, *others])))
         if without:
-            problem, advice = f"{', '.join(without)} cannot use ccl", "install oneCCL there"
-        else:
-            each = " and ".join(f"{library} on {host}" for library, host in sorted(libraries.items()))
-            problem, advice = f"ranks have different versions, {each}", "install the same on all nodes"
+            host, why = next(iter(without.items()))
+            problem = f"{host}{f' and {len(without) - 1} more' if len(without) > 1 else ''} cannot use ccl"
+            return gloo(f"gradients are all-reduced over gloo, which is slower than ccl: {problem}: {why}")
+        each = " and ".join(f"{library} on {host}" for library, host in sorted(libraries.items()))
+        problem = f"ranks have different versions, {each}; install the same on all nodes"
         if requested == "ccl":
-            raise ConfigError(f"comm.backend ccl: {problem}; {advice}, or use gloo")
-        return gloo(f"gradients are all-reduced over gloo, which is slower than ccl: {problem}; {advice}")
+            raise ConfigError(f"comm.backend ccl: {problem}")
+        return gloo(f"gradients are all-reduced over gloo, which is slower than ccl: {problem}")
 
     def __enter__(self) -> Group:
         return self

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from knltrain.errors import ConfigError
+from knltrain.launch.rendezvous import unknown_interface
 from knltrain.launch.world import Ranks
 
 TRANSPORTS = ("ofi", "mpi")
@@ -142,7 +143,7 @@ def configure(
 
     Raises:
         ConfigError: ``CCL_ATL_TRANSPORT`` names no transport, or mpi without mpiexec.
-        UnavailableError: the transport's library is missing.
+        UnavailableError: the transport's library is missing, or an exported interface does not exist.
     """
     environ = os.environ if environ is None else environ
     transport = environ.get("CCL_ATL_TRANSPORT") or "ofi"
@@ -168,6 +169,9 @@ def configure(
         **_libraries(transport, environ),
     }
     if transport == "ofi":
+        for variable in ("CCL_KVS_IFACE", "FI_TCP_IFACE"):
+            if variable not in (already_set or {}) and (problem := unknown_interface(variable, environ)):
+                raise UnavailableError(problem)
         # Ranks of one node communicate through shared memory. Set here, so that any launcher will do.
         wanted |= {"CCL_ATL_SHM": "1", "CCL_PROCESS_LAUNCHER": "none",
                    "CCL_LOCAL_RANK": str(ranks.local_rank), "CCL_LOCAL_SIZE": str(ranks.local_size)}  # fmt: skip
@@ -181,7 +185,9 @@ def configure(
 
 def _libraries(transport: str, environ: MutableMapping[str, str]) -> dict[str, str]:
     """Returns the paths of libfabric, its providers and MPI; none if a oneAPI environment (I_MPI_ROOT) sets them."""
-    if environ.get("I_MPI_ROOT"):
+    if root := environ.get("I_MPI_ROOT"):
+        if not Path(root).is_dir():
+            raise UnavailableError(f"I_MPI_ROOT={root} is not a folder; correct or unset it")
         return {}
     found: dict[str, str] = {}
     if fabric := _of_package("impi-rt", "/libfabric.so.1"):

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from knltrain.comm.backend import choose_backend
+from knltrain.comm.segments import remove_segments_of
 from knltrain.launch import rendezvous
 from knltrain.launch.world import Ranks
 from knltrain.node.affinity import plan_node
@@ -87,6 +88,7 @@ def run_two_rank_all_reduce(limit_s: float, backend: str = "gloo") -> list[AllRe
             for process in processes:
                 process.kill()
                 process.wait()
+                remove_segments_of(process.pid)
         out, err = ([_text(stream) for stream in streams] for streams in zip(*files, strict=True))
     reason = _failure_reason(processes, late, err, limit_s)
     # gloo and oneCCL write to stdout too.

@@ -16,14 +16,36 @@ from pathlib import Path
 from knltrain.launch.rendezvous import START_TIMEOUT_S
 
 SHARED_MEMORY = Path("/dev/shm")
+_SEGMENT_BYTES = 64 << 20
 _SEGMENT_NAME = re.compile(r"([1-9][0-9]*):[0-9]+:[0-9]+", re.ASCII)
 
 
 def remove_own_segments() -> None:
     """Unlinks the files of this process; peers that have one mapped keep the mapping."""
+    remove_segments_of(os.getpid())
+
+
+def remove_segments_of(process_id: int) -> None:
+    """Unlinks the files of a process: this one, or a child that has ended."""
     for process, path in _segments():
-        if process == os.getpid():
+        if process == process_id:
             _remove(path)
+
+
+def small_shared_memory(ranks: int) -> str:
+    """Returns a warning if /dev/shm has no room for the files of so many ranks; otherwise an empty string."""
+    try:
+        disk = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return f"{SHARED_MEMORY} cannot be used: ranks of a node communicate over TCP, which is slower"
+    free = disk.f_bavail * disk.f_frsize
+    if free >= ranks * _SEGMENT_BYTES:
+        return ""
+    return (
+        f"{SHARED_MEMORY} has {free >> 20:,} MiB free, and {ranks} ranks on a node need "
+        f"{ranks * _SEGMENT_BYTES >> 20:,}: they communicate over TCP, which is slower; make it larger "
+        "(docker --shm-size, mount -o remount,size=)"
+    )
 
 
 def remove_dead_segments() -> None:

@@ -389,7 +389,7 @@ def shared_memory(machine: Machine) -> Finding:
     """Checks /dev/shm, through which ranks of one node communicate."""
     folder, ranks = machine.root / "dev/shm", max(2, len(machine.node.domains))
     remedy = "a larger /dev/shm: mount -o remount,size=8G /dev/shm; docker --shm-size=8g or --ipc=host"
-    symptom = "several ranks on this node end with SIGBUS, or oneCCL and MPI refuse to start"
+    symptom = "ranks on this node communicate over TCP, which is slower; an MPI library may end with SIGBUS"
     try:
         disk = os.statvfs(folder)
     except OSError as error:

@@ -19,6 +19,8 @@ from knltrain.node.cpulist import read_number
 _VARIABLES = ("GLOO_SOCKET_IFNAME", "CCL_KVS_IFACE", "FI_TCP_IFACE")
 # Providers of networks faster than TCP.
 _FAST_PROVIDERS = ("mlx", "verbs", "psm2", "psm3", "opx", "efa", "cxi")
+# Those that need a card that the kernel lists under infiniband.
+_NEED_CARDS = {"mlx", "verbs", "psm2", "opx"}
 _LOOPBACK = "lo"
 
 
@@ -126,6 +128,14 @@ def libfabric(machine: Machine) -> Finding:
             f"unset {variable}, or correct it",
         )
     cards = sorted(path.name for path in _entries(machine.root / "sys/class/infiniband"))
+    if not cards and set(re.split(r"[,;]", asked)) & _NEED_CARDS and not machine.environ["FI_PROVIDER"].startswith("^"):
+        return Finding(
+            "libfabric",
+            "warning",
+            f"FI_PROVIDER={asked}, and this node has no card for it (/sys/class/infiniband); {where}",
+            "oneCCL and Intel MPI do not start",
+            "unset FI_PROVIDER, or name tcp",
+        )
     if cards and not set(providers) & set(_FAST_PROVIDERS):
         return Finding(
             "libfabric",

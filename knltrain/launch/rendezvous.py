@@ -180,6 +180,21 @@ def own_addresses() -> list[tuple[str, str]]:
     return [(name, address) for name, address in _addresses() if not ipaddress.ip_address(address).is_loopback]
 
 
+def unknown_interface(variable: str, environ: Mapping[str, str]) -> str:
+    """Says that a variable names no interface of this node; an empty string if it does, or is not set."""
+    value = environ.get(variable, "")
+    there = [name for _, name in socket.if_nameindex()]
+    if not value or set(value.split(",")) & {*there}:
+        return ""
+    return f"{variable}={value}: {socket.gethostname()} has no such interface ({', '.join(there)}); correct or unset it"
+
+
+def require_interface(variable: str) -> None:
+    """Raises ConfigError if a variable names an interface that this node does not have."""
+    if problem := unknown_interface(variable, os.environ):
+        raise ConfigError(problem)
+
+
 def loopback() -> str:
     """Returns the name of the loopback interface; empty if it is down."""
     return next((name for name, address in _addresses() if ipaddress.ip_address(address).is_loopback), "")

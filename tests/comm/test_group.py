@@ -215,6 +215,46 @@ def test_the_rank_that_makes_the_others_wait_is_the_one_that_is_named(tmp_path):
         assert said.startswith(f"rank 2 on {socket.gethostname()} has not come to what the others wait for"), said
 
 
+REMADE = """
+import json, os, sys
+from knltrain.comm.group import Group
+from knltrain.errors import KnltrainError
+from knltrain.launch.world import discover
+folder = sys.argv[1]
+ranks = discover()
+said = ""
+try:
+    with Group(ranks, "gloo", start_timeout_s=60) as group, group.report_lost_ranks():
+        group.barrier()
+        if ranks.rank == 1:
+            os._exit(0)
+        group.set_timeout(5)
+        group.barrier()
+except KnltrainError as error:
+    said = str(error)
+open(f"{folder}/rank{ranks.rank}.json", "w").write(json.dumps(said))
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_that_ends_while_the_group_gets_its_time_out_is_named(tmp_path):
+    assert wait_for(start(REMADE, tmp_path), 120) == [0, 0], outputs(tmp_path)
+    (said,) = results(tmp_path, 1)
+    assert said.startswith(f"rank 1 on {socket.gethostname()} has ended or does not answer"), said
+
+
+def test_what_one_rank_cannot_use_ends_all(needs_oneccl, tmp_path):
+    """Which would wait for it otherwise."""
+    for said in run(GROUP, tmp_path, "ccl", 0, json.dumps({"CCL_ROOT": "/gone"})):
+        assert said["error"].endswith("comm.backend ccl: CCL_ROOT=/gone holds no libccl.so.1; unset it or correct it")
+
+
+def test_an_interface_that_is_not_there_is_not_used(needs_oneccl, tmp_path):
+    for said in run(GROUP, tmp_path, "auto", 0, json.dumps({"CCL_KVS_IFACE": "eth9"})):
+        assert (said["backend"], said["sum"]) == ("gloo", [3.0])
+        assert "CCL_KVS_IFACE=eth9: " in said["note"]
+
+
 def test_what_oneccl_would_wait_for_without_an_end_ends_after_the_time_out(needs_oneccl, tmp_path):
     """Of ranks that have not connected oneCCL aborts the second where the first is quicker to leave."""
     assert None not in wait_for(start(CONNECT, tmp_path), 120)

@@ -168,38 +168,44 @@ assert "libccl" not in open("/proc/self/maps").read()
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_what_the_user_exported_stays():
-    exported = {"CCL_WORKER_COUNT": "2", "CCL_LOG_LEVEL": "info", "FI_PROVIDER": "verbs", "I_MPI_ROOT": "/opt/mpi"}
+def test_what_the_user_exported_stays(tmp_path):
+    exported = {"CCL_WORKER_COUNT": "2", "CCL_LOG_LEVEL": "info", "FI_PROVIDER": "verbs", "I_MPI_ROOT": str(tmp_path)}
     environ = dict(exported)
     settings = oneccl.configure(RANKS, environ=environ)
     assert environ.items() >= exported.items()
     assert settings.kept == {name: value for name, value in exported.items() if name != "I_MPI_ROOT"}
     assert settings.set["CCL_WORKER_OFFLOAD"] == "1", "cores are kept for workers"
     assert (environ["CCL_LOCAL_SIZE"], environ["CCL_PROCESS_LAUNCHER"]) == ("2", "none")
-    assert oneccl.configure(RANKS, environ={"I_MPI_ROOT": "/opt/mpi"}).set["CCL_WORKER_OFFLOAD"] == "0"
+    assert oneccl.configure(RANKS, environ={"I_MPI_ROOT": str(tmp_path)}).set["CCL_WORKER_OFFLOAD"] == "0"
     # What knltrain itself has exported before is no wish of the user's.
     told = {"CCL_KVS_IFACE": "ib0", "GLOO_SOCKET_IFNAME": "ib0"}
     settings = oneccl.configure(
-        RANKS, environ={"I_MPI_ROOT": "/opt/mpi", "FI_PROVIDER": "tcp", **told}, already_set=told
+        RANKS, environ={"I_MPI_ROOT": str(tmp_path), "FI_PROVIDER": "tcp", **told}, already_set=told
     )
     assert (settings.kept, settings.set["CCL_KVS_IFACE"]) == ({"FI_PROVIDER": "tcp"}, "ib0")
+    for environ, problem in (
+        ({"I_MPI_ROOT": "/gone"}, "I_MPI_ROOT=/gone is not a folder"),
+        ({"CCL_KVS_IFACE": "ib77"}, "CCL_KVS_IFACE=ib77: .* has no such interface"),
+    ):
+        with pytest.raises(oneccl.UnavailableError, match=problem):
+            oneccl.configure(RANKS, environ=environ)
 
 
-def test_what_the_user_exported_empty_is_not_set():
+def test_what_the_user_exported_empty_is_not_set(tmp_path):
     empty = ("CCL_ATL_TRANSPORT", "CCL_WORKER_COUNT", "CCL_WORKER_AFFINITY", "CCL_LOG_LEVEL", "FI_PROVIDER")
-    root = {"I_MPI_ROOT": "/opt/mpi"}
+    root = {"I_MPI_ROOT": str(tmp_path)}
     plain = oneccl.configure(RANKS, [54], root.copy())
     assert oneccl.configure(RANKS, [54], {**root, **dict.fromkeys(empty, "")}) == plain
     assert plain.set["CCL_WORKER_COUNT"] == "1"
 
 
-def test_kept_cores_become_workers_unless_the_user_has_spoken():
+def test_kept_cores_become_workers_unless_the_user_has_spoken(tmp_path):
     ranks = Ranks("hydra", 1, 4, 1, 2)
-    told = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": "/opt/mpi"}).set
+    told = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": str(tmp_path)}).set
     assert (told["CCL_WORKER_OFFLOAD"], told["CCL_WORKER_COUNT"]) == ("1", "2")
     # The second rank of a node takes the third and the fourth.
     assert told["CCL_WORKER_AFFINITY"].split(",")[2:4] == ["54", "55"]
-    mine = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": "/opt/mpi", "CCL_WORKER_COUNT": "1"})
+    mine = oneccl.configure(ranks, [54, 55], {"I_MPI_ROOT": str(tmp_path), "CCL_WORKER_COUNT": "1"})
     assert "CCL_WORKER_AFFINITY" not in mine.set
     assert mine.kept["CCL_WORKER_COUNT"] == "1"
 

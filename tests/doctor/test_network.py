@@ -108,6 +108,11 @@ def test_providers_are_listed(root, providers):
 def test_a_provider_that_is_not_there(root, providers):
     finding = libfabric(root, FI_PROVIDER_PATH=providers, FI_PROVIDER="psm3")
     assert (finding.severity, finding.remedy) == ("warning", "unset FI_PROVIDER, or correct it")
+    assert libfabric(root, FI_PROVIDER_PATH=providers, FI_PROVIDER="tcp;ofi_rxm").severity == "ok"
+    finding = libfabric(root, FI_PROVIDER_PATH=providers, FI_PROVIDER="verbs;ofi_rxm")
+    assert "this node has no card for it" in finding.cause
+    assert libfabric(root, FI_PROVIDER_PATH=providers, FI_PROVIDER="^verbs").severity == "ok"
+    write(root, "sys/class/infiniband/mlx5_0/node_type", "1: CA")
     assert libfabric(root, FI_PROVIDER_PATH=providers, FI_PROVIDER="verbs;ofi_rxm").severity == "ok"
     empty = libfabric(root, FI_PROVIDER_PATH=root / "nowhere")
     assert (empty.severity, empty.remedy) == ("warning", "unset FI_PROVIDER_PATH, or correct it")
