@@ -235,7 +235,7 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
     """Returns ``folder`` itself if it is a checkpoint, otherwise the newest valid checkpoint of the run in it.
 
     Args:
-        folder: a checkpoint, or a run's folder.
+        folder: a checkpoint, a run's folder, or the folder of its checkpoints.
         say: called with a message for each checkpoint that was passed over.
 
     Raises:
@@ -245,7 +245,8 @@ def newest(folder: Path, say: Callable[[str], None] = warnings.warn) -> Path:
     if (folder / _STATE).exists():
         verify(folder)
         return folder
-    found = _newest_valid(list_checkpoints(folder), say)
+    run = folder.parent if folder.name == "checkpoints" else folder
+    found = _newest_valid(list_checkpoints(run), say)
     if found is None:
         raise KnltrainError(f"{folder}: no checkpoint, and no run that has one")
     return found

@@ -27,7 +27,7 @@ from knltrain.files import resolved
 
 # Characters of a text field: twice Linux's PATH_MAX.
 _MAX_TEXT = 8192
-_PATHS = ("data", "classes", "stage", "out", "resume", "init_from")
+_PATHS = ("data", "classes", "class_order", "stage", "out", "resume", "init_from")
 _COMPARED_PATHS = ("resume", "init_from")
 # All fields together take about 2,000 bytes.
 _MAX_FILE_BYTES = 1 << 20

@@ -194,7 +194,7 @@ def guard(plan: Sweep, out: Path) -> None:
         except (OSError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
             if isinstance(error, OSError) and not says_absent(error):
                 raise
-            raise ConfigError(f"{path} is damaged; give another --out, or delete the folder to start over") from None
+            raise ConfigError(f"{path} is damaged; delete this file: each run in {out} says what it is") from None
         if differ:
             raise ConfigError(f"{out} holds another sweep ({'; '.join(differ)}); give another --out")
     asked = json.loads(json.dumps(asked))

@@ -1,5 +1,6 @@
 """Checkpoints come back as they were written, and what is not whole is noticed."""
 
+import errno
 import json
 import os
 import shutil
@@ -217,6 +218,30 @@ def test_another_networks_checkpoint_is_refused(tmp_path):
         checkpoint.load_weights(folder, other)
     with pytest.raises(KnltrainError, match="another network"):
         checkpoint.load_optimizer(folder, build_optimizer(other, OptimConfig()))
+
+
+def test_the_folder_of_a_runs_checkpoints_names_the_run(tmp_path):
+    folder = save(tmp_path, 1, *stepped())
+    assert (
+        checkpoint.newest(tmp_path / "checkpoints", pytest.fail) == checkpoint.newest(tmp_path, pytest.fail) == folder
+    )
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_removed(tmp_path, monkeypatch):
+    """It may be the best."""
+    model, optimizer = stepped()
+    for step in (1, 2, 3):
+        save(tmp_path, step, model, optimizer, top1=10.0 * step)
+    original = os.open
+
+    def open_(path, *arguments, **options):
+        if "step-00000001" in str(path):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", open_)
+    store.remove_old(tmp_path, checkpoint.folder_of(tmp_path, 3), keep=1)
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
 
 
 def test_no_checkpoint_where_one_was_named(tmp_path):
