@@ -16,9 +16,10 @@ from numpy.typing import NDArray
 from knltrain.data.classes import ALL_CLASSES, ClassChoice, remarks_on
 from knltrain.data.decode import DecodeError, EncodedImage, is_bad, read_image
 from knltrain.data.left_out import LeftOut, is_ignored
-from knltrain.data.truth import find_truth
+from knltrain.data.truth import find_truth, no_truth
 from knltrain.errors import DataError as DataError
 
+_IMAGES = "images"
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff")
 
 
@@ -48,8 +49,8 @@ class Folder:
             raise DataError(f"{part}: no such folder; --data takes a folder that holds train/CLASS and val/CLASS")
         left_out = LeftOut()
         found, loose = entries_of(part, left_out)
-        if not found and loose:
-            by_class = _by_list(part, loose)
+        by_class = _listed_classes(part, found, loose)
+        if by_class is not None:
             self.classes = choice.arrange(sorted(by_class), part)
             files = [by_class.get(name, []) if choice.reads(name) else [] for name in self.classes]
         else:
@@ -199,14 +200,31 @@ def _folders_above(folder: Path) -> set[tuple[int, int]]:
     return {_identity_of(path) for path in (folder, *folder.absolute().parents)}
 
 
-def _by_list(part: Path, names: Sequence[str]) -> dict[str, list[str]]:
-    """Returns the files of each class, of images that a list beside them has the classes of."""
-    truth, listed_in = find_truth(part, {Path(name).stem for name in names})
+def _listed_classes(part: Path, folders: Sequence[str], loose: Sequence[str]) -> dict[str, list[str]] | None:
+    """Returns the files of each class, if not each has a folder, but all are in one, beside a list of their classes.
+
+    That folder is the part itself, or one in it that is called images, as in Tiny ImageNet.
+
+    Raises:
+        DataError: images lie in the part itself and there is no list of them, or one is not listed.
+    """
+    inside = part
+    if list(folders) == [_IMAGES] and not loose:
+        inside = part / _IMAGES
+        folders, loose = entries_of(inside, LeftOut())
+    if folders or not loose:
+        return None
+    found = find_truth(inside, {Path(name).stem for name in loose})
+    if found is None and inside == part:
+        raise no_truth(part)
+    if found is None:  # a class by this name
+        return None
+    truth, listed_in = found
     files: dict[str, list[str]] = {}
-    for name in names:
+    for name in loose:
         if Path(name).stem not in truth:
-            raise DataError(f"{listed_in}: {name} of {part} is not listed")
-        files.setdefault(truth[Path(name).stem], []).append(str(part / name))
+            raise DataError(f"{listed_in}: {name} of {inside} is not listed")
+        files.setdefault(truth[Path(name).stem], []).append(str(inside / name))
     return files
 
 

@@ -19,6 +19,8 @@ _PART_OF_WORD = {word: part for part, words in NAMES.items() for word in words}
 _COMPRESSED = re.compile(r"\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)$", re.IGNORECASE)
 # Folders of a data set that lacks a part, in which it is looked for.
 _NUM_LOOKED_INTO = 20
+# The number of a tar file, and how many there are: train-00003.tar, train-00003-of-00010.tar.
+_NUMBERED = re.compile(r"(\d{1,6})(?:-of-(\d{1,6}))?\.tar$", re.IGNORECASE)
 _TAKES = "--data takes a folder that holds train/CLASS and val/CLASS, tar files, or output of knltrain prepare"
 
 
@@ -107,7 +109,24 @@ def _called(root: Path, names: Iterable[str], word: str) -> Part | None:
             f"{root}: {_listed(compressed)}: compressed; images are read from anywhere in a tar file, which takes a "
             "plain one: decompress it (gunzip, unxz, unzstd)"
         )
-    return Part(sorted(archives), folder, tuple(said)) if archives or folder else None
+    return Part(sorted(archives), folder, (*said, *_missing(root, archives))) if archives or folder else None
+
+
+def _missing(root: Path, shards: Iterable[Path]) -> list[str]:
+    """Returns a sentence about numbers that the names of tar files leave out."""
+    found = [_NUMBERED.search(path.name) for path in shards]
+    numbers = {int(match[1]) for match in found if match}
+    totals = {int(match[2]) for match in found if match and match[2]}
+    if not numbers:
+        return []
+    expected = range(min([0, *numbers]), max(totals)) if totals else range(min(numbers), max(numbers) + 1)
+    missing = [str(number) for number in expected if number not in numbers]
+    if not missing:
+        return []
+    first = ", ".join(missing[:3]) + (" and more" if missing[3:] else "")
+    return [
+        f"{root}: {min(shards).name} and so on: {len(missing):,} of these tar files are not there, by number {first}"
+    ]
 
 
 def _is_archive(name: str) -> bool:

@@ -18,7 +18,7 @@ from knltrain.data.manifest import read_manifest
 from knltrain.data.packed import Packed
 from knltrain.data.parts import IMAGENET, NAMES, find_part, instead
 from knltrain.data.tar_index import Member, members
-from knltrain.data.truth import find_truth
+from knltrain.data.truth import find_truth, no_truth
 from knltrain.errors import ConfigError, DataError
 from knltrain.files import open_regular
 
@@ -118,7 +118,10 @@ def _train_entries(file: IO[bytes], left_out: LeftOut) -> list[_Entry]:
 
 def _val_entries(path: Path, file: IO[bytes], left_out: LeftOut) -> list[_Entry]:
     images = sorted(_images(members(file), left_out))
-    truth, listed_in = find_truth(path, {Path(image.name).stem for image in images})
+    found = find_truth(path, {Path(image.name).stem for image in images})
+    if found is None:
+        raise no_truth(path)
+    truth, listed_in = found
     for image in images:
         if Path(image.name).stem not in truth:
             raise DataError(f"{listed_in}: {image.name} is not listed")

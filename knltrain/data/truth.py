@@ -18,7 +18,7 @@ _LIST = "LOC_val_solution.csv"
 _LEVELS_ABOVE = 4
 
 
-def find_truth(images: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
+def find_truth(images: Path, names: Set[str]) -> tuple[dict[str, str], Path] | None:
     """Returns the class of each validation image, by its name without suffix, and the file that lists them.
 
     A list is a text or CSV file in the folder of ``images`` or in ``images``, with a line for each image: its name, a
@@ -29,8 +29,11 @@ def find_truth(images: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
         images: their archive, or their folder.
         names: of the images, without suffixes.
 
+    Returns:
+        None if there is no list.
+
     Raises:
-        DataError: there is no list, or it cannot be read.
+        DataError: a list cannot be read.
     """
     folders = [images.absolute().parent, *([images] if images.is_dir() else [])]
     lists = [path for folder in folders for path in sorted([*folder.glob("*.csv"), *folder.glob("*.txt")])]
@@ -41,7 +44,12 @@ def find_truth(images: Path, names: Set[str]) -> tuple[dict[str, str], Path]:
     for folder in folders:
         for path in sorted(folder.glob("ILSVRC2012_devkit*.tar.gz")):
             return _devkit(path), path
-    raise DataError(
+    return None
+
+
+def no_truth(images: Path) -> DataError:
+    """Returns the error for images that come without a list."""
+    return DataError(
         f"{images} comes without its classes: put ILSVRC2012_devkit_t12.tar.gz or {_LIST} beside it"
         + ("" if images.is_file() else ", or its images into a folder for each class")
     )

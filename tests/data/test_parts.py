@@ -181,6 +181,35 @@ def test_a_flat_val_folder_with_its_list(tmp_path):
         open_folder(root, "val")
 
 
+def test_tiny_imagenets_layout(tmp_path):
+    """Images of a class in a folder below it, and those of val in one folder, beside their list."""
+    lines = []
+    for number in (1, 2):
+        write_jpeg(tmp_path / f"train/n0000000{number}/images/{number}.JPEG", 40, 40, number)
+        write_jpeg(tmp_path / f"val/images/val_{number}.JPEG", 40, 40, number)
+        write_jpeg(tmp_path / f"test/images/test_{number}.JPEG", 40, 40, number)
+        lines.append(f"val_{number}.JPEG\tn0000000{3 - number}\t0\t32\t44\t62\n")
+    (tmp_path / "val/val_annotations.txt").write_text("".join(lines))
+    train, val = opened(tmp_path)
+    assert train.classes == val.classes == ("n00000001", "n00000002")
+    assert [os.path.basename(val.name(i)) for i in range(2)] == ["val_2.JPEG", "val_1.JPEG"]
+    (tmp_path / "val/val_annotations.txt").unlink()
+    assert open_folder(tmp_path, "val").classes == ("images",), "as torchvision has it"
+
+
+@pytest.mark.parametrize("names, said", [
+    (["train-0.tar", "train-1.tar"], None), (["train-001.tar", "train-002.tar"], None), (["train.tar"], None),
+    (["train-0.tar", "train-2.tar"], "by number 1"), (["train-000.tar", "train-005.tar"], "by number 1, 2, 3 and more"),
+    (["train-00000-of-00003.tar", "train-00001-of-00003.tar"], "by number 2"),
+    ([f"train-0000{n}-of-00003.tar" for n in range(3)], None), (["train/7.tar", "train/9.tar"], "by number 8"),
+])  # fmt: skip
+def test_tar_files_that_are_missing_between_others_are_said(tmp_path, names, said):
+    tars(tmp_path, *names)
+    remarks = open_folder(tmp_path, "train").remarks
+    assert len(remarks) == (said is not None)
+    assert all(said in remark for remark in remarks)
+
+
 def test_a_part_in_an_archive_and_the_other_in_folders(tmp_path, capsys):
     """ImageNet's train archive unpacked, and that of val not."""
     for number in (1, 2):
