@@ -297,10 +297,12 @@ def _forward_in_torch(
     cap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     rows = _rows(x)
-    if mean is None or var is None:
+    if mean is not None and var is not None:
+        mean, var = mean.clone(), var.clone()
+    elif len(rows):
         var, mean = torch.var_mean(rows, dim=0, correction=0)
     else:
-        mean, var = mean.clone(), var.clone()
+        mean, var = torch.zeros_like(weight), torch.ones_like(weight)  # of no images
     rows = (rows - mean) * (weight * (var + eps).rsqrt()) + bias
     if residual is not None:
         rows = rows + _rows(residual)

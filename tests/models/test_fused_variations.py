@@ -16,6 +16,7 @@ from knltrain.config import OptimConfig, RunConfig
 from knltrain.models import build_model, fused, model_of
 from knltrain.models.fused import fuse
 from knltrain.ops.convgrad import native_results
+from knltrain.ops.lrn import local_response_norm
 from knltrain.ops.native import load_error
 from knltrain.optim import build_optimizer
 from knltrain.training.engine import build_engine
@@ -287,6 +288,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, when",
     [(name, when) for name in CHANGES for when in ("before", "after") if when == "before" or name[:3] != "own"],
@@ -442,6 +444,7 @@ INPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels-last", "contiguous"])
 @pytest.mark.parametrize("given", INPUTS)
 @pytest.mark.parametrize("factory", NETWORKS, ids=lambda factory: factory.__name__)
@@ -588,6 +591,11 @@ def test_a_layer_of_a_sequential_called_alone_is_torchs():
 # Derivatives ---------------------------------------------------------------------------------------------------------
 
 
+class LocalResponseNorm(nn.Module):
+    def forward(self, x):
+        return local_response_norm(x, alpha=1e-2)
+
+
 def second_gradients(model, x):
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     (dx,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
@@ -607,6 +615,13 @@ def test_second_derivatives(factory, change):
             assert one is None or float(one.abs().max()) == 0
         else:
             assert (one.double() - other).norm() <= 5e-3 * (other.norm() + whole)
+
+
+def test_second_derivatives_of_the_response_norm():
+    plain = nn.Sequential(nn.LocalResponseNorm(5, alpha=1e-2, beta=0.75, k=1.0))
+    expected = second_gradients(plain.double(), images().double() * 10)
+    (got,) = second_gradients(LocalResponseNorm(), images() * 10)
+    torch.testing.assert_close(got.double(), *expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("factory", NETWORKS, ids=lambda factory: factory.__name__)

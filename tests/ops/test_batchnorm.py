@@ -599,6 +599,13 @@ def test_refuses_a_gradient_of_another_type_or_shape():
             torch.ops.knltrain.batch_norm_act_backward(dy, *arguments)
 
 
+def test_an_empty_batch_leaves_the_running_statistics(each_isa):
+    mean, var = torch.full((4,), 2.0), torch.full((4,), 3.0)
+    y = batch_norm_act(channels_last(0, 4, 3, 3), torch.ones(4), torch.zeros(4), mean, var, training=True)
+    assert y.shape == (0, 4, 3, 3)
+    assert (mean.tolist(), var.tolist()) == ([2.0] * 4, [3.0] * 4)
+
+
 class Block(nn.Module):
     """Two normalisations and a shortcut, fused or in plain torch."""
 
