@@ -21,6 +21,7 @@ from knltrain.data.convert import checksum
 from knltrain.data.datasets import open_part, remarks_of
 from knltrain.data.folder import DataError
 from knltrain.data.loader import Batch, Loader, replaced
+from knltrain.data.tar import Tar
 from knltrain.errors import KnltrainError
 from knltrain.launch.placement import RankPlacement
 from knltrain.models import model_of
@@ -152,6 +153,8 @@ def evaluate_checkpoint(
         dataset = open_part(config, "val", choice)
         for remark in remarks_of(dataset):
             console.warn(remark)
+        if classes is not None and choice.order and not (isinstance(dataset, Tar) and isinstance(choice.order, tuple)):
+            console.warn(f"class-order has no effect: {path} names its classes in their order")
         require_same_data({"val": dataset}, config.data, group)
         model = model_of(config, len(dataset.classes))
         if not of_a_file:

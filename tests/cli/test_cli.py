@@ -502,6 +502,9 @@ def test_eval_of_a_bare_file_on_folders_that_are_numbers(tmp_path):
     right, said = evaluated(run)
     assert not said, "the checkpoint names its classes"
     assert evaluated(tmp_path / "net.safetensors") == (right, False)
+    result = invoke("eval", run, *common, "--class-order", "name")
+    assert "class-order has no effect" in result.output
+    assert f"loss {right:.4f}" in result.output
     other, said = evaluated(bare, "--model", "alexnet_bn_small")
     assert (other != right, said) == (True, True)
     assert evaluated(bare, "--model", "alexnet_bn_small", "--class-order", "numeric") == (right, False)

@@ -240,5 +240,10 @@ def test_a_network_is_evaluated_in_its_own_order(numbered, tmp_path):
     for numbers, said in ((network, "'x' fewer"), (network[2:], "'11' more")):
         with pytest.raises(DataError, match=f"has other classes than step-1 was trained on: {said}"):
             Folder(numbered / "val", replace(choice, numbers=numbers))
-    some = Folder(numbered / "val", replace(choice, numbers=network, only=frozenset(["7", "1"])))
+
+
+def test_a_network_is_evaluated_on_some_of_its_classes(any_format):
+    network = ("x", *NUMBERS[::-1])
+    choice = ClassChoice(numbers=network, only=frozenset(["7", "1"]))
+    some = open_folder(any_format, "val", choice)
     assert (some.classes, of(some)) == (network, ["1", "7"])
