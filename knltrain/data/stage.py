@@ -51,11 +51,8 @@ def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda 
     samples = {shard.file: shard.sample for part in manifest.shards.values() for shard in part}
     try:
         target.mkdir(parents=True, exist_ok=True)
-        missing = [file for file, (size, _) in files.items() if _size(target / file) != size]
-        # Of the right size, and yet not what the manifest lists.
-        there = files.keys() - {*missing}
-        missing += sorted(file for file in there & samples.keys() if not has_sample(target / file, samples[file]))
-        missing += sorted(file for file in there - samples.keys() if checksum(str(target / file)) != files[file][1])
+        missing = [file for file, (size, digest) in files.items()
+                   if not _is_there(target / file, size, digest, samples.get(file))]  # fmt: skip
         total = sum(files[file][0] for file in missing)
         free = shutil.disk_usage(target).free
         if total > free:
@@ -76,8 +73,11 @@ def stage(root: Path, into: Path, progress: Callable[[int, int], None] = lambda 
     return target
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else -1
+def _is_there(path: Path, size: int, digest: str, sample: str | None) -> bool:
+    """Whether a file is what the manifest lists: by its sample, or by its checksum if it has none, as labels."""
+    if not path.exists() or path.stat().st_size != size:
+        return False
+    return checksum(str(path)) == digest if sample is None else has_sample(path, sample)
 
 
 def _copy(source: Path, target: Path, digest: str, done: int, progress: Callable[[int], None]) -> int:
