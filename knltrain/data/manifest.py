@@ -154,7 +154,11 @@ def read_manifest(root: Path) -> Manifest | None:
     Raises:
         DataError: it is damaged, or ``knltrain prepare`` has not finished.
     """
-    if (root / JOURNAL).exists():
+    try:
+        is_unfinished = (root / JOURNAL).exists()
+    except OSError as error:
+        raise DataError(f"{root}: {error.strerror}; see that it can be read") from None
+    if is_unfinished:
         raise DataError(f"{root}: knltrain prepare has not finished it; run the same command again to continue")
     path = root / NAME
     try:
@@ -166,7 +170,7 @@ def read_manifest(root: Path) -> Manifest | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
+        raise DataError(f"{path}: {error.strerror}; see that it can be read") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise DataError(f"{path}: not what knltrain prepare writes ({error}); copy it again") from None
     outside = [shard.file for shards in manifest.shards.values() for shard in shards if not _is_inside(shard.file)]

@@ -73,7 +73,7 @@ def list_folder(folder: Path) -> list[str]:
     try:
         return sorted(os.listdir(folder))
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror}") from None
+        raise DataError(f"{folder}: {error.strerror}; see that it can be read") from None
 
 
 def nothing_found(root: Path, part: str) -> DataError:
@@ -162,7 +162,7 @@ def _contents(folder: Path) -> _Contents:
                 elif _is_archive(entry.name):
                     archives.append(folder / entry.name)
     except OSError as error:
-        raise DataError(f"{error.filename or folder}: {error.strerror}") from None
+        raise DataError(f"{error.filename or folder}: {error.strerror}; see that it can be read") from None
     return _Contents(sorted(archives), has_folders)
 
 

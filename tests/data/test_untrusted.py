@@ -192,7 +192,7 @@ def test_thousands_of_empty_classes_are_one_line(tmp_path):
     assert len(str(raised.value)) < 1000
 
 
-@pytest.mark.parametrize("what", ["train", "train/a", "train/a/0.jpg"])
+@pytest.mark.parametrize("what", [".", "train", "train/a", "train/a/0.jpg"])
 def test_what_may_not_be_read_is_named(what):
     """As root everything may be read: then as nobody, in another process."""
     code = (
