@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from knltrain.errors import ConfigError
+
 # What an error says of a name: that there is nothing, or no file. Others say that it cannot be read now.
 _ABSENT = frozenset(
     {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EINVAL, errno.ELOOP, errno.ENXIO, errno.ENAMETOOLONG}
@@ -83,10 +85,22 @@ def resolved(path: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Returns $KNLTRAIN_CACHE, or ``knltrain`` in the user's cache folder; it may not exist yet."""
-    if configured := os.environ.get("KNLTRAIN_CACHE"):
-        return Path(configured)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain"
+    """Returns $KNLTRAIN_CACHE, or ``knltrain`` in the user's cache folder; it may not exist yet.
+
+    Raises:
+        ConfigError: any account could have put something there; what is in it decides labels, and how a run computes.
+    """
+    configured = os.environ.get("KNLTRAIN_CACHE")
+    folder = Path(configured or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "knltrain")
+    with contextlib.suppress(OSError):  # it does not exist yet
+        found, parent = folder.stat(), folder.resolve().parent.stat()
+        foreign = found.st_uid not in (os.geteuid(), 0) and parent.st_mode & stat.S_IWOTH
+        if foreign or found.st_mode & stat.S_IWOTH:
+            raise ConfigError(
+                f"{folder}, the cache, can have been filled by any account of this machine (owner {found.st_uid}, mode "
+                f"{stat.filemode(found.st_mode)}); set KNLTRAIN_CACHE to a folder of your own"
+            )
+    return folder
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from disk import record
 
+from knltrain.errors import ConfigError
 from knltrain.files import cache_folder, naming, replacing, replacing_path, resolved, says_absent, sync_folder
 
 
@@ -32,6 +33,24 @@ def test_a_cache_folder_that_is_set_to_nothing_is_the_users_own(monkeypatch):
     assert cache_folder() == Path("/caches/knltrain")
     monkeypatch.setenv("KNLTRAIN_CACHE", "/mine")
     assert cache_folder() == Path("/mine")
+
+
+def test_a_cache_that_any_account_can_have_filled_is_refused(tmp_path, monkeypatch):
+    """What is in it decides labels."""
+    folder = tmp_path / "shared" / "cache"
+    folder.mkdir(parents=True)
+    monkeypatch.setenv("KNLTRAIN_CACHE", str(folder))
+    assert cache_folder() == folder
+    folder.chmod(0o1777)
+    with pytest.raises(ConfigError, match=r"can have been filled by any account .*; set KNLTRAIN_CACHE to a folder"):
+        cache_folder()
+    folder.chmod(0o755)
+    if os.geteuid() == 0:
+        os.chown(folder, 12345, -1)
+        assert cache_folder() == folder, "as a home folder that a container sees as root"
+        folder.parent.chmod(0o1777)
+        with pytest.raises(ConfigError, match="owner 12345"):
+            cache_folder()
 
 
 def test_an_error_leaves_the_old_content_alone(path):

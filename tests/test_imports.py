@@ -24,7 +24,8 @@ LAYERS = [
     {"node"},
     {"recipes"},
     {"config"},
-    {"errors", "files", "__init__", "_kernels"},
+    {"files"},
+    {"errors", "__init__", "_kernels"},
 ]
 WITHOUT_TORCH = [
     *(f"{package}.{path.stem}"
