@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+from knltrain.comm.segments import remove_segments_of
 from knltrain.doctor.finding import Finding, run_check
 from knltrain.errors import KnltrainError
 from knltrain.launch.placement import RankPlacement, bind_rank
@@ -74,14 +75,27 @@ def _run(names: Sequence[str], data: Path | None, command: Sequence[str]) -> lis
                     break
         finally:
             # With its children. A process that hangs in the kernel cannot be waited for.
+            killed = {process.pid, *_session(process.pid)}
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
+            for one in killed:
+                remove_segments_of(one)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(_EXIT_TIMEOUT_S)
             reader.join(_EXIT_TIMEOUT_S)
             if not reader.is_alive():
                 process.stdout.close()
     return findings
+
+
+def _session(leader: int) -> list[int]:
+    """Returns the processes of a session."""
+    found = []
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            if os.getsid(int(name)) == leader:
+                found.append(int(name))
+    return found
 
 
 def _queue_lines(stream: IO[str], lines: queue.Queue[str]) -> None:

@@ -22,6 +22,7 @@ for name in sys.argv[2:]:
         sys.exit(3)
     if name == os.environ.get("HANGS"):
         open(os.environ["PIDS"], "a").write(f"{os.getpid()}\\n")
+        open(f"/dev/shm/{os.getpid()}:0:0", "w").close()  # as libfabric
         time.sleep(600)
     severity = "error" if name == os.environ.get("BAD") else "ok"
     print(json.dumps({"name": name, "severity": severity, "cause": sys.argv[1]}), flush=True)
@@ -85,6 +86,7 @@ def test_one_that_hangs_is_ended(run, tmp_path, monkeypatch):
     while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not os.path.exists(f"/proc/{pid}")
+    assert not os.path.exists(f"/dev/shm/{pid}:0:0")
 
 
 @pytest.mark.parametrize("end", [{"BAD": "torch"}, {"DIES": "torch", "SIGNAL": int(signal.SIGSEGV)}])
