@@ -23,6 +23,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <iterator>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -162,6 +163,7 @@ class Engine {
             of->open = false;
             const auto gone = [&](const RequestPtr &request) { return request->of == of; };
             queue_.erase(std::remove_if(queue_.begin(), queue_.end(), gone), queue_.end());
+            std::copy_if(running_.begin(), running_.end(), std::back_inserter(failed_), gone);
             running_.erase(std::remove_if(running_.begin(), running_.end(), gone), running_.end());
         });
     }
@@ -237,6 +239,7 @@ class Engine {
         for (const RequestPtr &request : running_)
             if (request->over) {
                 request->done = true;
+                if (!request->error.empty()) failed_.push_back(request);
                 if (request->in_background) finished_.push_back(request);
             }
         running_.erase(std::remove_if(running_.begin(), running_.end(), [](const auto &r) { return r->done; }),
@@ -248,6 +251,8 @@ class Engine {
     std::condition_variable changed_;
     std::deque<RequestPtr> queue_, finished_;
     std::vector<RequestPtr> running_;
+    // Kept for ever: oneCCL waits without end, or aborts, where an event is destroyed that is not complete.
+    std::vector<RequestPtr> failed_;
     bool polling_ = false, stopped_ = false;
 };
 

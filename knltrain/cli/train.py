@@ -21,7 +21,7 @@ from knltrain.cli.options import (
 )
 from knltrain.config import RunConfig
 from knltrain.config.checks import unreached_schedule_warnings, unused_field_warnings
-from knltrain.errors import STOPPED, ConfigError
+from knltrain.errors import STOPPED, ConfigError, KnltrainError
 from knltrain.recipes import RECIPES
 
 _NO_STRICT = click.option("--no-strict-affinity", is_flag=True, help="Run even on fewer cores than planned.")
@@ -127,6 +127,8 @@ def evaluate(checkpoint: str, no_strict_affinity: bool, as_json: bool, **values:
     unused = [f"--{name.replace('_', '-')}" for name in _NETWORK_FIELDS if name in fields]
     if Path(checkpoint).is_file():
         fields, classes = _fields_of_file(checkpoint, fields)
+    elif unused and not Path(checkpoint).exists():
+        raise KnltrainError(f"{checkpoint}: no such file, and no checkpoint or run")
     elif unused:
         raise ConfigError(f"{unused[0]} has no effect on {checkpoint}: a checkpoint names its network; omit the option")
     config = configuration.override(RunConfig(), fields)

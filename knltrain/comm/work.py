@@ -79,7 +79,10 @@ class Work(dist.Work):
         """Completes the work once its requests are done."""
         failed = next((request.error for request in self.requests if request.error), "")
         error = RuntimeError(f"{self.what}: {failed}") if failed else None
-        if error is None and self._finish is not None:
+        if error:
+            self.fail(error)
+            return
+        if self._finish is not None:
             try:
                 self._finish()
             except RuntimeError as problem:

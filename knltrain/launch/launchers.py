@@ -70,6 +70,11 @@ _STRANGERS = (
     ("mpirun_rsh", "MPIRUN_RANK", "MPIRUN_NPROCS"),
     ("Platform MPI", "MPI_RANKID", "MPI_NRANKS"),
     ("poe", "MP_CHILD", "MP_PROCS"),
+    ("blaunch", "LSF_PM_TASKID", ""),
+    # Of a node alone, without the rank among all.
+    ("mpiexec of MPICH or Intel MPI", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("a launcher", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("a launcher", "NODE_RANK", ""),
 )
 # Numbers of the steps that are no srun of the user: Slurm runs a job script, or the shell of salloc, in one.
 _SCRIPT_STEPS = ("4294967290", "4294967291")

@@ -53,7 +53,16 @@ def parameter_groups(
     Returns:
         Parameter groups as torch.optim takes them, empty ones left out, each with its kind under ``kind`` and its
         parameters' names in the model under ``names``. Print them to see what went where.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+        ValueError: ``decay_on`` or ``adapt_on`` is none of these words.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"parameter_groups takes the model, not {type(model).__name__}")
+    for name, which in (("decay_on", decay_on), ("adapt_on", adapt_on)):
+        if which not in (*_MEMBERS, *([None] if name == "adapt_on" else [])):
+            raise ValueError(f"{name} {which!r}: one of {', '.join(_MEMBERS)}")
     members: dict[str, dict[str, nn.Parameter]] = {"weight": {}, "norm": {}, "bias": {}}
     seen: set[nn.Parameter] = set()
     for path, module in model.named_modules():

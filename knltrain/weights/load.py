@@ -232,7 +232,7 @@ def _of_the_network(
     """Returns the network's tensors by its own names, of which those in the file may have a prefix.
 
     Raises:
-        KnltrainError: there are several state dicts or prefixes, and not just one of them has all of these names.
+        KnltrainError: there are several state dicts or prefixes, and none of them has more of these names than others.
     """
     needed = [name for name in expected if not name.endswith(".num_batches_tracked")]
     candidates = {
@@ -241,8 +241,9 @@ def _of_the_network(
         for plain in [_without_wrappers(tensors)]
         for prefix in {key.removesuffix(needed[0]) for key in plain if f".{key}".endswith(f".{needed[0]}")} or {""}
     }
-    whole = {place: tensors for place, tensors in candidates.items() if all(name in tensors for name in needed)}
-    fitting = whole or candidates
+    # Of several the one that has the most; what it lacks is said by whoever loads it.
+    has = {place: sum(name in tensors for name in needed) for place, tensors in candidates.items()}
+    fitting = {place: tensors for place, tensors in candidates.items() if has[place] == max(has.values())}
     if len(fitting) > 1:
         places = ", ".join(sorted(_quote(": ".join(filter(None, map(str, place)))) for place in fitting))
         raise KnltrainError(

@@ -183,6 +183,7 @@ def invoke(*arguments):
         (["train", "--recipe", "resnet50-256", "--max-steps", "1"], 2, "no data"),
         (["train", "--recipe", "resnet50-256", "--data", "/nowhere"], 1, "/nowhere/train: no such folder"),
         (["eval", "/nowhere", "--data", "synthetic"], 1, "/nowhere: no checkpoint"),
+        (["eval", "/nowhere.pth", "--data", "synthetic", "--model", "resnet20"], 1, "/nowhere.pth: no such file"),
         (["bench", "--model", "lenet"], 2, "no 'lenet'"),
         (["bench", "--precision", "fp16"], 2, "fp16"),
         (["bench", "--recipe", "cifar-2"], 2, "did you mean cifar-2k?"),

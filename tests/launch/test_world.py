@@ -89,7 +89,8 @@ def test_what_a_script_repeats_of_its_launcher_is_the_launchers():
     {"PALS_RANKID": "1", "PALS_LOCAL_RANKID": "1", "PALS_LOCAL_SIZE": "2"}, {"PMI_RANK": "1", "PMI_SIZE": "2"},
     {"MPIRUN_RANK": "1", "MPIRUN_NPROCS": "2"}, {"FLUX_TASK_RANK": "1"}, {"SLURM_PROCID": "1"}, {"RANK": "0"},
     {"WORLD_SIZE": "2"}, {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "2"}, {"OMPI_COMM_WORLD_RANK": "0"},
-    {**ONE_TASK, "PMI_RANK": "1", "PMI_SIZE": "4"}, {**ONE_TASK, "PMIX_RANK": "1"},
+    {**ONE_TASK, "PMI_RANK": "1", "PMI_SIZE": "4"}, {**ONE_TASK, "PMIX_RANK": "1"}, {"LSF_PM_TASKID": "2"},
+    {"MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}, {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, {"NODE_RANK": "1"},
 ])  # fmt: skip
 def test_what_looks_like_a_launcher_and_does_not_say_enough_is_refused(variables):
     with pytest.raises(ConfigError, match=r"as one of several .*each would train a model of its own\. Export RANK"):
@@ -101,6 +102,7 @@ def test_what_looks_like_a_launcher_and_does_not_say_enough_is_refused(variables
 
 @pytest.mark.parametrize("variables", [
     {"PMI_RANK": "0", "PMI_SIZE": "1"}, {"WORLD_SIZE": "1"}, {**ONE_TASK, "PMIX_RANK": "0"},
+    {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"},
     {"PMIX_RANK": "0", "RANK": "0", "WORLD_SIZE": "1"}, {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
 ])  # fmt: skip
 def test_one_process_of_any_launcher_is_alone(variables):

@@ -161,3 +161,13 @@ def test_the_recipes_networks_keep_their_groups(name, counts):
         expected = "norm" if isinstance(module, nn.BatchNorm2d) else path.rpartition(".")[2]
         assert kind == expected, path
     assert tuple(list(kinds(model).values()).count(kind) for kind in ("weight", "norm", "bias")) == counts
+
+
+def test_what_is_no_choice_is_refused():
+    model = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="decay_on 'weight': one of all, not-norm, weights"):
+        parameter_groups(model, weight_decay=1e-4, decay_on="weight")
+    with pytest.raises(ValueError, match="adapt_on 'norm': one of"):
+        parameter_groups(model, weight_decay=1e-4, decay_on="all", adapt_on="norm")
+    with pytest.raises(TypeError, match="takes the model, not generator"):
+        parameter_groups(model.parameters(), weight_decay=1e-4, decay_on="all")

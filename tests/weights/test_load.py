@@ -116,6 +116,18 @@ def test_of_several_networks_none_is_guessed(trained, tmp_path, write, places):
     assert same(model.state_dict(), before)
 
 
+def test_a_file_that_lacks_something_is_no_file_of_several_networks(tmp_path):
+    """Each block of a residual network ends in the same names as the network itself begins with."""
+    model = pytest.importorskip("torchvision", exc_type=ImportError).models.resnet18(num_classes=12)
+    state = model.state_dict()
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith("fc.")}
+    without_statistics = {name: tensor for name, tensor in state.items() if "running_" not in name}
+    for write, lacking in ((headless, "'fc.weight', 'fc.bias'"), (without_statistics, "'bn1.running_mean'")):
+        torch.save({f"module.{name}": tensor for name, tensor in write.items()}, tmp_path / "part.pth")
+        with pytest.raises(KnltrainError, match=f"part.pth is of another network: missing {lacking}"):
+            weights.load(tmp_path / "part.pth", model)
+
+
 def test_a_file_that_cannot_be_read_now_is_not_damaged(trained, tmp_path, monkeypatch):
     def refuse(path, *_):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
