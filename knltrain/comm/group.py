@@ -26,7 +26,7 @@ from torch import Tensor
 from knltrain.comm import oneccl
 from knltrain.comm.backend import Backend, choose_backend, gloo
 from knltrain.comm.ccl import ProcessGroupCCL
-from knltrain.comm.liveness import PeerLiveness
+from knltrain.comm.liveness import SILENT, PeerLiveness
 from knltrain.comm.segments import remove_own_segments
 from knltrain.comm.store import open_store
 from knltrain.errors import ConfigError, KnltrainError
@@ -320,8 +320,9 @@ class Group:
                 raise KnltrainError(
                     f"{named[0].rstrip(')')}{step}; it has ended, hangs, or waits for its data"
                 ) from None
-            who = (self._liveness and self._liveness.lost()) or "another rank has ended or does not answer"
-            raise KnltrainError(f"{who}{step}; what that rank printed may be the cause ({reason})") from None
+            who = (self._liveness and self._liveness.lost()) or f"another rank {SILENT}"
+            cause = "; what that rank printed is the cause" if who.endswith(SILENT) else ""
+            raise KnltrainError(f"{who}{step}{cause} ({reason})") from None
 
     def names_of(self, ranks: Sequence[int]) -> str:
         """Names ranks and their hosts, for people; of many, the first ones."""

@@ -15,6 +15,7 @@ _POLL_INTERVAL_S = 1.0
 _ANSWER_TIMEOUT_S = 2.5
 # If the rank that serves the store is the lost one, a request to the store blocks.
 _STORE_TIMEOUT_S = 5.0
+SILENT = "has ended or does not answer"
 # A rank that has waited for less than this part of the longest wait has made the others wait.
 _LATE_FRACTION = 0.5
 
@@ -80,7 +81,7 @@ class PeerLiveness:
         checker = threading.Thread(target=check, name="liveness check", daemon=True)
         checker.start()
         checker.join(_ANSWER_TIMEOUT_S + _STORE_TIMEOUT_S)
-        return result[0] if result else self._sentence([0], "has ended or does not answer")
+        return result[0] if result else self._sentence([0], SILENT)
 
     def _check(self) -> str:
         self._answer()
@@ -102,7 +103,7 @@ class PeerLiveness:
 
     def _judge(self, answers: dict[int, _Answer]) -> str:
         if silent := [rank for rank in range(len(self._hosts)) if rank not in answers]:
-            return self._sentence(silent, "has ended or does not answer")
+            return self._sentence(silent, SILENT)
         furthest = max(answer.collectives for answer in answers.values())
         if behind := [rank for rank, answer in answers.items() if answer.collectives < furthest]:
             return self._sentence(behind, "has not come to what the others wait for: it hangs, or waits for its data")

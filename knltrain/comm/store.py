@@ -59,7 +59,8 @@ def _open_tcp_store(rendezvous: Rendezvous, ranks: Ranks, timeout: timedelta) ->
     else:
         url = urlsplit(rendezvous.init_method)
         address, port = str(url.hostname), int(url.port or 0)
-    if rendezvous.listen is not None:
+    is_first = ranks.rank == 0 and not of_agent
+    if is_first and rendezvous.listen is not None:
         # By default, torch listens on every interface of rank 0's node.
         address, port = rendezvous.listen
         try:
@@ -67,7 +68,6 @@ def _open_tcp_store(rendezvous: Rendezvous, ranks: Ranks, timeout: timedelta) ->
         except OSError as error:
             raise _cannot_listen(address, port, str(error.strerror)) from None
         options["master_listen_fd"] = listener.detach()  # the store closes it
-    is_first = ranks.rank == 0 and not of_agent
     try:
         return dist.TCPStore(address, port, ranks.size, is_master=is_first, **options)  # type: ignore[attr-defined]
     except RuntimeError as error:

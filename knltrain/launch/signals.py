@@ -106,8 +106,8 @@ class Watcher:
     ) -> None:
         self._left.set()
         for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before = {}
+            if signal.getsignal(number) == self.handle:  # what was set since stays
+                signal.signal(number, handler)
         if self._pipe:
             _watchers.remove(self)
             signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)

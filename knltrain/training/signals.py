@@ -81,7 +81,7 @@ class StopRequest(Watcher):
         """
         self._ignores_late = True
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            if self._before.pop(number, None) is not None:
+            if signal.getsignal(number) == self.handle:
                 signal.signal(number, signal.SIG_IGN)
 
     def handle(self, number: int, frame: FrameType | None) -> None:

@@ -21,7 +21,7 @@ from knltrain.training import setup
 def main():
     place = find_placement(strict=False)
     with Group(place.ranks, "gloo") as group:
-        setup.Group = lambda *_: contextlib.nullcontext(group)
+        setup.Group = lambda *_, **__: contextlib.nullcontext(group)
         for arguments, faults in json.loads(sys.argv[1]):
             with pytest.MonkeyPatch.context() as patch:
                 inject_all(faults, patch=patch.setattr)

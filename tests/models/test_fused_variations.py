@@ -624,6 +624,9 @@ def test_second_derivatives_of_the_response_norm():
     torch.testing.assert_close(got.double(), *expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own derivatives use it
 @pytest.mark.parametrize("factory", NETWORKS, ids=lambda factory: factory.__name__)
 def test_torch_func(factory):
     plain, changed = made(factory, before=nn.Module.eval)

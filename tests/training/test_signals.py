@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from knltrain import checkpoint
+from knltrain.launch.signals import ActAtOnce
 from knltrain.training.signals import ONE_REQUEST_S, SIGNALS, StopRequest, waits_for_request
 
 # The command, whose checkpoints of a folder with the file "slow" in it are written for a minute.
@@ -173,7 +174,7 @@ def test_a_child_that_is_forked_does_not_count_its_signals_as_its_parents():
 def test_late_ones_do_nothing_but_ctrl_c():
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with StopRequest() as stop:
+        with ActAtOnce(), StopRequest() as stop:  # as in a command
             signal.raise_signal(signal.SIGUSR1)
             assert noted(stop)
             stop.ignore_late()
